@@ -1,0 +1,107 @@
+"""The command line of megatron_echo, generated from the configuration's fields."""
+
+import argparse
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from typing import Any, Optional
+
+from megatron.core.transformer import MLATransformerConfig
+
+from megatron_echo.config import (
+    EchoMLATransformerConfig,
+    EchoTransformerConfig,
+    echo_fields,
+    flag,
+    flag_name,
+    value_type,
+)
+
+
+@dataclasses.dataclass
+class RunArguments:
+    """Flags of ``pretrain_gpt_moe.py`` that do not belong to the model's configuration."""
+
+    run_dir: Optional[str] = flag(
+        None,
+        "Folder for this run's records: run.json (resolved flags, versions, layout) and "
+        "metrics.jsonl (one line an iteration, full-precision floats under Megatron's names). "
+        "TensorBoard events and checkpoints go below it too where --tensorboard-dir or --save "
+        "say so.",
+        group="run directory",
+        metavar="DIR",
+    )
+
+
+def add_echo_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add every flag of this package to Megatron's parser, in groups of its own.
+
+    Use it as ``extra_args_provider`` of ``megatron.training.parse_and_validate_args``.
+    """
+    groups: dict[str, Any] = {}
+    for field in (*echo_fields(), *dataclasses.fields(RunArguments)):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(f"megatron_echo: {title}")
+        _add_flag(groups[title], field)
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field) -> None:
+    help_text = field.metadata["help"].replace("%", "%%")
+    options: dict[str, Any] = {"dest": field.name, "default": field.default}
+    if value_type(field) is bool:
+        name = flag_name(field.name)
+        if field.default:
+            group.add_argument(
+                name, help=help_text, action=argparse.BooleanOptionalAction, **options
+            )
+        else:
+            group.add_argument(name, help=help_text, action="store_true", **options)
+        return
+    if field.default is not None:
+        help_text += f" (default: {field.default})"
+    group.add_argument(
+        flag_name(field.name),
+        help=help_text,
+        type=value_type(field),
+        metavar=field.metadata["metavar"],
+        **options,
+    )
+
+
+def echo_config_from_args(
+    args: Namespace,
+) -> EchoTransformerConfig | EchoMLATransformerConfig:
+    """The transformer configuration of a parsed command line, with this package's fields.
+
+    Megatron's ``core_transformer_config_from_args(args, config_class)`` ignores ``config_class``
+    under ``--multi-latent-attention``; here the finished object becomes the MLA twin. It is not
+    rebuilt from its own fields, because Megatron's ``__post_init__`` is not idempotent.
+
+    Args:
+        args: Megatron's namespace, parsed with :func:`add_echo_arguments`.
+
+    Raises:
+        ValueError: a flag of this package has a bad value, or the heterogeneous configuration,
+            which cannot carry the fields, was asked for.
+    """
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    if getattr(args, "heterogeneous_layers_config_path", None) is not None:
+        raise ValueError(
+            "--heterogeneous-layers-config-path builds Megatron's own configuration class, which "
+            "cannot carry the flags of megatron_echo. Leave it out, or run Megatron's own script."
+        )
+    config = core_transformer_config_from_args(args, EchoTransformerConfig)
+    if isinstance(config, EchoTransformerConfig):
+        return config
+    if type(config) is not MLATransformerConfig:
+        raise ValueError(
+            f"Megatron built a {type(config).__name__} from this command line; the flags of "
+            "megatron_echo fit TransformerConfig and MLATransformerConfig only."
+        )
+    config.__class__ = EchoMLATransformerConfig
+    for field in echo_fields():
+        setattr(config, field.name, getattr(args, field.name, field.default))
+    config.validate_echo()
+    return config

@@ -1,0 +1,492 @@
+"""Run Megatron on a machine without a CUDA device.
+
+Megatron-Core addresses ``torch.cuda`` directly: streams, events, generators, ``device="cuda"``
+literals. :func:`enable` redirects those calls to the CPU, says so in one line, and
+:func:`disable` puts everything back; where CUDA works both do nothing. Any Megatron script runs
+under it::
+
+    python -m megatron_echo.cpu_backend pretrain_gpt.py --num-layers 2 ...
+
+How ``device="cuda"`` is rewritten: the functions that *create* tensors and ``Tensor.to`` are
+wrapped, nothing else is. A ``TorchFunctionMode`` would see every torch call of a step and cost
+several per cent of a small one, and it is per thread; the wrappers cost nothing elsewhere and
+hold in every thread (``benchmarks/cpu_backend_overhead.py`` measures both).
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import runpy
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.utils._device
+
+from megatron_echo import environment
+
+_PREFIX = "[megatron_echo.cpu_backend]"
+_MISSING = object()
+
+
+class _PatchList:
+    """Attributes and environment variables that were replaced, in order, with what was there."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self.names: list[str] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set ``owner.name`` to ``value`` and remember how to undo it."""
+        before = vars(owner).get(name, _MISSING)
+        setattr(owner, name, value)
+        if before is _MISSING:
+            self._undo.append(lambda: delattr(owner, name))
+        else:
+            self._undo.append(lambda: setattr(owner, name, before))
+        self.names.append(f"{getattr(owner, '__name__', owner)}.{name}")
+
+    def set_default_env(self, name: str, value: str) -> None:
+        """Set an environment variable that the user left unset."""
+        if name not in os.environ:
+            os.environ[name] = value
+            self._undo.append(lambda: os.environ.pop(name, None))
+            self.names.append(f"${name}")
+
+    def on_undo(self, action: Callable[[], None]) -> None:
+        """Remember one more thing to do when everything is put back."""
+        self._undo.append(action)
+
+    def undo(self) -> None:
+        """Put everything back, last change first."""
+        while self._undo:
+            self._undo.pop()()
+        self.names.clear()
+
+
+_patches = _PatchList()
+_enabled = False
+
+
+class Stream:
+    """A stream on which every operation is already complete."""
+
+    cuda_stream = 0
+    device = torch.device("cpu")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.stream_id = 0
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """The lowest and the highest priority: there is only one."""
+        return (0, 0)
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        """Record ``event``, or a new one, now."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        """True: nothing is ever outstanding."""
+        return True
+
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
+        """CPU operations run in program order; there is nothing to wait for."""
+
+    wait_event = wait_stream = synchronize = _do_nothing
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+class Event:
+    """An event that is complete as soon as it is recorded; keeps the host's clock."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time: float | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Remember the time, in seconds of ``time.perf_counter``."""
+        self._time = time.perf_counter()
+
+    def query(self) -> bool:
+        """True: what was recorded is done."""
+        return True
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds from this event to ``end``."""
+        if self._time is None or end._time is None:
+            raise RuntimeError("Both events must be recorded before elapsed_time().")
+        return (end._time - self._time) * 1e3
+
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Everything recorded is already complete."""
+
+    wait = synchronize = _do_nothing
+
+
+class _DefaultGenerator:
+    """The CPU's default generator with the graph-safe calls of a CUDA generator.
+
+    Megatron's graph-safe RNG tracker exchanges ``torch.Generator`` objects in place of state
+    tensors; a CPU generator has ``clone_state`` but neither of the ``graphsafe`` calls.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.default_generator, name)
+
+    def graphsafe_get_state(self) -> torch.Generator:
+        """A generator that holds a copy of the current state."""
+        return torch.default_generator.clone_state()
+
+    def graphsafe_set_state(self, generator: torch.Generator) -> None:
+        """Continue from the state that ``generator`` holds."""
+        torch.default_generator.set_state(generator.get_state())
+
+
+def _names_cuda(device: Any) -> bool:
+    """True if ``device`` asks for a CUDA device: ``"cuda"``, ``"cuda:1"``, an index, an object."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device == "cuda" or device.startswith("cuda:")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _redirect_device_keyword(function: Callable) -> Callable:
+    """``function`` with a CUDA ``device=`` turned into the CPU and pinned memory left out."""
+
+    @functools.wraps(function)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return on_cpu
+
+
+def _redirect_to(function: Callable) -> Callable:
+    """``Tensor.to`` with a CUDA device, positional or by keyword, turned into the CPU."""
+
+    @functools.wraps(function)
+    def on_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        elif kwargs and _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return function(self, *args, **kwargs)
+
+    return on_cpu
+
+
+def _redirect_type(function: Callable) -> Callable:
+    """``Tensor.type`` that reports, and accepts, the names of the CUDA tensor types."""
+
+    @functools.wraps(function)
+    def on_cpu(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            name = function(self)
+            return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return function(self, dtype, *args, **kwargs)
+
+    return on_cpu
+
+
+def _redirect_load(function: Callable) -> Callable:
+    """``torch.load`` with a ``map_location`` that names CUDA turned into the CPU."""
+
+    @functools.wraps(function)
+    def on_cpu(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return function(f, "cpu" if _names_cuda(map_location) else map_location, *args, **kwargs)
+
+    return on_cpu
+
+
+def _redirect_splits(function: Callable) -> Callable:
+    """``all_to_all_single`` with split sizes given as tensors turned into lists (gloo)."""
+
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    @functools.wraps(function)
+    def with_lists(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return function(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), *args, **kwargs
+        )
+
+    return with_lists
+
+
+def _redirect_context(function: Callable) -> Callable:
+    """The initialiser behind ``with torch.device("cuda")`` and ``torch.set_default_device``."""
+
+    @functools.wraps(function)
+    def on_cpu(self: Any, device: Any) -> None:
+        function(self, "cpu" if _names_cuda(device) else device)
+
+    return on_cpu
+
+
+def _patch_factories() -> None:
+    """Everything that creates a tensor on a device, or moves one to a device."""
+    constructors = {f.__name__ for f in torch.utils._device._device_constructors()}
+    likes = {name for name in dir(torch) if name.endswith("_like") and not name.startswith("_")}
+    for name in sorted(constructors | likes):
+        if callable(getattr(torch, name, None)):
+            _patches.set(torch, name, _redirect_device_keyword(getattr(torch, name)))
+    for name in [name for name in dir(torch.Tensor) if name.startswith("new_")] + ["new"]:
+        _patches.set(torch.Tensor, name, _redirect_device_keyword(getattr(torch.Tensor, name)))
+    context = torch.utils._device.DeviceContext
+    _patches.set(context, "__init__", _redirect_context(context.__init__))
+    _patches.set(torch.Tensor, "to", _redirect_to(torch.Tensor.to))
+    _patches.set(torch.Tensor, "type", _redirect_type(torch.Tensor.type))
+    _patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _patches.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
+    _patches.set(torch.Tensor, "record_stream", lambda self, stream: None)
+    _patches.set(torch.nn.Module, "cuda", lambda self, device=None: self)
+    _patches.set(torch, "load", _redirect_load(torch.load))
+    for name in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte"):
+        _patches.set(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+    _patches.set(torch.cuda, "BoolTensor", torch.BoolTensor)
+
+
+def _patch_streams() -> None:
+    """Streams, events and waits: a CPU runs one thing after another."""
+    stream = Stream()
+
+    @contextlib.contextmanager
+    def use_stream(_: Any) -> Iterator[None]:
+        yield
+
+    _patches.set(torch.cuda, "Stream", Stream)
+    _patches.set(torch.cuda, "ExternalStream", Stream)
+    _patches.set(torch.cuda, "Event", Event)
+    for name in ("current_stream", "default_stream"):
+        _patches.set(torch.cuda, name, lambda device=None: stream)
+    _patches.set(torch.cuda, "stream", use_stream)
+    _patches.set(torch.cuda, "device", use_stream)
+    for name in ("set_stream", "synchronize", "set_device"):
+        _patches.set(torch.cuda, name, lambda *args, **kwargs: None)
+    _patches.set(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("range_push", "range_pop", "mark"):
+        _patches.set(torch.cuda.nvtx, name, lambda *args, **kwargs: None)
+
+
+def _patch_device_queries() -> None:
+    """What there is: one device per process, with this process's memory as its memory."""
+    process = psutil.Process()
+    properties = types.SimpleNamespace(
+        name=environment.device_name(),
+        major=8,
+        minor=0,
+        total_memory=psutil.virtual_memory().total,
+        multi_processor_count=os.cpu_count() or 1,
+    )
+
+    def resident_bytes(device: Any = None) -> int:
+        return process.memory_info().rss
+
+    def memory_stats(device: Any = None) -> dict[str, int]:
+        names = ("reserved_bytes.all", "allocated_bytes.all")
+        stats = dict.fromkeys(("allocation.all.current", "num_alloc_retries", "num_ooms"), 0)
+        for name in names:
+            stats[f"{name}.current"] = stats[f"{name}.peak"] = resident_bytes()
+        return stats
+
+    # torch.accelerator answers through torch.cuda: the DataLoader's pinning thread would start.
+    _patches.set(torch.accelerator, "is_available", lambda: False)
+    _patches.set(torch.cuda, "is_available", lambda: True)
+    _patches.set(torch.cuda, "is_initialized", lambda: True)
+    _patches.set(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    _patches.set(torch.cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _patches.set(torch.cuda, "current_device", lambda: 0)
+    _patches.set(torch.cuda, "get_device_properties", lambda device=None: properties)
+    _patches.set(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    _patches.set(torch.cuda, "get_device_name", lambda device=None: properties.name)
+    for module in (torch.cuda, torch.cuda.memory):
+        for name in ("memory_allocated", "memory_reserved"):
+            _patches.set(module, name, resident_bytes)
+            _patches.set(module, f"max_{name}", resident_bytes)
+        _patches.set(module, "memory_stats", memory_stats)
+        for name in ("empty_cache", "reset_peak_memory_stats"):
+            _patches.set(module, name, lambda *args, **kwargs: None)
+
+
+def _patch_random() -> None:
+    """One generator for both: the CPU's default generator is also "the CUDA generator"."""
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.default_generator.get_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+        torch.default_generator.set_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
+    for module in (torch.cuda, torch.cuda.random):
+        _patches.set(module, "get_rng_state", get_rng_state)
+        _patches.set(module, "set_rng_state", set_rng_state)
+        _patches.set(module, "manual_seed", manual_seed)
+        _patches.set(module, "manual_seed_all", manual_seed)
+    count = torch.cuda.device_count()
+    _patches.set(torch.cuda, "default_generators", (_DefaultGenerator(),) * count)
+
+
+def _patch_megatron() -> None:
+    """The places where Megatron itself, not torch, assumes CUDA or Transformer Engine."""
+    environment.skip_dataset_compilation(_patches.set)
+    from megatron.core.tensor_parallel import random
+
+    # With one generator for both, a fork of "the CUDA state" always changes the CPU's.
+    logger = logging.getLogger(random.__name__)
+    logger.addFilter(_drop_rng_warning)
+    _patches.on_undo(lambda: logger.removeFilter(_drop_rng_warning))
+    if not environment.HAVE_TRANSFORMER_ENGINE:
+        # CheckpointWithoutOutput reads these names, which stock code binds only with TE.
+        fp8 = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
+        _patches.set(random, "FP8GlobalStateManager", fp8)
+        for name in ("activation_recompute_forward", "fp8_autocast"):
+            _patches.set(random, name, lambda **kwargs: contextlib.nullcontext())
+    if importlib.util.find_spec("megatron.training") is not None:
+        from megatron.training import initialize
+
+        # There is nothing to warm up without torch.compile, and on a GPU its random numbers are
+        # not those that the router's weights are drawn from.
+        _patches.set(initialize, "_warmup_jit_function", lambda tp_size=None: None)
+
+
+def _drop_rng_warning(entry: logging.LogRecord) -> bool:
+    return not entry.getMessage().startswith("CPU RNG state changed")
+
+
+def _disable_dynamo() -> None:
+    """Megatron wraps its fusions in ``torch.compile``; run them eagerly."""
+    _patches.set_default_env("TORCHDYNAMO_DISABLE", "1")
+    dynamo = sys.modules.get("torch._dynamo.config")
+    if dynamo is not None and not getattr(dynamo, "disable"):
+        setattr(dynamo, "disable", True)
+        _patches.on_undo(lambda: setattr(dynamo, "disable", False))
+
+
+def is_enabled() -> bool:
+    """True while CUDA calls go to the CPU."""
+    return _enabled
+
+
+def changes() -> tuple[str, ...]:
+    """Names of everything that is replaced at the moment; empty when nothing is."""
+    return tuple(_patches.names)
+
+
+def enable(verbose: bool = True) -> bool:
+    """Redirect Megatron's CUDA calls to the CPU; does nothing where CUDA works.
+
+    Call it before ``megatron`` is imported. Calling it twice is the same as calling it once.
+
+    Args:
+        verbose: print one line, on the process with ``RANK`` 0, that says what was done.
+
+    Returns:
+        True if the backend is enabled on return, False where there is a CUDA device.
+    """
+    global _enabled
+    if _enabled:
+        return True
+    if torch.cuda.is_available():
+        return False
+    _enabled = True
+    try:
+        _disable_dynamo()
+        # Megatron asks for it with TP > 1 on the GPU generations before Blackwell.
+        _patches.set_default_env("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        _patch_device_queries()
+        _patch_streams()
+        _patch_random()
+        _patch_factories()
+        _patches.set(
+            torch.distributed,
+            "all_to_all_single",
+            _redirect_splits(torch.distributed.all_to_all_single),
+        )
+        _patch_megatron()
+    except BaseException:
+        disable()
+        raise
+    if verbose and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{_PREFIX} no CUDA device: {len(_patches.names)} CUDA entry points now run on the "
+            "CPU (cpu_backend.changes() lists them, disable() restores them).",
+            flush=True,
+        )
+    return True
+
+
+def disable() -> None:
+    """Restore everything that :func:`enable` replaced."""
+    global _enabled
+    _patches.undo()
+    _enabled = False
+
+
+def add_missing_flags(argv: Sequence[str], verbose: bool = True) -> list[str]:
+    """Append the flags that this machine needs and the user left unset.
+
+    Args:
+        argv: Megatron's command line without the program's name.
+        verbose: print one line that lists what was added, on the process with ``RANK`` 0.
+
+    Returns:
+        ``argv`` with the missing flags at its end.
+    """
+    added = environment.flags_to_add(argv, has_cuda=not _enabled)
+    if verbose and added and os.environ.get("RANK", "0") == "0":
+        words = " ".join(" ".join(flag) for flag in added)
+        print(f"{_PREFIX} flags set for this machine, left unset by you: {words}", flush=True)
+    return [*argv, *(word for flag in added for word in flag)]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run ``argv[0]`` as a script with the rest as its arguments, under the CPU backend."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m megatron_echo.cpu_backend SCRIPT [ARGS ...]")
+        raise SystemExit(0 if argv else 2)
+    script = Path(argv[0])
+    if not script.is_file():
+        raise SystemExit(f"{_PREFIX} no such script: {script}. Give the path of a Python file.")
+    enable()
+    sys.argv = [str(script), *add_missing_flags(argv[1:])]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    # The module that runs here is a second copy named __main__; use the importable one, so that
+    # the script sees the same state.
+    from megatron_echo import cpu_backend
+
+    cpu_backend.main(sys.argv[1:])

@@ -1,0 +1,125 @@
+"""What this machine and this Python have, asked once and in one place.
+
+Optional packages are probed here and nowhere else, so that every other module can rely on the
+answers. The second half turns the answers into Megatron flags: stock Megatron's defaults assume
+CUDA, Transformer Engine and apex, and fail late and obscurely where one of them is missing.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+
+
+def _find_apex() -> bool:
+    """True for NVIDIA apex; the package of that name on the package index is something else."""
+    try:
+        return importlib.util.find_spec("apex.multi_tensor_apply") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+HAVE_APEX = _find_apex()
+HAVE_MASKED_SOFTMAX_KERNEL = importlib.util.find_spec("scaled_masked_softmax_cuda") is not None
+HAVE_WGRAD_FUSION = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+Flag = tuple[str, ...]
+"""A flag and its values, as they stand on a command line."""
+
+_LOCAL_LAYERS: Flag = ("--transformer-impl", "local")
+_NO_MASKED_SOFTMAX: Flag = ("--no-masked-softmax-fusion",)
+_NO_WGRAD_FUSION: Flag = ("--no-gradient-accumulation-fusion",)
+_NO_PERSISTENT_NORM: Flag = ("--no-persist-layer-norm",)
+_WITHOUT_CUDA: tuple[Flag, ...] = (
+    ("--distributed-backend", "gloo"),
+    _LOCAL_LAYERS,
+    _NO_MASKED_SOFTMAX,
+    _NO_WGRAD_FUSION,
+    _NO_PERSISTENT_NORM,
+    ("--no-bias-swiglu-fusion",),
+    ("--no-bias-gelu-fusion",),
+    ("--no-rope-fusion",),
+    ("--no-bias-dropout-fusion",),
+)
+_ALWAYS: tuple[Flag, ...] = (("--eval-interval", "1000"),)
+
+
+def is_flag_given(flag: str, argv: Sequence[str]) -> bool:
+    """True if ``flag`` is on the command line, as ``--flag value`` or ``--flag=value``."""
+    return any(word == flag or word.startswith(flag + "=") for word in argv)
+
+
+def flags_to_add(argv: Sequence[str], has_cuda: bool) -> list[Flag]:
+    """The flags that this machine needs and ``argv`` leaves unset.
+
+    A flag that the user gave is never touched, even where it cannot work here.
+
+    Args:
+        argv: the command line without the program's name.
+        has_cuda: whether a CUDA device can be used.
+    """
+    wanted: list[Flag] = list(_ALWAYS)
+    if not has_cuda:
+        wanted += _WITHOUT_CUDA
+    else:
+        if not HAVE_TRANSFORMER_ENGINE:
+            wanted.append(_LOCAL_LAYERS)
+        if not (HAVE_TRANSFORMER_ENGINE or HAVE_APEX):
+            wanted.append(_NO_PERSISTENT_NORM)
+        if not (HAVE_TRANSFORMER_ENGINE or HAVE_MASKED_SOFTMAX_KERNEL):
+            wanted.append(_NO_MASKED_SOFTMAX)
+        if not HAVE_WGRAD_FUSION:
+            wanted.append(_NO_WGRAD_FUSION)
+    return [flag for flag in wanted if not is_flag_given(flag[0], argv)]
+
+
+def skip_dataset_compilation(replace: Callable[[Any, str, Any], None] = setattr) -> bool:
+    """Keep Megatron from running ``make`` for a dataset helper that is already compiled.
+
+    The megatron-core wheel ships ``helpers_cpp`` compiled but without its Makefile, and
+    ``compile_helpers()`` ends the process when ``make`` fails. Where the compiled module is
+    there, the call is replaced by nothing.
+
+    Args:
+        replace: called as ``replace(module, name, value)``; ``setattr``, or one that can undo.
+
+    Returns:
+        True if the compiled helper is there and the call was replaced.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        return False
+    from megatron.core.datasets import utils
+
+    replace(utils, "compile_helpers", lambda: None)
+    return True
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide what a run computes; None where one is absent."""
+    names = ("megatron-core", "torch", "triton", "transformer-engine", "numpy", "megatron-echo")
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's model name where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return os.uname().machine

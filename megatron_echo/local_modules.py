@@ -1,0 +1,129 @@
+"""Norm and core attention for ``--transformer-impl local``, where Megatron's own ones refuse.
+
+Without Transformer Engine, Megatron's norm refuses sequence parallelism, and its attention
+refuses context parallelism and MLA. These two say yes and otherwise are the stock modules: the
+same parameters, names and arithmetic.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.torch_norm import LayerNormInterface
+from torch import Tensor
+
+
+class LocalNorm:
+    """Builds ``torch.nn.LayerNorm`` or ``RMSNorm``, with sequence parallelism.
+
+    The only thing that sequence parallelism asks of a norm is the mark on its parameters: each
+    tensor-parallel rank sees a part of the sequence, and Megatron sums the gradients of marked
+    parameters over the group in ``finalize_model_grads``.
+
+    Raises:
+        ValueError: a setting that torch's norms do not have.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> LayerNormInterface:
+        norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        if config.normalization not in norms:
+            raise ValueError(
+                f"--normalization {config.normalization} has no local module. "
+                f"Use one of {', '.join(norms)}."
+            )
+        for setting, flag in (
+            ("layernorm_zero_centered_gamma", "--apply-layernorm-1p"),
+            ("memory_efficient_layer_norm", "--memory-efficient-layer-norm"),
+        ):
+            if getattr(config, setting):
+                raise ValueError(
+                    f"{flag} needs Transformer Engine. Leave it out with --transformer-impl local."
+                )
+        norm = norms[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)
+        return norm
+
+
+class LocalCoreAttention(DotProductAttention):
+    """Megatron's ``DotProductAttention`` with context parallelism and separate value widths.
+
+    Context parallelism: rank ``r`` of ``C`` holds chunks ``r`` and ``2C - 1 - r`` of the ``2C``
+    chunks of each sequence (Megatron's balanced order). Keys and values are gathered over the
+    group along the sequence, in rank order, and the causal mask compares the positions that the
+    rows came from; the backward pass reduce-scatters. That costs ``C`` times the memory of ring
+    attention for keys and values and is meant for correctness, not for long sequences.
+
+    MLA: keys and values may have other widths than ``kv_channels``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        stock_config = copy.copy(config)
+        stock_config.context_parallel_size = 1
+        super().__init__(stock_config, *args, **kwargs)
+        self.config = config
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            if self.attn_mask_type != AttnMaskType.causal or config.window_size is not None:
+                raise ValueError(
+                    f"--context-parallel-size {config.context_parallel_size} with "
+                    "--transformer-impl local supports causal attention over the whole sequence "
+                    "only. Leave --window-size out, or install Transformer Engine."
+                )
+            groups = self.pg_collection
+            self.cp_group = getattr(groups, "cp", None) or parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention over the whole sequence for this rank's queries.
+
+        Args:
+            query: ``[s, b, n, k]``, with ``s`` the rows of this context-parallel rank.
+            key: ``[s, b, g, k]``.
+            value: ``[s, b, g, v]``.
+            attention_mask: bool, True where a query must not look; replaced by the causal mask of
+                the true positions under context parallelism.
+
+        Returns:
+            ``[s, b, n * v]``.
+        """
+        if self.cp_group is not None:
+            attention_mask = self._causal_mask(query.size(0), query.device)
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
+        return super().forward(query, key, value, attention_mask, *args, **kwargs)
+
+    def _causal_mask(self, rows: int, device: torch.device) -> Tensor:
+        """``[1, 1, s, s * C]``: True where the key's position is after the query's."""
+        assert self.cp_group is not None
+        ranks, own = self.cp_group.size(), self.cp_group.rank()
+        chunk = torch.arange(rows // 2, device=device)
+        positions = [
+            torch.cat((chunk + r * (rows // 2), chunk + (2 * ranks - 1 - r) * (rows // 2)))
+            for r in range(ranks)
+        ]
+        return (torch.cat(positions)[None, :] > positions[own][:, None])[None, None]

@@ -1,0 +1,85 @@
+"""Builds Megatron's ``GPTModel`` with this package's layers, MTP layers included."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_echo.layer_specs import gpt_moe_block_spec, gpt_mtp_block_spec
+
+
+@dataclass(kw_only=True)
+class EchoGPTModelConfig(GPTModelConfig):
+    """Megatron's ``GPTModelConfig``, built by :class:`EchoGPTModelBuilder`."""
+
+    builder: ClassVar[str] = "megatron_echo.model_builder.EchoGPTModelBuilder"
+
+
+class EchoGPTModelBuilder(GPTModelBuilder):
+    """Megatron's builder, except that MTP layers get the same modules as the decoder's."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build one pipeline stage.
+
+        Args:
+            pg_collection: the process groups.
+            pre_process: with the embedding; None asks the pipeline position.
+            post_process: with the output layer; None asks the pipeline position.
+            vp_stage: the virtual pipeline stage, None without interleaving.
+        """
+        config = self._model_config
+        vp_size = config.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(
+                pg_collection.pp
+            )
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(
+                pg_collection.pp
+            )
+        vocab_size = config.vocab_size
+        if config.should_pad_vocab:
+            vocab_size = calculate_padded_vocab_size(
+                vocab_size,
+                config.make_vocab_size_divisible_by,
+                config.transformer.tensor_model_parallel_size,
+            )
+        same_name = (
+            "fp16_lm_cross_entropy",
+            "parallel_output",
+            "share_embeddings_and_output_weights",
+            "position_embedding_type",
+            "rotary_percent",
+            "rotary_base",
+            "rope_scaling",
+            "rope_scaling_factor",
+            "seq_len_interpolation_factor",
+            "scatter_embedding_sequence_parallel",
+        )
+        return GPTModel(
+            config=config.transformer,
+            transformer_layer_spec=gpt_moe_block_spec(config, vp_stage=vp_stage),
+            mtp_block_spec=gpt_mtp_block_spec(config, vp_stage=vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=config.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            **{name: getattr(config, name) for name in same_name},
+        )

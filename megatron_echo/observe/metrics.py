@@ -1,0 +1,152 @@
+"""``metrics.jsonl``: one line an iteration, full-precision floats under Megatron's own names."""
+
+import atexit
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def _as_json(value: Any) -> float | int | str:
+    """A scalar, or a tensor of one element, as JSON; a float that JSON lacks becomes its name."""
+    number = value.item() if hasattr(value, "item") else value
+    return number if math.isfinite(number) else str(number)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename ``path`` to the first free ``NAME.N.SUFFIX`` beside it."""
+    number = 1
+    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(target)
+    return target
+
+
+class MetricsWriter:
+    """Stands where Megatron's TensorBoard writer stands and records what passes.
+
+    Megatron hands every scalar of an iteration to its TensorBoard writer, each iteration's own
+    value, on the last rank. This object takes that place, collects them into one line a
+    ``--tensorboard-log-interval`` (every iteration by default) and passes everything on to the
+    real writer, if there is one. Validation losses join the line of their iteration.
+
+    A line is written when the next iteration begins, at ``flush()`` and at exit; scalars that
+    come later for the same iteration rewrite it. After the last iteration Megatron evaluates the
+    validation set and then the test set under one name, and the line keeps the latter. Lines of
+    iterations that are run again after a restart are moved to ``metrics.N.jsonl``; the values
+    ``nan`` and ``inf``, which JSON does not have, are written as strings.
+
+    Args:
+        run_dir: an existing folder.
+        active_seconds: the seconds of training so far, without evaluation and checkpoints.
+        tensorboard: the writer to pass everything on to, or None.
+    """
+
+    def __init__(
+        self, run_dir: Path, active_seconds: Callable[[], float], tensorboard: Any = None
+    ) -> None:
+        self.path = run_dir / METRICS_FILE
+        self._active_seconds = active_seconds
+        self._last_seconds = 0.0
+        self._tensorboard = tensorboard
+        self._line: dict[str, float | int | str] = {}
+        self._line_start = -1
+        atexit.register(self.write_line)
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int, **kwargs: Any) -> None:
+        """Record one scalar of iteration ``global_step`` and pass it on."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_scalar(tag, scalar_value, global_step, **kwargs)
+        if tag.endswith(" vs samples") or tag == "iteration-time":
+            return
+        if self._line.get("iteration") != global_step:
+            self._begin_line(global_step)
+        self._line[tag] = _as_json(scalar_value)
+
+    def _begin_line(self, iteration: int) -> None:
+        self.write_line()
+        if not self._line:
+            self._drop_lines_from(iteration)
+        self._line_start = self.path.stat().st_size if self.path.exists() else 0
+        seconds = self._active_seconds()
+        self._line = {"iteration": iteration, "iteration-time": seconds - self._last_seconds}
+        self._last_seconds = seconds
+
+    def _drop_lines_from(self, iteration: int) -> None:
+        """Keep an earlier start's lines up to ``iteration``, set the rest aside."""
+        if not self.path.exists():
+            return
+        text = self.path.read_text()
+        kept = [line for line in text.splitlines() if json.loads(line)["iteration"] < iteration]
+        if len(kept) < text.count("\n"):
+            _set_aside(self.path)
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write_line(self) -> None:
+        """Bring the current iteration's line in the file up to date."""
+        if self._line:
+            with open(self.path, "a") as file:
+                file.truncate(self._line_start)
+                file.write(json.dumps(self._line) + "\n")
+
+    def flush(self) -> None:
+        """Write out everything recorded so far."""
+        self.write_line()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Every other call of a TensorBoard writer goes to the real one, or nowhere."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._tensorboard is not None:
+            return getattr(self._tensorboard, name)
+        return lambda *args, **kwargs: None
+
+
+def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
+    """Record the metrics of the run that starts in this process.
+
+    Call it after Megatron's global variables are set and before ``pretrain()``. Megatron keeps
+    its TensorBoard writer in a module variable, on the last rank only; that variable is the one
+    thing that is set here.
+
+    Args:
+        run_dir: the folder for ``metrics.jsonl``; created where it is missing.
+
+    Returns:
+        The writer on the last rank, None on the others.
+    """
+    from megatron.training import get_args, get_timers, global_vars
+
+    args = get_args()
+    if args.rank != args.world_size - 1:
+        return None
+
+    def active_seconds() -> float:
+        timer = get_timers()("interval-time")
+        timer.elapsed(reset=False)
+        return timer.active_time()
+
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    writer = MetricsWriter(Path(run_dir), active_seconds, global_vars.get_tensorboard_writer())
+    global_vars._GLOBAL_TENSORBOARD_WRITER = writer
+    return writer
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, oldest first.
+
+    Raises:
+        FileNotFoundError: the folder holds no such file.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Start the run with --run-dir {run_dir} to record its metrics."
+        )
+    return [json.loads(line) for line in path.read_text().splitlines()]

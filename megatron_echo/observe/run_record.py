@@ -1,0 +1,89 @@
+"""``run.json``: what was run, with which versions, in which layout."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from megatron_echo import environment
+from megatron_echo.observe.metrics import _set_aside
+
+RUN_FILE = "run.json"
+_VARIABLES = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NCCL_ALGO",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+    "OMP_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "SLURM_JOB_ID",
+    "TORCHDYNAMO_DISABLE",
+)
+
+
+def _jsonable(value: Any) -> Any:
+    """``value`` as JSON; anything that JSON has no type for becomes its text."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree that this file is in, None outside of one."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _layout(args: Namespace) -> dict[str, int | None]:
+    """Sizes of the parallel groups, under the short names that people use."""
+    return {
+        "world": args.world_size,
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "virtual_pipeline": args.virtual_pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+        "data": args.data_parallel_size,
+        "expert": args.expert_model_parallel_size,
+        "expert_tensor": args.expert_tensor_parallel_size,
+    }
+
+
+def write_run_record(run_dir: str | os.PathLike, args: Namespace) -> Path:
+    """Write ``run.json``; an earlier start's record is kept as ``run.N.json``.
+
+    Args:
+        run_dir: the folder; created where it is missing.
+        args: Megatron's namespace after validation.
+
+    Returns:
+        The path of the file.
+    """
+    path = Path(run_dir) / RUN_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        _set_aside(path)
+    record = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "versions": environment.versions(),
+        "python": sys.version.split()[0],
+        "git_commit": _git_commit(),
+        "device": environment.device_name(),
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "layout": _layout(args),
+        "flags": _jsonable(vars(args)),
+    }
+    path.write_text(json.dumps(record, indent=2, sort_keys=False) + "\n")
+    return path

@@ -1,0 +1,256 @@
+"""Checks on a command line before Megatron starts: a bad run ends in one sentence, at once.
+
+Megatron finds most of these too, but later, on every rank, as an assertion deep in a traceback.
+"""
+
+import json
+import os
+import re
+import struct
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_echo import cpu_backend, environment
+
+_INDEX_HEADER = b"MMIDIDX\x00\x00"
+_INDEX_FIXED_BYTES = len(_INDEX_HEADER) + 8 + 1 + 8 + 8
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+
+
+def check_command_line(args: Namespace) -> None:
+    """Check a parsed, not yet validated Megatron command line.
+
+    Args:
+        args: the result of ``megatron.training.arguments.parse_args``.
+
+    Raises:
+        ValueError: the fault, then what to do about it.
+    """
+    _check_backend(args)
+    _check_layout(args)
+    _check_unsupported(args)
+    for prefix in _data_prefixes(args):
+        check_indexed_dataset(prefix)
+    _check_checkpoint(args)
+
+
+def _check_backend(args: Namespace) -> None:
+    if not cpu_backend.is_enabled():
+        return
+    if args.distributed_backend == "nccl":
+        raise ValueError(
+            "--distributed-backend nccl needs a CUDA device and there is none. Leave it out, gloo "
+            "is set for you."
+        )
+    if args.transformer_impl == "transformer_engine":
+        raise ValueError(
+            "--transformer-impl transformer_engine needs a CUDA device and there is none. Leave "
+            "it out, local is set for you."
+        )
+    if args.use_cpu_initialization and args.expert_model_parallel_size > 1:
+        raise ValueError(
+            "--use-cpu-initialization gives every expert-parallel rank the same experts. "
+            f"Leave it out with --expert-model-parallel-size {args.expert_model_parallel_size}."
+        )
+
+
+def _check_layout(args: Namespace) -> None:
+    sizes = {
+        "--tensor-model-parallel-size": args.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        "--context-parallel-size": args.context_parallel_size,
+    }
+    _check_divides(sizes, args.world_size)
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    experts = args.expert_model_parallel_size
+    _check_divides(
+        {
+            "--expert-tensor-parallel-size": expert_tensor,
+            "--expert-model-parallel-size": experts,
+            "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        },
+        args.world_size,
+    )
+    if args.num_experts and args.num_experts % experts:
+        below, above = args.num_experts // experts * experts, -(-args.num_experts // experts) * experts
+        choice = f"{below} or {above}" if below else str(above)
+        raise ValueError(
+            f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size "
+            f"{experts}. Use {choice}."
+        )
+    if experts > 1 and not args.num_experts:
+        raise ValueError(
+            f"--expert-model-parallel-size {experts} needs a mixture of experts. "
+            "Give --num-experts, or leave it out."
+        )
+
+
+def _check_divides(sizes: dict[str, int], world_size: int) -> None:
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if world_size % product:
+        named = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"{named} needs a multiple of {product} processes, and {world_size} were started. "
+            f"Start a multiple of {product} (torchrun --nproc-per-node), or change the sizes."
+        )
+
+
+def _check_unsupported(args: Namespace) -> None:
+    for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not supported by pretrain_gpt_moe.py. Leave it "
+                "out, or add --spec megatron_echo.layer_specs gpt_moe_block_spec to Megatron's "
+                "own pretrain_gpt.py."
+            )
+    if not _has_data(args) and not args.skip_train:
+        raise ValueError(
+            "No data was given. Use --data-path PREFIX (of a .bin/.idx pair) or --mock-data."
+        )
+
+
+def _has_data(args: Namespace) -> bool:
+    names = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
+    return args.mock_data or any(getattr(args, name) for name in names)
+
+
+def _data_prefixes(args: Namespace) -> Iterator[str]:
+    """Every dataset prefix on the command line, weights of a blend left out."""
+    words: list[str] = []
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        words += getattr(args, name) or []
+    if args.data_args_path:
+        words += _read_text("--data-args-path", args.data_args_path).split()
+    if args.per_split_data_args_path:
+        path = args.per_split_data_args_path
+        try:
+            splits = json.loads(_read_text("--per-split-data-args-path", path))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--per-split-data-args-path {path} is not JSON ({error}). Give an object with "
+                'the keys "train", "valid" and "test".'
+            ) from error
+        for value in splits.values():
+            words += value.split() if isinstance(value, str) else (value or [])
+    return (word for word in words if not _is_number(word) and "://" not in word)
+
+
+def _read_text(flag: str, path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {path} cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def check_indexed_dataset(prefix: str) -> None:
+    """Check that ``prefix.idx`` and ``prefix.bin`` are whole and belong together.
+
+    Layout of the index (Megatron's ``indexed_dataset.py``): 9 bytes of magic, uint64 version,
+    uint8 type code, uint64 sequences, uint64 documents, then per sequence an int32 length and
+    an int64 position in the data file, then the documents as int64.
+
+    Args:
+        prefix: path without the extension.
+
+    Raises:
+        ValueError: a file is missing, unreadable, foreign or too short.
+    """
+    bin_size = _size(prefix, ".bin")
+    idx_size = _size(prefix, ".idx")
+    again = "Build the dataset again, or copy it again from where it was built."
+    try:
+        with open(prefix + ".idx", "rb") as file:
+            head = file.read(_INDEX_FIXED_BYTES)
+            if not head.startswith(_INDEX_HEADER):
+                raise ValueError(f"{prefix}.idx is not a Megatron index: bad header. {again}")
+            if len(head) < _INDEX_FIXED_BYTES:
+                raise ValueError(f"{prefix}.idx is truncated inside its header. {again}")
+            _, code, sequences, documents = struct.unpack("<QBQQ", head[len(_INDEX_HEADER) :])
+            needed = _INDEX_FIXED_BYTES + sequences * (4 + 8) + documents * 8
+            if idx_size < needed:
+                raise ValueError(
+                    f"{prefix}.idx is truncated: {idx_size} bytes where its header announces "
+                    f"{needed}. {again}"
+                )
+            if code not in _TOKEN_BYTES:
+                raise ValueError(f"{prefix}.idx has the unknown type code {code}. {again}")
+            if sequences == 0:
+                raise ValueError(f"{prefix}.idx holds no sequences. {again}")
+            file.seek(_INDEX_FIXED_BYTES + (sequences - 1) * 4)
+            (last_length,) = struct.unpack("<i", file.read(4))
+            file.seek(_INDEX_FIXED_BYTES + sequences * 4 + (sequences - 1) * 8)
+            (last_position,) = struct.unpack("<q", file.read(8))
+    except PermissionError as error:
+        raise ValueError(f"{prefix}.idx cannot be read. Check its permissions.") from error
+    needed = last_position + last_length * _TOKEN_BYTES[code]
+    if bin_size < needed:
+        raise ValueError(
+            f"{prefix}.bin is truncated: {bin_size} bytes where its index announces {needed}. {again}"
+        )
+
+
+def _size(prefix: str, extension: str) -> int:
+    path = prefix + extension
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"Dataset {prefix}: {path} does not exist. Give the prefix of a .bin/.idx pair, "
+            "without an extension."
+        )
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path} cannot be read. Check its permissions.")
+    return os.path.getsize(path)
+
+
+def latest_checkpoint(folder: str | None) -> Path | None:
+    """The newest complete checkpoint that Megatron would load from ``folder``, or None."""
+    if not folder:
+        return None
+    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if text != "release" and not re.fullmatch(r"\d+", text):
+        raise ValueError(
+            f"{tracker} holds {text!r}, neither an iteration nor 'release'. Write the number of "
+            "the iteration to load into it."
+        )
+    return Path(folder) / ("release" if text == "release" else f"iter_{int(text):07d}")
+
+
+def _check_checkpoint(args: Namespace) -> None:
+    loaded = latest_checkpoint(args.load)
+    if args.load and loaded is not None and not loaded.is_dir():
+        raise ValueError(
+            f"--load {args.load}: its tracker file names {loaded.name}, which is not there. Write "
+            "the number of an iteration that is there into latest_checkpointed_iteration.txt."
+        )
+    has_adam = environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX
+    if not args.use_distributed_optimizer or has_adam:
+        return
+    if loaded is not None and not args.no_load_optim and not args.finetune:
+        raise ValueError(
+            f"--use-distributed-optimizer cannot resume from --load {args.load} without "
+            "Transformer Engine or apex: Megatron-Core 0.19.2 cannot build the template for "
+            "torch's Adam. Install one of them, or add --no-load-optim --no-load-rng to load the "
+            "weights only."
+        )
+    if args.save and args.rank == 0:
+        print(
+            "WARNING: --use-distributed-optimizer with --save, without Transformer Engine or apex: "
+            "Megatron-Core 0.19.2 cannot resume the optimizer from these checkpoints, only the "
+            "weights (--no-load-optim). Use the plain optimizer to resume here.",
+            flush=True,
+        )

@@ -1,0 +1,267 @@
+"""Pretrain a GPT with a mixture of experts: Megatron's ``pretrain()`` with megatron_echo's layers.
+
+Takes every flag of Megatron's ``pretrain_gpt.py`` and those of megatron_echo (``--help`` lists
+both)::
+
+    torchrun --nproc-per-node 8 pretrain_gpt_moe.py --num-experts 64 --moe-enable-echo ...
+
+Runs on a machine without a GPU as well (see ``megatron_echo/cpu_backend.py``).
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_echo import cpu_backend, environment
+
+cpu_backend.enable()  # before Megatron is imported; does nothing where CUDA works
+
+import torch  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
+    BlendedMegatronDatasetBuilder,
+)
+from megatron.core.datasets.gpt_dataset import (  # noqa: E402
+    GPTDataset,
+    GPTDatasetConfig,
+    MockGPTDataset,
+)
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
+    get_mtp_ranks,
+    mtp_on_this_rank,
+)
+from megatron.core.utils import (  # noqa: E402
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import (  # noqa: E402
+    get_args,
+    get_timers,
+    get_tokenizer,
+    pretrain,
+    print_rank_0,
+)
+from megatron.training.argument_utils import (  # noqa: E402
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args, parse_args  # noqa: E402
+from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
+from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
+
+from megatron_echo.arguments import add_echo_arguments, echo_config_from_args  # noqa: E402
+from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
+from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
+from megatron_echo.observe.run_record import write_run_record  # noqa: E402
+from megatron_echo.preflight import check_command_line  # noqa: E402
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def needs_data(vp_stage: int | None) -> bool:
+    """True where the embedding, the loss or an MTP layer is: the other stages read no batch."""
+    return (
+        mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or has_mtp(vp_stage)
+    )
+
+
+def has_mtp(vp_stage: int | None) -> bool:
+    """True where this stage holds multi-token-prediction layers."""
+    args = get_args()
+    return mtp_on_this_rank(
+        layout=args.pipeline_model_parallel_layout,
+        mtp_num_layers=args.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def get_batch(data_iterator: Iterator, vp_stage: int | None = None) -> dict[str, Tensor | None]:
+    """The next microbatch for this rank.
+
+    Returns:
+        ``tokens``, ``labels``, ``position_ids``: int64 ``[b, s]``; ``loss_mask``: fp32 ``[b, s]``;
+        ``attention_mask``: bool ``[b, 1, s, s]`` or None. Under context parallelism ``s`` is this
+        rank's part of the sequence. What this pipeline stage does not use is None.
+    """
+    if not needs_data(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    args = get_args()
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        for key in BATCH_KEYS:
+            batch[key] = sample[key].cuda(non_blocking=True) if key in sample else None
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=has_mtp(vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(False, vp_stage),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(False, vp_stage),
+    )
+    batch = {key: batch.get(key) for key in BATCH_KEYS}
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+
+
+def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the masked token losses.
+
+    Args:
+        loss_mask: fp32 ``[b, s]``, 1 where a token counts.
+        output_tensor: ``[b, s]``, the cross entropy of each token in nats.
+
+    Returns:
+        The sum of the losses, the int number of tokens that counted, and for the log
+        ``{"lm loss": [sum, tokens]}``; Megatron divides after summing over ranks.
+    """
+    losses = output_tensor.view(-1).float()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses * mask)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for rejected, name in ((torch.isnan, "nan"), (torch.isinf, "inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {name} in local forward loss calculation",
+            )
+    num_tokens = mask.sum().clone().detach().to(torch.int)
+    logged = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": logged}
+
+
+def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, functools.partial]:
+    """One microbatch forward.
+
+    Returns:
+        The model's output, and the function that turns it into the loss.
+    """
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, functools.partial(loss_func, batch["loss_mask"])
+
+
+def dataset_config() -> GPTDatasetConfig:
+    """Megatron's dataset configuration from the command line; same names are copied."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    values = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(GPTDatasetConfig)
+        if field.init and hasattr(args, field.name)
+    }
+    values.update(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=get_tokenizer(),
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+    return GPTDatasetConfig(**values)
+
+
+def train_valid_test_datasets_provider(
+    num_samples: tuple[int, int | None, int], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """The three datasets, built on the ranks that read data.
+
+    Args:
+        num_samples: samples to draw for training, validation and test.
+        vp_stage: the virtual pipeline stage, None without interleaving.
+    """
+
+    def is_built_here() -> bool:
+        return needs_data(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+
+    dataset = MockGPTDataset if get_args().mock_data else GPTDataset
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    builder = BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, dataset_config())
+    return builder.build()
+
+
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """The global ranks of a pipeline that hold the word embedding or a copy of it."""
+    ranks = {pp_ranks[0]}
+    args = get_args()
+    if len(pp_ranks) > 1:
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pp_ranks[-1])
+        ranks.update(get_mtp_ranks(pp_ranks, echo_config_from_args(args)))
+    return sorted(ranks)
+
+
+def extra_args_provider(parser: Any) -> Any:
+    """Our flags beside Megatron's, and a usage line in place of all 800 of them."""
+    parser.usage = "pretrain_gpt_moe.py [flags]   (--help explains them all)"
+    return add_echo_arguments(parser)
+
+
+def model_config_from_args(args: Any) -> GPTModelConfig:
+    """Our model, or with ``--spec`` what the user names there, on our configuration."""
+    config_class = EchoGPTModelConfig if args.spec is None else GPTModelConfig
+    return gpt_config_from_args(args, echo_config_from_args(args), config_class)
+
+
+@record
+def main() -> None:
+    """Check the command line, then hand over to Megatron."""
+    sys.argv[1:] = cpu_backend.add_missing_flags(sys.argv[1:])
+    environment.skip_dataset_compilation()
+    try:
+        check_command_line(parse_args(extra_args_provider))
+        args = parse_and_validate_args(extra_args_provider)
+        model_config = model_config_from_args(args)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_gpt_moe.py: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    if args.run_dir is not None:
+        if args.rank == 0:
+            write_run_record(args.run_dir, args)
+        install_metrics_writer(args.run_dir)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=get_embedding_ranks,
+    )
+
+
+if __name__ == "__main__":
+    main()
