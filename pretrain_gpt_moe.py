@@ -62,7 +62,7 @@ from megatron_echo.arguments import add_echo_arguments, echo_config_from_args  #
 from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
-from megatron_echo.preflight import check_command_line  # noqa: E402
+from megatron_echo.preflight import check_command_line, explain_failure  # noqa: E402
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -237,6 +237,12 @@ def model_config_from_args(args: Any) -> GPTModelConfig:
     return gpt_config_from_args(args, echo_config_from_args(args), config_class)
 
 
+def report(problem: object) -> None:
+    """Print an error once a node: every local rank finds the same one."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"pretrain_gpt_moe.py: error: {problem}", file=sys.stderr, flush=True)
+
+
 @record
 def main() -> None:
     """Check the command line, then hand over to Megatron."""
@@ -247,20 +253,29 @@ def main() -> None:
         args = parse_and_validate_args(extra_args_provider)
         model_config = model_config_from_args(args)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"pretrain_gpt_moe.py: error: {error}", file=sys.stderr, flush=True)
+        report(error)
         raise SystemExit(2) from error
+    if args.moe_enable_echo:
+        print_rank_0(
+            "WARNING: --moe-enable-echo is checked and recorded, but this version has no clones "
+            "yet: the run uses Megatron's own dropless layer."
+        )
     if args.run_dir is not None:
         if args.rank == 0:
             write_run_record(args.run_dir, args)
         install_metrics_writer(args.run_dir)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        get_embedding_ranks=get_embedding_ranks,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            get_embedding_ranks=get_embedding_ranks,
+        )
+    except BaseException as error:  # torch's CheckpointException is not an Exception
+        if explanation := explain_failure(error, args):
+            report(explanation)
+        raise
 
 
 if __name__ == "__main__":

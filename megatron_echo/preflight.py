@@ -3,9 +3,11 @@
 Megatron finds most of these too, but later, on every rank, as an assertion deep in a traceback.
 """
 
+import errno
 import json
 import os
 import re
+import shutil
 import struct
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,6 +18,23 @@ from megatron_echo import cpu_backend, environment
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
 _INDEX_FIXED_BYTES = len(_INDEX_HEADER) + 8 + 1 + 8 + 8
 _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+_SHAPE_ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "vocab_size",
+    "mtp_num_layers",
+    "swiglu",
+    "normalization",
+    "multi_latent_attention",
+    "untie_embeddings_and_output_weights",
+)
+_FULL_DISK_BYTES = 1 << 20
 
 
 def check_command_line(args: Namespace) -> None:
@@ -30,9 +49,12 @@ def check_command_line(args: Namespace) -> None:
     _check_backend(args)
     _check_layout(args)
     _check_unsupported(args)
-    for prefix in _data_prefixes(args):
-        check_indexed_dataset(prefix)
-    _check_checkpoint(args)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for prefix in _data_prefixes(args):
+            check_indexed_dataset(prefix)
+    if args.rank == 0:
+        _check_save_folder(args)
+        _check_checkpoint(args)
 
 
 def _check_backend(args: Namespace) -> None:
@@ -230,15 +252,32 @@ def latest_checkpoint(folder: str | None) -> Path | None:
     return Path(folder) / ("release" if text == "release" else f"iter_{int(text):07d}")
 
 
+def _check_save_folder(args: Namespace) -> None:
+    if not args.save or "://" in args.save:
+        return
+    try:
+        os.makedirs(args.save, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--save {args.save} cannot be made ({error.strerror}). Give another folder."
+        ) from error
+    if not os.access(args.save, os.W_OK):
+        raise ValueError(f"--save {args.save} cannot be written to. Check its permissions.")
+
+
 def _check_checkpoint(args: Namespace) -> None:
     loaded = latest_checkpoint(args.load)
-    if args.load and loaded is not None and not loaded.is_dir():
-        raise ValueError(
-            f"--load {args.load}: its tracker file names {loaded.name}, which is not there. Write "
-            "the number of an iteration that is there into latest_checkpointed_iteration.txt."
-        )
-    has_adam = environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX
-    if not args.use_distributed_optimizer or has_adam:
+    if loaded is not None:
+        if not loaded.is_dir():
+            raise ValueError(
+                f"--load {args.load}: its tracker file names {loaded.name}, which is not there. "
+                "Write the number of an iteration that is there into "
+                "latest_checkpointed_iteration.txt."
+            )
+        _check_checkpoint_shape(args, loaded)
+    if environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX:
+        return
+    if not args.use_distributed_optimizer:
         return
     if loaded is not None and not args.no_load_optim and not args.finetune:
         raise ValueError(
@@ -247,10 +286,59 @@ def _check_checkpoint(args: Namespace) -> None:
             "torch's Adam. Install one of them, or add --no-load-optim --no-load-rng to load the "
             "weights only."
         )
-    if args.save and args.rank == 0:
+    if args.save:
         print(
             "WARNING: --use-distributed-optimizer with --save, without Transformer Engine or apex: "
             "Megatron-Core 0.19.2 cannot resume the optimizer from these checkpoints, only the "
             "weights (--no-load-optim). Use the plain optimizer to resume here.",
             flush=True,
         )
+
+
+def _check_checkpoint_shape(args: Namespace, checkpoint: Path) -> None:
+    """Compare the flags that decide the tensors' shapes; Megatron checks three of them."""
+    if args.use_checkpoint_args or not (checkpoint / "metadata.json").is_file():
+        return
+    from megatron.core import dist_checkpointing
+
+    saved = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+    differences = []
+    for name in _SHAPE_ARGUMENTS:
+        asked, held = getattr(args, name, None), getattr(saved, name, None)
+        if asked is not None and held is not None and asked != held:
+            differences.append(f"--{name.replace('_', '-')} is {held} there and {asked} here")
+    if differences:
+        raise ValueError(
+            f"--load {args.load} holds a model of another shape ({checkpoint.name}): "
+            f"{'; '.join(differences)}. Use the checkpoint's values (--use-checkpoint-args takes "
+            "them over), or another --load."
+        )
+
+
+def explain_failure(error: BaseException, args: Namespace) -> str | None:
+    """What to tell the user about an exception from training, beyond its traceback.
+
+    Megatron writes checkpoints in worker processes and reports only that one of them failed.
+
+    Returns:
+        A sentence on a full disk and what is still there, or None for any other failure.
+    """
+    if not args.save or not os.path.isdir(args.save):
+        return None
+    kept = latest_checkpoint(args.save)
+    needed = sum(file.stat().st_size for file in kept.iterdir()) if kept else _FULL_DISK_BYTES
+    free = shutil.disk_usage(args.save).free
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            break
+        if "Worker failure" in str(chain) and free < needed:
+            break
+        chain = chain.__cause__ or chain.__context__
+    if chain is None:
+        return None
+    state = f"{kept.name} is complete and untouched" if kept else "No checkpoint is there yet"
+    return (
+        f"The disk of --save {args.save} is full ({free / 1e6:.1f} MB free). {state}; free some "
+        "space, then start again with --load."
+    )

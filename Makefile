@@ -1,0 +1,47 @@
+# make train | test | lint | gpu-check   (ARGS="..." passes flags on to train)
+
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+ARGS ?=
+
+# With PYTHON=... on the command line nothing is installed: that Python must have the packages.
+ifeq ($(origin PYTHON),file)
+READY := $(VENV)/ready
+endif
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test lint format gpu-check goldens overhead
+
+$(VENV)/ready: setup.py constraints.txt
+	@python3.12 --version >/dev/null 2>&1 || { echo "megatron_echo needs Python 3.12: put python3.12 on the PATH, then run make again." >&2; exit 1; }
+	@echo "Installing into $(VENV), once (about 5.5 GB with PyTorch's CUDA libraries) ..."
+	python3.12 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,report,dev]"
+	@touch $@
+
+train: $(READY)
+	@$(PYTHON) tools/main_job.py $(ARGS)
+
+test: $(READY) lint
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
+
+lint: $(READY)
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+format: $(READY)
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+gpu-check: $(READY)
+	$(PYTHON) tools/gpu_check.py
+
+# Records the golden loss curves again and prints what changed.
+goldens: $(READY)
+	$(PYTHON) tests/functional_tests/record_goldens.py $(ARGS)
+
+# Measures the CPU backend's cost a step and writes it into README.md.
+overhead: $(READY)
+	$(PYTHON) benchmarks/cpu_backend_overhead.py --write-readme

@@ -1,0 +1,147 @@
+"""Runs training scripts and small distributed functions for the tests."""
+
+import atexit
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "pretrain_gpt_moe.py"
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+_server: subprocess.Popen | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run left: exit codes by rank (one, under torchrun) and everything it printed."""
+
+    codes: tuple[int, ...]
+    output: str
+
+    def check(self) -> "Result":
+        """Fail the test with the end of the output if a rank failed."""
+        assert not any(self.codes), f"exit codes {self.codes}\n{self.output[-6000:]}"
+        return self
+
+
+def _start_server() -> subprocess.Popen:
+    global _server
+    if _server is None or _server.poll() is not None:
+        _server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "rank_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **_ENVIRONMENT},
+        )
+        atexit.register(_server.kill)
+    return _server
+
+
+def run(
+    argv: Sequence[object],
+    nprocs: int = 1,
+    script: Path = SCRIPT,
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> Result:
+    """Run a script on ``nprocs`` ranks, forked from a process that has imported Megatron."""
+    server = _start_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        job = {
+            "script": str(script),
+            "argv": [str(word) for word in argv],
+            "nprocs": nprocs,
+            "env": env or {},
+            "log": log.name,
+            "timeout": timeout,
+        }
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        return Result(tuple(answer["codes"]), Path(log.name).read_text(errors="replace"))
+
+
+def torchrun_command(
+    argv: Sequence[object], nprocs: int = 1, script: Path = SCRIPT, module: str | None = None
+) -> list[str]:
+    """The command line of a real torchrun on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(nprocs)]
+    command += ["-m", module] if module is not None else []
+    return command + [str(script), *(str(word) for word in argv)]
+
+
+def torchrun(
+    argv: Sequence[object],
+    nprocs: int = 1,
+    script: Path = SCRIPT,
+    module: str | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> Result:
+    """Run a script with torchrun, as a user does.
+
+    Args:
+        module: a module to run with ``-m`` that gets the script as its first argument.
+    """
+    finished = subprocess.run(
+        torchrun_command(argv, nprocs, script, module),
+        env={**os.environ, **_ENVIRONMENT, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Result((finished.returncode,), finished.stdout)
+
+
+def tiny_model(**overrides: object) -> list[str]:
+    """Flags of a model that trains a step in a tenth of a second; ``None`` takes a flag out.
+
+    Args:
+        overrides: flag names with underscores; ``True`` is a flag without a value.
+    """
+    flags: dict[str, object] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "num_experts": 8,
+        "moe_router_topk": 2,
+        "seq_length": 64,
+        "max_position_embeddings": 64,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "attention_dropout": 0,
+        "hidden_dropout": 0,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "train_iters": 4,
+        "lr": 1e-3,
+        "mock_data": True,
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": 128,
+        "num_workers": 0,
+        "log_interval": 1,
+        "eval_iters": 0,
+        **overrides,
+    }
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return words

@@ -1,0 +1,101 @@
+"""Starts groups of training processes quickly: imports torch and Megatron once, then forks.
+
+A torchrun of two ranks spends ten seconds importing before a tiny model trains for one. Reads one
+JSON job a line on standard input and answers with one JSON line::
+
+    {"script": "pretrain_gpt_moe.py", "argv": [...], "nprocs": 2, "env": {}, "log": FILE,
+     "timeout": 300}   ->   {"codes": [0, 0]}
+
+Every rank is a forked process with torchrun's environment variables; if one fails, the others
+are ended. See ``launch.py`` for the side that tests use.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_rank(job: dict, rank: int, port: int) -> None:
+    """In the forked process: become the rank, run the script, never return."""
+    os.setsid()
+    output = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(job["env"])
+    size = str(job["nprocs"])
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=size,
+        LOCAL_WORLD_SIZE=size,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    sys.argv = [job["script"], *job["argv"]]
+    code = 0
+    try:
+        runpy.run_path(job["script"], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_job(job: dict) -> list[int]:
+    """Fork the ranks and wait for them; exit codes as ``subprocess`` gives them."""
+    port = free_port()
+    codes: dict[int, int] = {}
+    pids: dict[int, int] = {}
+    for rank in range(job["nprocs"]):
+        pid = os.fork()
+        if pid == 0:
+            run_rank(job, rank, port)
+        pids[pid] = rank
+    deadline = time.monotonic() + job["timeout"]
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+        failed = any(codes.values()) or time.monotonic() > deadline
+        if failed:
+            time.sleep(0.5)
+            for other in pids:
+                os.killpg(other, signal.SIGKILL)
+        elif pid == 0:
+            time.sleep(0.01)
+    return [codes[rank] for rank in range(job["nprocs"])]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.path.insert(0, str(ROOT))
+    import pretrain_gpt_moe  # noqa: F401
+
+    for line in sys.stdin:
+        answers.write(json.dumps({"codes": run_job(json.loads(line))}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
