@@ -58,7 +58,11 @@ from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
-from megatron_echo.arguments import add_echo_arguments, echo_config_from_args  # noqa: E402
+from megatron_echo.arguments import (  # noqa: E402
+    add_echo_arguments,
+    echo_config_from_args,
+    repair_help,
+)
 from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
@@ -228,6 +232,7 @@ def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
 def extra_args_provider(parser: Any) -> Any:
     """Our flags beside Megatron's, and a usage line in place of all 800 of them."""
     parser.usage = "pretrain_gpt_moe.py [flags]   (--help explains them all)"
+    repair_help(parser)
     return add_echo_arguments(parser)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from argparse import ArgumentParser, Namespace
-from typing import Any, Optional
+from typing import Any
 
 from megatron.core.transformer import MLATransformerConfig
 
@@ -21,7 +21,7 @@ from megatron_echo.config import (
 class RunArguments:
     """Flags of ``pretrain_gpt_moe.py`` that do not belong to the model's configuration."""
 
-    run_dir: Optional[str] = flag(
+    run_dir: str | None = flag(
         None,
         "Folder for this run's records: run.json (resolved flags, versions, layout) and "
         "metrics.jsonl (one line an iteration, full-precision floats under Megatron's names). "
@@ -44,6 +44,17 @@ def add_echo_arguments(parser: ArgumentParser) -> ArgumentParser:
             groups[title] = parser.add_argument_group(f"megatron_echo: {title}")
         _add_flag(groups[title], field)
     return parser
+
+
+def repair_help(parser: ArgumentParser) -> None:
+    """Escape a bare ``%`` in help texts: one of Megatron 0.19.2's makes ``--help`` fail."""
+    for action in parser._actions:
+        if action.help is None:
+            continue
+        try:
+            action.help % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _add_flag(group: Any, field: dataclasses.Field) -> None:
@@ -69,6 +80,19 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     )
 
 
+def refuse_heterogeneous_layers(args: Namespace) -> None:
+    """Refuse the one configuration class of Megatron that cannot carry our fields.
+
+    Raises:
+        ValueError: ``--heterogeneous-layers-config-path`` was given.
+    """
+    if getattr(args, "heterogeneous_layers_config_path", None) is not None:
+        raise ValueError(
+            "--heterogeneous-layers-config-path builds Megatron's own configuration class, which "
+            "cannot carry the flags of megatron_echo. Leave it out, or run Megatron's own script."
+        )
+
+
 def echo_config_from_args(
     args: Namespace,
 ) -> EchoTransformerConfig | EchoMLATransformerConfig:
@@ -87,11 +111,7 @@ def echo_config_from_args(
     """
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    if getattr(args, "heterogeneous_layers_config_path", None) is not None:
-        raise ValueError(
-            "--heterogeneous-layers-config-path builds Megatron's own configuration class, which "
-            "cannot carry the flags of megatron_echo. Leave it out, or run Megatron's own script."
-        )
+    refuse_heterogeneous_layers(args)
     config = core_transformer_config_from_args(args, EchoTransformerConfig)
     if isinstance(config, EchoTransformerConfig):
         return config

@@ -10,11 +10,11 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-Check = Callable[[Any, Any], Optional[str]]
+Check = Callable[[Any, Any], str | None]
 """``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
 
 
@@ -82,7 +82,7 @@ class EchoConfigMixin:
         group="echo",
         check=_check_enable_echo,
     )
-    moe_num_echo_experts: Optional[int] = flag(
+    moe_num_echo_experts: int | None = flag(
         None,
         "Slots for cloned experts, in total over the expert-parallel group. The default, "
         "--num-experts, gives each rank as many slots as it has experts of its own, with which "
@@ -131,9 +131,9 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     expected = value_type(field)
     is_bool_for_int = isinstance(value, bool) and expected is not bool
     if is_bool_for_int or not isinstance(value, expected):
+        choice = "True or False" if expected is bool else f"a value of type {expected.__name__}"
         raise ValueError(
-            f"{flag_name(field.name)} {value!r} is a {type(value).__name__}. "
-            f"Use {'True or False' if expected is bool else f'a value of type {expected.__name__}'}."
+            f"{flag_name(field.name)} {value!r} is a {type(value).__name__}. Use {choice}."
         )
 
 

@@ -57,7 +57,7 @@ class _PatchList:
         """Set an environment variable that the user left unset."""
         if name not in os.environ:
             os.environ[name] = value
-            self._undo.append(lambda: os.environ.pop(name, None))
+            self._undo.append(lambda: os.environ.__delitem__(name))
             self.names.append(f"${name}")
 
     def on_undo(self, action: Callable[[], None]) -> None:
@@ -387,9 +387,9 @@ def _drop_rng_warning(entry: logging.LogRecord) -> bool:
 def _disable_dynamo() -> None:
     """Megatron wraps its fusions in ``torch.compile``; run them eagerly."""
     _patches.set_default_env("TORCHDYNAMO_DISABLE", "1")
-    dynamo = sys.modules.get("torch._dynamo.config")
-    if dynamo is not None and not getattr(dynamo, "disable"):
-        setattr(dynamo, "disable", True)
+    dynamo: Any = sys.modules.get("torch._dynamo.config")
+    if dynamo is not None and not dynamo.disable:
+        dynamo.disable = True
         _patches.on_undo(lambda: setattr(dynamo, "disable", False))
 
 

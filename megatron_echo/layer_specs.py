@@ -44,7 +44,7 @@ def replace_modules(spec: Any, replacements: dict[Any, Any]) -> Any:
     if isinstance(spec, functools.partial):
         keywords = {k: replace_modules(v, replacements) for k, v in spec.keywords.items()}
         return functools.partial(replace_modules(spec.func, replacements), *spec.args, **keywords)
-    if dataclasses.is_dataclass(spec):
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         changes = {
             field.name: replace_modules(getattr(spec, field.name), replacements)
             for field in dataclasses.fields(spec)

@@ -32,6 +32,7 @@ class LocalNorm:
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> LayerNormInterface:
+        """Build the norm over the last dimension, of ``hidden_size`` features."""
         norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         if config.normalization not in norms:
             raise ValueError(
@@ -48,7 +49,7 @@ class LocalNorm:
                 )
         norm = norms[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
-            setattr(parameter, "sequence_parallel", config.sequence_parallel)
+            parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 
@@ -88,7 +89,9 @@ class LocalCoreAttention(DotProductAttention):
                     "only. Leave --window-size out, or install Transformer Engine."
                 )
             groups = self.pg_collection
-            self.cp_group = getattr(groups, "cp", None) or parallel_state.get_context_parallel_group()
+            self.cp_group = (
+                getattr(groups, "cp", None) or parallel_state.get_context_parallel_group()
+            )
 
     def forward(
         self,

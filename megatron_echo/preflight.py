@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_echo import cpu_backend, environment
+from megatron_echo.arguments import refuse_heterogeneous_layers
 
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
 _INDEX_FIXED_BYTES = len(_INDEX_HEADER) + 8 + 1 + 8 + 8
@@ -95,7 +96,10 @@ def _check_layout(args: Namespace) -> None:
         args.world_size,
     )
     if args.num_experts and args.num_experts % experts:
-        below, above = args.num_experts // experts * experts, -(-args.num_experts // experts) * experts
+        below, above = (
+            args.num_experts // experts * experts,
+            -(-args.num_experts // experts) * experts,
+        )
         choice = f"{below} or {above}" if below else str(above)
         raise ValueError(
             f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size "
@@ -121,6 +125,7 @@ def _check_divides(sizes: dict[str, int], world_size: int) -> None:
 
 
 def _check_unsupported(args: Namespace) -> None:
+    refuse_heterogeneous_layers(args)
     for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"):
         if getattr(args, name, False):
             raise ValueError(
@@ -220,7 +225,8 @@ def check_indexed_dataset(prefix: str) -> None:
     needed = last_position + last_length * _TOKEN_BYTES[code]
     if bin_size < needed:
         raise ValueError(
-            f"{prefix}.bin is truncated: {bin_size} bytes where its index announces {needed}. {again}"
+            f"{prefix}.bin is truncated: {bin_size} bytes where its index announces {needed}. "
+            + again
         )
 
 

@@ -1,7 +1,10 @@
 """Shared by all tests: the CPU backend is on before anything imports Megatron."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
@@ -9,3 +12,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 from megatron_echo import cpu_backend  # noqa: E402
 
 cpu_backend.enable(verbose=False)
+
+
+@pytest.fixture
+def single_rank() -> Iterator[None]:
+    """Megatron's parallel state of a run with one process."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

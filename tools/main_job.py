@@ -162,7 +162,9 @@ def main() -> None:
     print(f"  training loss    {trained[0]['lm loss']:.3f} -> {trained[-1]['lm loss']:.3f} nats")
     if held_out is not None:
         verdict = "below" if held_out < unigram else "NOT below"
-        print(f"  held-out loss    {held_out:.3f} nats, {verdict} the unigram entropy {unigram:.3f}")
+        print(
+            f"  held-out loss    {held_out:.3f} nats, {verdict} the unigram entropy {unigram:.3f}"
+        )
     print(f"  speed            {tokens / seconds:,.0f} tokens/s (median iteration {seconds:.3f} s)")
     print(f"  loss plot        {plot}")
     print(f"  metrics          {run_dir / 'metrics.jsonl'}, {run_dir / 'run.json'}")

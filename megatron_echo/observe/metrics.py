@@ -81,10 +81,11 @@ class MetricsWriter:
         if not self.path.exists():
             return
         text = self.path.read_text()
-        kept = [line for line in text.splitlines() if json.loads(line)["iteration"] < iteration]
-        if len(kept) < text.count("\n"):
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        kept = "".join(line for line in whole if json.loads(line)["iteration"] < iteration)
+        if kept != text:
             _set_aside(self.path)
-            self.path.write_text("".join(line + "\n" for line in kept))
+            self.path.write_text(kept)
 
     def write_line(self) -> None:
         """Bring the current iteration's line in the file up to date."""

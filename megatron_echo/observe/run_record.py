@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def write_run_record(run_dir: str | os.PathLike, args: Namespace) -> Path:
     if path.exists():
         _set_aside(path)
     record = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "versions": environment.versions(),
         "python": sys.version.split()[0],

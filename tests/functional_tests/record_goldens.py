@@ -1,6 +1,6 @@
 """Record golden loss curves again and print how they differ from the old ones.
 
-    python tests/functional_tests/record_goldens.py [CASE ...] [--dry-run]
+python tests/functional_tests/record_goldens.py [CASE ...] [--dry-run]
 """
 
 import argparse

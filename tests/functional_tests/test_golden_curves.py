@@ -13,13 +13,17 @@ OTHER_INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
 @pytest.mark.parametrize("name", golden.case_names())
 def test_curve(name: str, tmp_path: Path) -> None:
     case = golden.load_case(name)
-    assert golden.compare(golden.run_case(case, tmp_path), golden.read_golden(case.golden_file)) == []
+    assert (
+        golden.compare(golden.run_case(case, tmp_path), golden.read_golden(case.golden_file)) == []
+    )
 
 
 def test_curve_with_other_instructions(tmp_path: Path) -> None:
     """One case again through a real torchrun, with AVX2 arithmetic."""
     case = dataclasses.replace(golden.load_case("moe_allgather_ep2"), env_vars=OTHER_INSTRUCTIONS)
-    assert golden.compare(golden.run_case(case, tmp_path), golden.read_golden(case.golden_file)) == []
+    assert (
+        golden.compare(golden.run_case(case, tmp_path), golden.read_golden(case.golden_file)) == []
+    )
 
 
 @pytest.mark.parametrize("metric", ["lm loss", "grad-norm"])

@@ -11,11 +11,11 @@ import launch
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_echo.observe.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("single_rank")  # Megatron's checkpoint reader wants a group
 SLOW_SAVE = Path(__file__).resolve().parent / "slow_save.py"
 TIME_KEYS = ("iteration-time",)
 
@@ -25,13 +25,9 @@ def without_times(lines: list[dict]) -> list[dict]:
 
 
 def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, model and optimizer; Megatron's reader wants a group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        content = dist_checkpointing.load_plain_tensors(str(folder / f"iter_{iteration:07d}"))
-        return {name: value for name, value in content.items() if torch.is_tensor(value)}
-    finally:
-        dist.destroy_process_group()
+    """Every tensor of a checkpoint, model and optimizer."""
+    content = dist_checkpointing.load_plain_tensors(str(folder / f"iter_{iteration:07d}"))
+    return {name: value for name, value in content.items() if torch.is_tensor(value)}
 
 
 def test_resume_is_bit_for_bit_the_straight_run(tmp_path: Path, text_flags: dict) -> None:
@@ -82,7 +78,9 @@ def test_kill_during_a_save_keeps_the_previous_checkpoint(tmp_path: Path, text_f
         stderr=subprocess.DEVNULL,
     )
     wait_for(tmp_path / "ckpt" / "iter_0000004" / "slow", process)
-    ranks = [p for p in psutil.Process(process.pid).children() if "slow_save.py" in str(p.cmdline())]
+    ranks = [
+        p for p in psutil.Process(process.pid).children() if "slow_save.py" in str(p.cmdline())
+    ]
     ranks[1].send_signal(signal.SIGKILL)
     assert process.wait(120) != 0
     assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "2"

@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from megatron_echo.observe.metrics import MetricsWriter, read_metrics
+
+
+class Clock:
+    """Seconds of training, moved by the test."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def write_iterations(writer: MetricsWriter, clock: Clock, *iterations: int) -> None:
+    for iteration in iterations:
+        clock.seconds += 0.5 + iteration
+        writer.add_scalar("lm loss", torch.tensor(1 / 3, dtype=torch.float64), iteration)
+        writer.add_scalar("lm loss vs samples", 9.0, iteration * 8)
+        writer.add_scalar("iteration-time", 123.0, iteration)
+        writer.add_scalar("grad-norm", 0.1, iteration)
+    writer.flush()
+
+
+def test_a_line_an_iteration_with_full_precision(tmp_path: Path) -> None:
+    clock = Clock()
+    writer = MetricsWriter(tmp_path, clock)
+    write_iterations(writer, clock, 1, 2)
+    assert read_metrics(tmp_path) == [
+        {"iteration": 1, "iteration-time": 1.5, "lm loss": 1 / 3, "grad-norm": 0.1},
+        {"iteration": 2, "iteration-time": 2.5, "lm loss": 1 / 3, "grad-norm": 0.1},
+    ]
+
+
+def test_validation_joins_the_line_of_its_iteration(tmp_path: Path) -> None:
+    clock = Clock()
+    writer = MetricsWriter(tmp_path, clock)
+    write_iterations(writer, clock, 1)
+    writer.add_scalar("lm loss validation", 2.5, 1)
+    write_iterations(writer, clock, 2)
+    first, second = read_metrics(tmp_path)
+    assert first["lm loss validation"] == 2.5
+    assert "lm loss validation" not in second
+
+
+def test_values_that_json_lacks_become_strings(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, Clock())
+    for step, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+        writer.add_scalar("lm loss", value, step)
+    writer.flush()
+    assert [line["lm loss"] for line in read_metrics(tmp_path)] == ["nan", "inf", "-inf"]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_a_restart_sets_the_repeated_lines_aside(tmp_path: Path) -> None:
+    clock = Clock()
+    write_iterations(MetricsWriter(tmp_path, clock), clock, 1, 2, 3, 4)
+    write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 3)
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    kept = (tmp_path / "metrics.1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in kept] == [1, 2, 3, 4]
+    write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 4)
+    assert not (tmp_path / "metrics.2.jsonl").exists()
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_line_cut_short_by_a_crash_does_not_stop_the_restart(tmp_path: Path) -> None:
+    clock = Clock()
+    write_iterations(MetricsWriter(tmp_path, clock), clock, 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 2)
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_everything_is_passed_on_to_tensorboard(tmp_path: Path) -> None:
+    tensorboard = Mock()
+    writer = MetricsWriter(tmp_path, Clock(), tensorboard)
+    writer.add_scalar("lm loss", 1.0, 3)
+    writer.add_text("lr", "1e-3", global_step=0)
+    writer.flush()
+    tensorboard.add_scalar.assert_called_once_with("lm loss", 1.0, 3)
+    tensorboard.add_text.assert_called_once_with("lr", "1e-3", global_step=0)
+    tensorboard.flush.assert_called_once_with()
+    assert MetricsWriter(tmp_path, Clock()).add_text("lr", "1") is None
+
+
+def test_reading_a_run_without_metrics(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--run-dir"):
+        read_metrics(tmp_path)

@@ -1,0 +1,189 @@
+import json
+import struct
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from build_corpus import write_dataset
+from megatron.training.arguments import parse_args
+
+from megatron_echo import cpu_backend, preflight
+from megatron_echo.arguments import add_echo_arguments
+
+HEADER_BYTES = 34
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    """A small, whole dataset."""
+    source = tmp_path / "a.py"
+    source.write_text("print('hello')\n" * 50)
+    write_dataset(tmp_path / "text", [source, source])
+    return str(tmp_path / "text")
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch):
+    """Parses a command line with Megatron's parser, on a given number of processes."""
+
+    def parse(*argv: str, world_size: int = 1) -> Namespace:
+        words = cpu_backend.add_missing_flags(argv, verbose=False)
+        monkeypatch.setattr("sys.argv", ["pretrain_gpt_moe.py", *words])
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        return parse_args(add_echo_arguments)
+
+    return parse
+
+
+def cut(path: str, size: int) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:size])
+
+
+def test_a_whole_dataset_passes(prefix: str) -> None:
+    preflight.check_indexed_dataset(prefix)
+
+
+@pytest.mark.parametrize("extension", [".bin", ".idx"])
+def test_a_missing_file(prefix: str, extension: str) -> None:
+    Path(prefix + extension).unlink()
+    with pytest.raises(ValueError, match=rf"{extension} does not exist\. Give the prefix"):
+        preflight.check_indexed_dataset(prefix)
+
+
+@pytest.mark.parametrize("size", [0, 5, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 20])
+def test_a_truncated_index(prefix: str, size: int) -> None:
+    cut(prefix + ".idx", size)
+    with pytest.raises(ValueError, match=r"text\.idx is (truncated|not a Megatron index)"):
+        preflight.check_indexed_dataset(prefix)
+
+
+@pytest.mark.parametrize("missing", [1, 700])
+def test_truncated_data(prefix: str, missing: int) -> None:
+    cut(prefix + ".bin", Path(prefix + ".bin").stat().st_size - missing)
+    with pytest.raises(ValueError, match=r"text\.bin is truncated: \d+ bytes where its index"):
+        preflight.check_indexed_dataset(prefix)
+
+
+def test_a_foreign_file_and_an_unknown_type(prefix: str) -> None:
+    content = Path(prefix + ".idx").read_bytes()
+    Path(prefix + ".idx").write_bytes(content[:17] + b"\x63" + content[18:])
+    with pytest.raises(ValueError, match="unknown type code 99"):
+        preflight.check_indexed_dataset(prefix)
+    Path(prefix + ".idx").write_bytes(b"PK\x03\x04" * 50)
+    with pytest.raises(ValueError, match="not a Megatron index"):
+        preflight.check_indexed_dataset(prefix)
+
+
+def test_an_unreadable_file(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.os, "access", lambda path, mode: not path.endswith(".bin"))
+    with pytest.raises(ValueError, match=r"text\.bin cannot be read\. Check its permissions"):
+        preflight.check_indexed_dataset(prefix)
+
+
+def test_an_empty_dataset(tmp_path: Path) -> None:
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 0, 1) + struct.pack("<q", 0)
+    (tmp_path / "x.idx").write_bytes(head)
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no sequences"):
+        preflight.check_indexed_dataset(str(tmp_path / "x"))
+
+
+def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Path) -> None:
+    preflight.check_command_line(parsed("--data-path", "0.3", prefix, "0.7", prefix))
+    with pytest.raises(ValueError, match=r"absent\.bin does not exist"):
+        preflight.check_command_line(parsed("--data-path", "0.3", prefix, "0.7", "absent"))
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": [prefix], "valid": f"1.0 {prefix}", "test": None}))
+    preflight.check_command_line(parsed("--per-split-data-args-path", str(splits)))
+    splits.write_text("{")
+    with pytest.raises(ValueError, match=r"splits\.json is not JSON"):
+        preflight.check_command_line(parsed("--per-split-data-args-path", str(splits)))
+    with pytest.raises(ValueError, match=r"--data-args-path nowhere cannot be read"):
+        preflight.check_command_line(parsed("--data-args-path", "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "message"),
+    [
+        ("--tensor-model-parallel-size 2", 1, r"needs a multiple of 2 processes, and 1 were"),
+        (
+            "--pipeline-model-parallel-size 2 --context-parallel-size 2",
+            2,
+            r"--pipeline-model-parallel-size 2 x --context-parallel-size 2 needs a multiple of 4",
+        ),
+        ("--expert-model-parallel-size 4 --num-experts 8", 2, r"multiple of 4 processes, and 2"),
+        (
+            "--expert-model-parallel-size 4 --num-experts 10",
+            4,
+            r"--num-experts 10 is not divisible by --expert-model-parallel-size 4. Use 8 or 12.",
+        ),
+        ("--expert-model-parallel-size 2", 2, r"needs a mixture of experts. Give --num-experts"),
+        ("--sft", 1, r"--sft is not supported by pretrain_gpt_moe.py"),
+        ("--distributed-backend nccl", 1, r"--distributed-backend nccl needs a CUDA device"),
+        (
+            "--use-cpu-initialization --expert-model-parallel-size 2 --num-experts 2",
+            2,
+            r"--use-cpu-initialization gives every expert-parallel rank the same experts",
+        ),
+    ],
+)
+def test_a_command_line_that_cannot_work(parsed, flags: str, world_size: int, message: str) -> None:
+    args = parsed("--mock-data", *flags.split(), world_size=world_size)
+    with pytest.raises(ValueError, match=message):
+        preflight.check_command_line(args)
+
+
+def test_no_data(parsed) -> None:
+    with pytest.raises(ValueError, match="--mock-data"):
+        preflight.check_command_line(parsed())
+
+
+def test_trackers(tmp_path: Path) -> None:
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    assert preflight.latest_checkpoint(None) is None
+    assert preflight.latest_checkpoint(str(tmp_path)) is None
+    tracker.write_text("12\n")
+    assert preflight.latest_checkpoint(str(tmp_path)) == tmp_path / "iter_0000012"
+    tracker.write_text("release")
+    assert preflight.latest_checkpoint(str(tmp_path)) == tmp_path / "release"
+    tracker.write_text("1e")
+    with pytest.raises(ValueError, match=r"holds '1e', neither an iteration"):
+        preflight.latest_checkpoint(str(tmp_path))
+
+
+def test_a_tracker_that_names_nothing(parsed, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
+    with pytest.raises(ValueError, match="iter_0000012, which is not there"):
+        preflight.check_command_line(parsed("--mock-data", "--load", str(tmp_path)))
+
+
+def test_a_folder_that_cannot_be_made(parsed, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--save .*file/ckpt cannot be made \(Not a directory\)"):
+        preflight.check_command_line(parsed("--mock-data", "--save", str(tmp_path / "file/ckpt")))
+
+
+def test_dist_optimizer_says_at_the_start_that_it_cannot_resume(
+    parsed, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ("--mock-data", "--use-distributed-optimizer")
+    preflight.check_command_line(parsed(*flags, "--save", str(tmp_path)))
+    assert "cannot resume the optimizer" in capsys.readouterr().out
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "iter_0000003").mkdir()
+    with pytest.raises(ValueError, match=r"cannot resume from --load .* add --no-load-optim"):
+        preflight.check_command_line(parsed(*flags, "--load", str(tmp_path)))
+    preflight.check_command_line(parsed(*flags, "--load", str(tmp_path), "--no-load-optim"))
+
+
+def test_only_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = Namespace(save=str(tmp_path))
+    assert preflight.explain_failure(ValueError("x"), args) is None
+    assert preflight.explain_failure(RuntimeError("Worker failure"), args) is None
+    full = RuntimeError("outer")
+    full.__cause__ = OSError(28, "No space left on device")
+    assert "No checkpoint is there yet" in (preflight.explain_failure(full, args) or "")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Namespace(free=10))
+    assert "is full" in (preflight.explain_failure(RuntimeError("Worker failure"), args) or "")
+    assert preflight.explain_failure(full, Namespace(save=None)) is None
