@@ -10,7 +10,6 @@ setup(
     description="Balanced, sync-free, static-shape dropless MoE training on Megatron-Core",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     packages=find_packages(include=["megatron_echo", "megatron_echo.*"]),
     package_data={"megatron_echo": ["py.typed"]},
     python_requires=">=3.12",
