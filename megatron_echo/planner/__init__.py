@@ -1,0 +1,10 @@
+"""Which experts to clone where, and whose tokens go to which copy.
+
+The planner is pure: integer tensors in, integer tensors out, no process group, no host read. Every
+rank that runs it on the same counts gets the same bits.
+"""
+
+from megatron_echo.planner.balance import balance_bound, plan_clones
+from megatron_echo.planner.plan import ClonePlan
+
+__all__ = ["ClonePlan", "balance_bound", "plan_clones"]

@@ -1,0 +1,281 @@
+"""Who clones what: exact balance where the slots allow it, with few clones.
+
+Tokens are moved from ranks above the bound ("donors", by their home experts) to ranks below it
+("receivers"). Two algorithms, both in integers and with trip counts that depend on shapes only:
+
+* at least ``E // R`` slots: an alias table over the *ranks*, then each donor's tokens over its
+  experts. Exact for every input (:func:`_alias_table`).
+* fewer slots: a greedy over *experts*, run for several targets at once; the best result wins
+  (:func:`_greedy`).
+
+Ties go to the lower index everywhere, so the same counts give the same bits on every device.
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_echo.planner.plan import ClonePlan
+
+Number = TypeVar("Number", int, Tensor)
+
+MAX_RANKS = 256
+MAX_EXPERTS = 1024
+INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 3, 1
+"""A clone inside the node costs 1, across nodes 3: a receiver inside is worth three times."""
+
+_MILLION = 10**6
+_INDEX_BITS = 10
+_INDEX_MASK = (1 << _INDEX_BITS) - 1
+# Targets of the greedy, in thousandths of the way from the bound to the load before planning,
+# each with and without letting a donor give more than its excess.
+_TARGET_STEPS = (0, 10, 20, 40, 80, 150, 300)
+
+
+def balance_bound(total: Number, num_ranks: int, tolerance: float = 0.0) -> Number:
+    """The load that no rank may exceed: ``ceil(mean)``, or ``(1 + tolerance) * mean`` if higher.
+
+    The one place where the bound is computed, in integers: the tolerance is rounded to millionths
+    once, ``max(ceil(total / R), floor((10^6 + round(10^6 tolerance)) total / (10^6 R)))``. It also
+    sizes the receive buffer, from the token budget ``T * K`` of a rank times R.
+
+    Args:
+        total: tokens over all ranks, an int or an int64 tensor, up to 2^49.
+        num_ranks: R.
+        tolerance: allowed excess over the mean, 0.02 for 2 %.
+    """
+    scale, unit = _MILLION + round(_MILLION * tolerance), _MILLION * num_ranks
+    whole, rest = total // unit, total % unit  # the product scale * total may pass 2^63
+    relaxed = scale * whole + scale * rest // unit
+    exact = -(-total // num_ranks)
+    if isinstance(total, Tensor):
+        return torch.maximum(relaxed, exact)
+    return max(relaxed, exact)
+
+
+def plan_clones(
+    counts: Tensor,
+    num_slots: int,
+    tolerance: float = 0.0,
+    min_tokens_per_clone: int = 0,
+    ranks_per_node: int | None = None,
+) -> ClonePlan:
+    """Plan the clones of one layer and microbatch.
+
+    With ``num_slots >= E // R`` no rank's load exceeds :func:`balance_bound`, whatever the counts:
+    every receiver is filled from one home rank and so needs at most that rank's ``E // R``
+    experts. (The alias-table construction: give the emptiest receiver its whole deficit from a
+    donor, close it, repeat. A donor has more than the bound, a deficit is at most the bound, so
+    one donor always suffices; the sum of excesses never exceeds that of deficits, so when R - 1
+    ranks are closed the last one is within the bound too.) With fewer slots the plan is the best
+    of several greedy ones; ``load_after`` certifies what was reached, never worse than before.
+
+    Args:
+        counts: int64 ``[R, E]``, tokens that source rank ``r`` routes to expert ``e``.
+        num_slots: S, clone slots on each rank.
+        tolerance: stop once the highest load is within ``balance_bound(total, R, tolerance)``.
+            More tolerance, fewer clones.
+        min_tokens_per_clone: clones with fewer tokens are given up where their home rank can
+            keep the tokens within the bound; the bound always wins.
+        ranks_per_node: ranks that share a node (consecutive ranks); clones then stay inside the
+            node while the balance allows it. None if all links are alike.
+
+    Raises:
+        ValueError: shapes or settings that do not fit together.
+    """
+    _check(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
+    ranks, experts = counts.shape
+    per_rank = experts // ranks
+    tokens = counts.sum(0)
+    load_before = tokens.reshape(ranks, per_rank).sum(1)
+    bound = balance_bound(load_before.sum(), ranks, tolerance)
+    if num_slots == 0 or ranks == 1:
+        moved = tokens.new_zeros(experts, ranks)
+    elif num_slots >= per_rank:
+        moved = _alias_table(tokens, load_before, bound, ranks_per_node)
+    else:
+        moved = _greedy(tokens, load_before, bound, num_slots, ranks_per_node)
+    if min_tokens_per_clone > 0:
+        moved = _give_up_small_clones(moved, load_before, bound, min_tokens_per_clone)
+    home = torch.arange(experts, device=counts.device) // per_rank
+    is_home = home[:, None] == torch.arange(ranks, device=counts.device)
+    stay = tokens - moved.sum(1)
+    return ClonePlan(
+        counts=counts,
+        slot_expert=_slots(moved, num_slots),
+        allocation=torch.where(is_home, stay[:, None], moved),
+        load_before=load_before,
+        load_after=stay.reshape(ranks, per_rank).sum(1) + moved.sum(0),
+        num_clones=(moved > 0).sum(),
+        ranks_per_node=ranks_per_node,
+    )
+
+
+def _check(
+    counts: Tensor,
+    num_slots: int,
+    tolerance: float,
+    min_tokens_per_clone: int,
+    ranks_per_node: int | None,
+) -> None:
+    if counts.dtype != torch.int64 or counts.dim() != 2:
+        raise ValueError(
+            f"counts is {counts.dtype} {tuple(counts.shape)}. Give an int64 tensor [ranks, experts]."
+        )
+    ranks, experts = counts.shape
+    if ranks == 0 or experts == 0 or experts % ranks:
+        raise ValueError(f"{experts} experts do not fit {ranks} ranks. Use a positive multiple.")
+    if ranks > MAX_RANKS or experts > MAX_EXPERTS:
+        raise ValueError(
+            f"counts is {ranks} x {experts}. At most {MAX_RANKS} ranks and {MAX_EXPERTS} experts."
+        )
+    if num_slots < 0 or tolerance < 0 or min_tokens_per_clone < 0:
+        raise ValueError(
+            f"num_slots {num_slots}, tolerance {tolerance} and min_tokens_per_clone "
+            f"{min_tokens_per_clone} must not be negative."
+        )
+    if ranks_per_node is not None and (ranks_per_node < 1 or ranks % ranks_per_node):
+        raise ValueError(
+            f"ranks_per_node {ranks_per_node} does not divide {ranks} ranks. Use a divisor or None."
+        )
+
+
+def _keys(values: Tensor) -> Tensor:
+    """Values with their (reversed) index in the low bits: a maximum then names its first place."""
+    last = torch.arange(values.shape[-1], device=values.device).neg_().add_(_INDEX_MASK)
+    return (values << _INDEX_BITS) + last
+
+
+def _first_max(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value in the last dimension of ``_keys`` and the first index that has it."""
+    top = keys.amax(-1, keepdim=True)
+    return top >> _INDEX_BITS, _INDEX_MASK - (top & _INDEX_MASK)
+
+
+def _alias_table(
+    tokens: Tensor, load: Tensor, bound: Tensor, ranks_per_node: int | None
+) -> Tensor:
+    """Tokens moved, ``[E, R]``, with one home rank for each receiver.
+
+    Ranks first: R - 1 times, the fullest donor fills the emptiest open receiver up to the bound.
+    Then, for all home ranks at once, the largest open quota takes from the largest remaining
+    expert, until the quotas are served: at most ``R - 1`` receivers plus ``E // R`` exhausted
+    experts, so ``R - 2 + E // R`` rounds.
+    """
+    ranks = load.shape[0]
+    per_rank = tokens.shape[0] // ranks
+    excess = load - bound
+    is_open = torch.ones_like(excess, dtype=torch.bool)
+    node = torch.arange(ranks, device=load.device) // (ranks_per_node or ranks)
+    quota = load.new_zeros(ranks, ranks)
+    for _ in range(ranks - 1):
+        donor_excess, donor = _first_max(_keys(excess))
+        need = torch.where(is_open, -excess, 0).clamp_(min=0)
+        worth = need
+        if ranks_per_node is not None:
+            inside = node == node.gather(0, donor)
+            worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+        _, receiver = _first_max(_keys(worth))
+        given = torch.where(donor_excess > 0, need.gather(0, receiver), 0)
+        quota.view(-1).scatter_add_(0, donor * ranks + receiver, given)
+        excess.scatter_add_(0, donor, -given)
+        excess.scatter_add_(0, receiver, given)
+        is_open.scatter_(0, receiver, is_open.gather(0, receiver) & (given == 0))
+    return _serve_quotas(quota, tokens.reshape(ranks, per_rank))
+
+
+def _serve_quotas(quota: Tensor, experts: Tensor) -> Tensor:
+    """Deal each home rank's quotas ``[R, R]`` over its experts' tokens ``[R, m]``: ``[E, R]``."""
+    ranks, per_rank = experts.shape
+    moved = quota.new_zeros(ranks, per_rank * ranks)
+    quota_keys, expert_keys = _keys(quota), _keys(experts)
+    for _ in range(ranks - 2 + per_rank):
+        wanted, receiver = _first_max(quota_keys)
+        held, expert = _first_max(expert_keys)
+        piece = torch.minimum(wanted, held)
+        moved.scatter_add_(1, expert * ranks + receiver, piece)
+        taken = piece << _INDEX_BITS
+        quota_keys.scatter_add_(1, receiver, -taken)
+        expert_keys.scatter_add_(1, expert, -taken)
+    return moved.view(ranks * per_rank, ranks)
+
+
+def _greedy(
+    tokens: Tensor, load: Tensor, bound: Tensor, num_slots: int, ranks_per_node: int | None
+) -> Tensor:
+    """Tokens moved, ``[E, R]``, with at most ``num_slots`` experts to a receiver.
+
+    ``R * S`` times: the fullest donor gives the emptiest receiver with a free slot as much as it
+    needs of the donor's largest expert that is not cloned there yet. Several targets are tried at
+    once (dimension V), because a bound that the slots cannot reach is a bad target; the plan with
+    the lowest maximum wins, then the one with fewer clones, then the earlier one.
+    """
+    ranks = load.shape[0]
+    per_rank = tokens.shape[0] // ranks
+    device = load.device
+    steps = torch.tensor(_TARGET_STEPS, device=device)
+    targets = (bound + (load.max() - bound).clamp(min=0) * steps // 1000).repeat(2)
+    variants = targets.shape[0]
+    may_overshoot = torch.arange(variants, device=device)[:, None] < len(_TARGET_STEPS)
+    excess = load - targets[:, None]
+    free = torch.full_like(excess, num_slots)
+    left = tokens.reshape(1, ranks, per_rank).repeat(variants, 1, 1)
+    moved = left.new_zeros(variants, ranks, ranks * per_rank)  # [V, receiver, expert]
+    columns = torch.arange(per_rank, device=device)
+    node = torch.arange(ranks, device=device) // (ranks_per_node or ranks)
+    for _ in range(ranks * num_slots):
+        donor_excess, donor = _first_max(_keys(excess))
+        need = torch.where(free > 0, -excess, 0).clamp_(min=0)
+        worth = need
+        if ranks_per_node is not None:
+            inside = node == node[donor]
+            worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+        _, receiver = _first_max(_keys(worth))
+        row = donor.unsqueeze(2).expand(variants, 1, per_rank)
+        place = (receiver * ranks + donor) * per_rank + columns
+        cloned = moved.view(variants, -1).gather(1, place) > 0
+        available = torch.where(cloned, 0, left.gather(1, row).squeeze(1))
+        held, expert = _first_max(_keys(available))
+        piece = torch.minimum(need.gather(1, receiver), held)
+        piece = torch.where(may_overshoot, piece, torch.minimum(piece, donor_excess))
+        piece = torch.where(donor_excess > 0, piece, 0)
+        moved.view(variants, -1).scatter_add_(1, place.gather(1, expert), piece)
+        left.view(variants, -1).scatter_add_(1, donor * per_rank + expert, -piece)
+        excess.scatter_add_(1, donor, -piece)
+        excess.scatter_add_(1, receiver, piece)
+        # A receiver that found nothing to take is given up, so that the others get their turn.
+        used = torch.where(piece > 0, 1, num_slots)
+        free.scatter_add_(1, receiver, -used)
+    highest = (excess + targets[:, None]).amax(1)
+    clones = (moved > 0).flatten(1).sum(1)
+    reached = torch.maximum(highest, bound)
+    others = torch.where(reached == reached.amin(), 0, ranks * num_slots + 1)
+    _, best = _first_max(_keys(-(clones + others)))
+    return moved.index_select(0, best).squeeze(0).t().contiguous()
+
+
+def _give_up_small_clones(moved: Tensor, load: Tensor, bound: Tensor, minimum: int) -> Tensor:
+    """Return clones of fewer than ``minimum`` tokens to home ranks with room for them.
+
+    On each home rank the smallest go first, for as long as their sum fits under the bound.
+    """
+    experts, ranks = moved.shape
+    by_home = moved.reshape(ranks, -1)
+    after = load - by_home.sum(1) + moved.sum(0)
+    small = torch.where((by_home > 0) & (by_home < minimum), by_home, torch.iinfo(torch.int64).max)
+    size, order = small.sort(dim=1, stable=True)
+    size = torch.where(size == torch.iinfo(torch.int64).max, 0, size)
+    fits = size.cumsum(1) <= (bound - after)[:, None]
+    dropped = torch.zeros_like(by_home).scatter_(1, order, torch.where(fits, size, 0))
+    return (by_home - dropped).view(experts, ranks)
+
+
+def _slots(moved: Tensor, num_slots: int) -> Tensor:
+    """The experts cloned on each rank, ascending, ``[R, S]``; -1 where a slot is unused."""
+    experts, ranks = moved.shape
+    used = (moved > 0).t()
+    position = torch.where(used, used.cumsum(1) - 1, num_slots)  # the last column is thrown away
+    slots = moved.new_full((ranks, num_slots + 1), -1)
+    index = torch.arange(experts, device=moved.device).expand(ranks, experts)
+    return slots.scatter_(1, position, index)[:, :num_slots].contiguous()

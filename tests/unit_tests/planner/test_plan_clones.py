@@ -1,0 +1,243 @@
+"""Invariants of the planner (property tests) and its edge cases."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from megatron_echo.planner import ClonePlan, balance_bound, plan_clones
+
+settings.register_profile("planner", deadline=None, max_examples=150, print_blob=True)
+settings.load_profile("planner")
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
+    """Counts ``[R, E]`` of many shapes and skews, up to 2^31, and a number of slots."""
+    ranks = draw(st.integers(1, 9))
+    per_rank = draw(st.integers(1, 5))
+    slots = draw(st.integers(0, per_rank + 2))
+    largest = draw(st.sampled_from([1, 3, 50, 1000, 2**24 + 1, 2**31]))
+    seed = draw(st.integers(0, 2**31))
+    kind = draw(st.sampled_from(["even", "skewed", "sparse", "one expert", "one rank", "ties"]))
+    generator = torch.Generator().manual_seed(seed)
+    shape = (ranks, ranks * per_rank)
+    counts = torch.randint(0, largest + 1, shape, generator=generator)
+    popularity = torch.rand(shape[1], generator=generator) ** 6
+    if kind == "skewed":
+        counts = (counts * popularity).long()
+    elif kind == "sparse":
+        counts = counts * (torch.rand(shape, generator=generator) < 0.15)
+    elif kind == "one expert":
+        counts = counts * (torch.arange(shape[1]) == seed % shape[1])
+    elif kind == "one rank":
+        counts = counts * (torch.arange(shape[1]) // per_rank == seed % ranks)
+    elif kind == "ties":
+        counts = torch.full(shape, largest) * (torch.arange(shape[1]) % 2 == seed % 2)
+    return counts, slots
+
+
+def check_plan(plan: ClonePlan, counts: torch.Tensor, slots: int) -> None:
+    """P1-P6 and P12: conservation, slots, bounds, and a split that adds up."""
+    ranks, experts = counts.shape
+    tokens, home = counts.sum(0), torch.arange(experts) // (experts // ranks)
+    assert plan.slot_expert.shape == (ranks, slots)
+    assert plan.allocation.shape == (experts, ranks)
+    for name in ("slot_expert", "allocation", "load_before", "load_after", "num_clones"):
+        assert getattr(plan, name).dtype == torch.int64
+    assert (plan.allocation >= 0).all()
+    assert torch.equal(plan.allocation.sum(1), tokens)
+    assert torch.equal(plan.allocation.sum(0), plan.load_after)
+    assert plan.load_after.sum() == plan.load_before.sum() == counts.sum()
+    assert -(-counts.sum() // ranks) <= plan.load_after.max() <= plan.load_before.max()
+
+    away = plan.allocation * (home[:, None] != torch.arange(ranks))
+    for rank in range(ranks):
+        used = plan.slot_expert[rank][plan.slot_expert[rank] >= 0]
+        assert torch.equal(used, torch.nonzero(away[:, rank]).flatten())
+        assert (home[used] != rank).all()
+    assert plan.num_clones == (plan.slot_expert >= 0).sum()
+
+    splits = torch.stack([plan.split_for(rank) for rank in range(ranks)])
+    assert (splits >= 0).all()
+    assert torch.equal(splits.sum(0), plan.allocation)
+    assert torch.equal(splits.sum(2), counts)
+
+
+@given(instances(), st.sampled_from([0.0, 0.02, 0.3]), st.sampled_from([0, 5, 10**9]))
+def test_every_plan_is_consistent_and_within_its_bound(
+    instance: tuple[torch.Tensor, int], tolerance: float, minimum: int
+) -> None:
+    counts, slots = instance
+    ranks, experts = counts.shape
+    plan = plan_clones(counts, slots, tolerance, minimum)
+    check_plan(plan, counts, slots)
+    if slots >= experts // ranks:
+        assert plan.load_after.max() <= balance_bound(int(counts.sum()), ranks, tolerance)
+
+
+@given(instances(), st.sampled_from([0, 10**9]))
+def test_enough_slots_balance_exactly(instance: tuple[torch.Tensor, int], minimum: int) -> None:
+    """``load_after.max() == ceil(mean)`` for every input, a huge minimum included."""
+    counts, _ = instance
+    ranks, experts = counts.shape
+    plan = plan_clones(counts, experts // ranks, 0.0, minimum)
+    assert plan.load_after.max() == -(-int(counts.sum()) // ranks)
+
+
+@given(instances(), st.data())
+def test_nodes_keep_the_invariants(instance: tuple[torch.Tensor, int], data: st.DataObject) -> None:
+    counts, slots = instance
+    ranks, experts = counts.shape
+    node = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
+    plan = plan_clones(counts, slots, ranks_per_node=node)
+    check_plan(plan, counts, slots)
+    if slots >= experts // ranks:
+        assert plan.load_after.max() == -(-int(counts.sum()) // ranks)
+
+
+@given(instances(), st.data())
+def test_the_split_is_the_most_local_one(
+    instance: tuple[torch.Tensor, int], data: st.DataObject
+) -> None:
+    """Tokens that stay on a rank, and in a node, are as many as supply and demand allow."""
+    counts, slots = instance
+    ranks, experts = counts.shape
+    node = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
+    plan = plan_clones(counts, slots, ranks_per_node=node)
+    splits = torch.stack([plan.split_for(rank) for rank in range(ranks)])
+    stays = torch.minimum(counts.t(), plan.allocation)
+    assert torch.equal(splits.permute(1, 0, 2).diagonal(dim1=1, dim2=2), stays)
+    by_node = splits.reshape(ranks // node, node, experts, ranks // node, node).sum((1, 4))
+    supply = counts.reshape(ranks // node, node, experts).sum(1).t()
+    demand = plan.allocation.reshape(experts, ranks // node, node).sum(2)
+    assert torch.equal(
+        by_node.permute(1, 0, 2).diagonal(dim1=1, dim2=2), torch.minimum(supply, demand)
+    )
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_a_permutation_of_ranks_permutes_the_plan(slots: int) -> None:
+    """P9: with random large counts no two values tie, and indices decide nothing."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        ranks, per_rank = 6, 4
+        counts = (torch.rand(ranks, ranks * per_rank, generator=generator) ** 4 * 2**30).long()
+        order = torch.randperm(ranks, generator=generator)
+        experts = (order[:, None] * per_rank + torch.arange(per_rank)).flatten()
+        plan = plan_clones(counts, slots, 0.01)
+        moved = plan_clones(counts[order][:, experts], slots, 0.01)
+        assert torch.equal(moved.allocation, plan.allocation[experts][:, order])
+        assert moved.num_clones == plan.num_clones
+
+
+@given(instances(), st.integers(2, 5))
+def test_scaling_the_counts_scales_the_plan(
+    instance: tuple[torch.Tensor, int], factor: int
+) -> None:
+    """P10, where the mean is an integer and no index decides between equal values."""
+    counts, slots = instance
+    ranks = counts.shape[0]
+    counts = counts * ranks
+    plan, scaled = plan_clones(counts, slots), plan_clones(counts * factor, slots)
+    if slots >= counts.shape[1] // ranks:
+        assert torch.equal(scaled.allocation, plan.allocation * factor)
+
+
+EDGES = {
+    "no tokens": torch.zeros(4, 8),
+    "fewer tokens than ranks": torch.eye(4).repeat(1, 2) * torch.tensor([[1], [1], [0], [0]]),
+    "one rank": torch.ones(1, 4),
+    "one expert a rank": torch.arange(16).reshape(4, 4),
+    "one expert holds everything": torch.tensor([[0, 2**31] + [0] * 6] * 4),
+    "one rank holds everything": torch.tensor([[9, 8, 7, 0, 0, 0, 0, 0, 0]] * 3),
+    "remainder R - 1": torch.tensor([[7, 0, 0, 0]] + [[0] * 4] * 3),
+    "a prime number of ranks": torch.arange(7 * 14).reshape(7, 14) ** 2,
+    "all equal": torch.full((5, 10), 6),
+    "two hot experts": torch.tensor([[0] * 16] * 7 + [[50000, 0, 30000] + [200] * 13]),
+    "a source without tokens": torch.tensor([[0] * 6, [5, 1, 9, 2, 4, 3], [8, 8, 1, 1, 0, 2]]),
+    "near 2^31": torch.full((8, 16), 2**31 - 1) * (torch.arange(16) % 3 == 0),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("slots", [0, 1, 2, 16])
+def test_edges(name: str, slots: int) -> None:
+    counts = EDGES[name].long()
+    if counts.shape[1] % counts.shape[0]:
+        counts = counts.repeat(counts.shape[0], 1)[: counts.shape[0], : counts.shape[1] // 8 * 8]
+    plan = plan_clones(counts, slots)
+    check_plan(plan, counts, slots)
+    if slots >= counts.shape[1] // counts.shape[0]:
+        assert plan.load_after.max() == -(-int(counts.sum()) // counts.shape[0])
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+def test_a_balanced_input_gives_the_empty_plan(tolerance: float) -> None:
+    counts = torch.full((4, 8), 100)
+    counts[0, 0] += 30 if tolerance else 0
+    plan = plan_clones(counts, 2, tolerance)
+    assert plan.num_clones == 0
+    assert (plan.slot_expert == -1).all()
+    assert torch.equal(plan.load_after, plan.load_before)
+
+
+def test_a_minimum_gives_up_small_clones_within_the_bound_only() -> None:
+    generator = torch.Generator().manual_seed(5)
+    counts = (torch.rand(8, 32, generator=generator) ** 4 * 200).long()
+    plain, choosy = plan_clones(counts, 4, 0.1), plan_clones(counts, 4, 0.1, 10**9)
+    bound = balance_bound(int(counts.sum()), 8, 0.1)
+    assert choosy.num_clones <= plain.num_clones
+    assert choosy.load_after.max() <= bound
+    home = torch.arange(32) // 4
+    for rank, expert in torch.nonzero(choosy.slot_expert >= 0):
+        clone = choosy.slot_expert[rank, expert]
+        given = choosy.allocation[clone, rank]
+        assert choosy.load_after[home[clone]] + given > bound, "this clone was not needed"
+
+
+@given(st.integers(0, 2**49), st.integers(1, 256), st.sampled_from([0, 1e-6, 0.02, 0.5, 3.0]))
+def test_the_bound_is_one_integer_function(total: int, ranks: int, tolerance: float) -> None:
+    scale = 10**6 + round(10**6 * tolerance)
+    expected = max(-(-total // ranks), scale * total // (10**6 * ranks))
+    assert balance_bound(total, ranks, tolerance) == expected
+    assert balance_bound(torch.tensor(total), ranks, tolerance).item() == expected
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_shapes_do_not_depend_on_values(slots: int) -> None:
+    """The meta device and fake tensors: nothing is read, every shape is known."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plan = plan_clones(torch.zeros(8, 32, dtype=torch.int64, device="meta"), slots)
+    assert plan.slot_expert.shape == (8, slots)
+    assert plan.split_for(3).shape == (32, 8)
+    with FakeTensorMode():
+        plan = plan_clones(torch.zeros(8, 32, dtype=torch.int64), slots, ranks_per_node=4)
+        assert plan.allocation.shape == (32, 8)
+        assert plan.split_for(3).shape == (32, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"counts": torch.zeros(2, 4)}, r"counts is torch.float32 \(2, 4\)"),
+        ({"counts": torch.zeros(8, dtype=torch.int64)}, r"counts is torch.int64 \(8,\)"),
+        ({"counts": torch.zeros(3, 4, dtype=torch.int64)}, "4 experts do not fit 3 ranks"),
+        ({"counts": torch.zeros(2, 2048, dtype=torch.int64)}, "At most 256 ranks and 1024 experts"),
+        ({"num_slots": -1}, "num_slots -1"),
+        ({"tolerance": -0.1}, "tolerance -0.1"),
+        ({"min_tokens_per_clone": -5}, "min_tokens_per_clone -5"),
+        ({"ranks_per_node": 3}, "ranks_per_node 3 does not divide 4 ranks"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    good = {"counts": torch.zeros(4, 8, dtype=torch.int64), "num_slots": 2}
+    with pytest.raises(ValueError, match=message):
+        plan_clones(**{**good, **arguments})
+
+
+def test_a_rank_that_is_not_there() -> None:
+    plan = plan_clones(torch.ones(4, 8, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="rank 4 is not one of 4 ranks"):
+        plan.split_for(4)
