@@ -1,11 +1,11 @@
 # make train | test | lint | gpu-check   (ARGS="..." passes flags on to train)
 
 VENV := .venv
-PYTHON ?= $(VENV)/bin/python
 ARGS ?=
 
 # With PYTHON=... on the command line nothing is installed: that Python must have the packages.
-ifeq ($(origin PYTHON),file)
+ifneq ($(origin PYTHON),command line)
+PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 

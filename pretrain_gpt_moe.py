@@ -10,9 +10,11 @@ Runs on a machine without a GPU as well (see ``megatron_echo/cpu_backend.py``).
 
 import dataclasses
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_echo import cpu_backend, environment
@@ -37,6 +39,7 @@ from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
     mtp_on_this_rank,
 )
 from megatron.core.utils import (  # noqa: E402
+    StragglerDetector,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -45,6 +48,7 @@ from megatron.training import (  # noqa: E402
     get_args,
     get_timers,
     get_tokenizer,
+    inprocess_restart,
     pretrain,
     print_rank_0,
 )
@@ -56,6 +60,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args  # n
 from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
 from megatron_echo.arguments import (  # noqa: E402
@@ -68,6 +73,8 @@ from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
 from megatron_echo.preflight import check_command_line, explain_failure  # noqa: E402
 
+straggler_timer = StragglerDetector()
+SPIKY_LOSS_FACTOR = 10
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
@@ -150,28 +157,49 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
                 rejection_func=rejected,
                 message=f"found {name} in local forward loss calculation",
             )
+    if get_args().check_for_spiky_loss:
+        machine = get_rerun_state_machine()
+        machine.validate_result(
+            result=loss,
+            rejection_func=functools.partial(
+                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            fatal=False,
+        )
     num_tokens = mask.sum().clone().detach().to(torch.int)
     logged = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
     return loss, num_tokens, {"lm loss": logged}
 
 
-def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, functools.partial]:
+def forward_step(
+    data_iterator: Iterator, model: GPTModel, return_schedule_plan: bool = False
+) -> tuple[Any, functools.partial]:
     """One microbatch forward.
+
+    Args:
+        data_iterator: where the next microbatch comes from.
+        model: this stage.
+        return_schedule_plan: give the model's schedule plan in place of its output, for
+            ``--overlap-moe-expert-parallel-comm``.
 
     Returns:
         The model's output, and the function that turns it into the loss.
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    with straggler_timer(bdata=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    run = model.build_schedule_plan if return_schedule_plan else model
+    with straggler_timer:
+        output = run(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     return output, functools.partial(loss_func, batch["loss_mask"])
 
 
@@ -184,7 +212,11 @@ def dataset_config() -> GPTDatasetConfig:
         for field in dataclasses.fields(GPTDatasetConfig)
         if field.init and hasattr(args, field.name)
     }
+    sizes = args.per_dataset_sequences_path
     values.update(
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=json.loads(Path(sizes).read_text()) if sizes else None,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -243,22 +275,23 @@ def model_config_from_args(args: Any) -> GPTModelConfig:
 
 
 def report(problem: object) -> None:
-    """Print an error once a node: every local rank finds the same one."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"pretrain_gpt_moe.py: error: {problem}", file=sys.stderr, flush=True)
+    """Print an error in one line."""
+    print(f"pretrain_gpt_moe.py: error: {problem}", file=sys.stderr, flush=True)
 
 
 @record
 def main() -> None:
     """Check the command line, then hand over to Megatron."""
-    sys.argv[1:] = cpu_backend.add_missing_flags(sys.argv[1:])
+    command = tuple(sys.argv)
+    sys.argv[1:] = environment.add_missing_flags(sys.argv[1:], not cpu_backend.is_enabled())
     environment.skip_dataset_compilation()
     try:
         check_command_line(parse_args(extra_args_provider))
         args = parse_and_validate_args(extra_args_provider)
         model_config = model_config_from_args(args)
     except ValueError as error:
-        report(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the checks that read files run there only
+            report(error)
         raise SystemExit(2) from error
     if args.moe_enable_echo:
         print_rank_0(
@@ -267,17 +300,19 @@ def main() -> None:
         )
     if args.run_dir is not None:
         if args.rank == 0:
-            write_run_record(args.run_dir, args)
+            write_run_record(args.run_dir, args, command)
         install_metrics_writer(args.run_dir)
+    run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
-        pretrain(
+        run(
             pretrain_cfg_container_from_args(args, model_config),
             train_valid_test_datasets_provider,
             ModelType.encoder_or_decoder,
             forward_step,
             get_embedding_ranks=get_embedding_ranks,
+            store=store,
         )
-    except BaseException as error:  # torch's CheckpointException is not an Exception
+    except (Exception, CheckpointException) as error:  # torch derives the latter otherwise
         if explanation := explain_failure(error, args):
             report(explanation)
         raise

@@ -84,13 +84,14 @@ def refuse_heterogeneous_layers(args: Namespace) -> None:
     """Refuse the one configuration class of Megatron that cannot carry our fields.
 
     Raises:
-        ValueError: ``--heterogeneous-layers-config-path`` was given.
+        ValueError: ``--heterogeneous-layers-config-path`` or its JSON form was given.
     """
-    if getattr(args, "heterogeneous_layers_config_path", None) is not None:
-        raise ValueError(
-            "--heterogeneous-layers-config-path builds Megatron's own configuration class, which "
-            "cannot carry the flags of megatron_echo. Leave it out, or run Megatron's own script."
-        )
+    for name in ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"):
+        if getattr(args, name, None) is not None:
+            raise ValueError(
+                f"{flag_name(name)} builds Megatron's own configuration class, which cannot carry "
+                "the flags of megatron_echo. Leave it out, or run Megatron's own script."
+            )
 
 
 def echo_config_from_args(

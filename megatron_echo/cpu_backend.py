@@ -2,15 +2,15 @@
 
 Megatron-Core addresses ``torch.cuda`` directly: streams, events, generators, ``device="cuda"``
 literals. :func:`enable` redirects those calls to the CPU, says so in one line, and
-:func:`disable` puts everything back; where CUDA works both do nothing. Any Megatron script runs
-under it::
+:func:`disable` puts everything back; where CUDA works both do nothing. Any Megatron training
+script runs under it (the flags that the machine needs are added to its command line)::
 
     python -m megatron_echo.cpu_backend pretrain_gpt.py --num-layers 2 ...
 
-How ``device="cuda"`` is rewritten: the functions that *create* tensors and ``Tensor.to`` are
-wrapped, nothing else is. A ``TorchFunctionMode`` would see every torch call of a step and cost
-several per cent of a small one, and it is per thread; the wrappers cost nothing elsewhere and
-hold in every thread (``benchmarks/cpu_backend_overhead.py`` measures both).
+How ``device="cuda"`` is rewritten: the functions that *create* tensors on a device, or move them
+to one, are wrapped; no computation is. A ``TorchFunctionMode`` would see every torch call of a
+step and cost several per cent of a small one, and it is per thread; the wrappers cost nothing
+elsewhere and hold in every thread (``benchmarks/cpu_backend_overhead.py`` measures both).
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import logging
 import os
 import runpy
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,8 +30,10 @@ import torch
 import torch.utils._device
 
 from megatron_echo import environment
+from megatron_echo.cuda_stand_ins import DefaultGenerator, Event, Stream
 
 _PREFIX = "[megatron_echo.cpu_backend]"
+_DRIVER = Path("/proc/driver/nvidia/version")
 _MISSING = object()
 
 
@@ -73,87 +74,6 @@ class _PatchList:
 
 _patches = _PatchList()
 _enabled = False
-
-
-class Stream:
-    """A stream on which every operation is already complete."""
-
-    cuda_stream = 0
-    device = torch.device("cpu")
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.stream_id = 0
-
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        """The lowest and the highest priority: there is only one."""
-        return (0, 0)
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        """Record ``event``, or a new one, now."""
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def query(self) -> bool:
-        """True: nothing is ever outstanding."""
-        return True
-
-    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
-        """CPU operations run in program order; there is nothing to wait for."""
-
-    wait_event = wait_stream = synchronize = _do_nothing
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-
-class Event:
-    """An event that is complete as soon as it is recorded; keeps the host's clock."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._time: float | None = None
-
-    def record(self, stream: Stream | None = None) -> None:
-        """Remember the time, in seconds of ``time.perf_counter``."""
-        self._time = time.perf_counter()
-
-    def query(self) -> bool:
-        """True: what was recorded is done."""
-        return True
-
-    def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this event to ``end``."""
-        if self._time is None or end._time is None:
-            raise RuntimeError("Both events must be recorded before elapsed_time().")
-        return (end._time - self._time) * 1e3
-
-    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
-        """Everything recorded is already complete."""
-
-    wait = synchronize = _do_nothing
-
-
-class _DefaultGenerator:
-    """The CPU's default generator with the graph-safe calls of a CUDA generator.
-
-    Megatron's graph-safe RNG tracker exchanges ``torch.Generator`` objects in place of state
-    tensors; a CPU generator has ``clone_state`` but neither of the ``graphsafe`` calls.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.default_generator, name)
-
-    def graphsafe_get_state(self) -> torch.Generator:
-        """A generator that holds a copy of the current state."""
-        return torch.default_generator.clone_state()
-
-    def graphsafe_set_state(self, generator: torch.Generator) -> None:
-        """Continue from the state that ``generator`` holds."""
-        torch.default_generator.set_state(generator.get_state())
 
 
 def _names_cuda(device: Any) -> bool:
@@ -327,6 +247,8 @@ def _patch_device_queries() -> None:
     _patches.set(torch.cuda, "get_device_properties", lambda device=None: properties)
     _patches.set(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     _patches.set(torch.cuda, "get_device_name", lambda device=None: properties.name)
+    for name in ("temperature", "power_draw", "utilization", "clock_rate"):  # no such sensors
+        _patches.set(torch.cuda, name, lambda device=None: 0)
     for module in (torch.cuda, torch.cuda.memory):
         for name in ("memory_allocated", "memory_reserved"):
             _patches.set(module, name, resident_bytes)
@@ -354,7 +276,7 @@ def _patch_random() -> None:
         _patches.set(module, "manual_seed", manual_seed)
         _patches.set(module, "manual_seed_all", manual_seed)
     count = torch.cuda.device_count()
-    _patches.set(torch.cuda, "default_generators", (_DefaultGenerator(),) * count)
+    _patches.set(torch.cuda, "default_generators", (DefaultGenerator(),) * count)
 
 
 def _patch_megatron() -> None:
@@ -393,6 +315,17 @@ def _disable_dynamo() -> None:
         _patches.on_undo(lambda: setattr(dynamo, "disable", False))
 
 
+def _refuse_broken_cuda() -> None:
+    """Do not train on the CPU because of a broken driver or a forgotten request for GPUs."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if _DRIVER.exists() and torch.version.cuda is not None and not hidden:
+        raise RuntimeError(
+            "This machine has an NVIDIA driver, but torch finds no usable GPU. Check nvidia-smi "
+            "and the job's request for GPUs, or set CUDA_VISIBLE_DEVICES= (empty) to run on the "
+            "CPU on purpose."
+        )
+
+
 def is_enabled() -> bool:
     """True while CUDA calls go to the CPU."""
     return _enabled
@@ -409,16 +342,20 @@ def enable(verbose: bool = True) -> bool:
     Call it before ``megatron`` is imported. Calling it twice is the same as calling it once.
 
     Args:
-        verbose: print one line, on the process with ``RANK`` 0, that says what was done.
+        verbose: print one line, on the first process of each node, that says what was done.
 
     Returns:
         True if the backend is enabled on return, False where there is a CUDA device.
+
+    Raises:
+        RuntimeError: there is an NVIDIA driver, but CUDA does not work and nobody asked for that.
     """
     global _enabled
     if _enabled:
         return True
     if torch.cuda.is_available():
         return False
+    _refuse_broken_cuda()
     _enabled = True
     try:
         _disable_dynamo()
@@ -437,7 +374,7 @@ def enable(verbose: bool = True) -> bool:
     except BaseException:
         disable()
         raise
-    if verbose and os.environ.get("RANK", "0") == "0":
+    if verbose and os.environ.get("LOCAL_RANK", "0") == "0":
         print(
             f"{_PREFIX} no CUDA device: {len(_patches.names)} CUDA entry points now run on the "
             "CPU (cpu_backend.changes() lists them, disable() restores them).",
@@ -453,23 +390,6 @@ def disable() -> None:
     _enabled = False
 
 
-def add_missing_flags(argv: Sequence[str], verbose: bool = True) -> list[str]:
-    """Append the flags that this machine needs and the user left unset.
-
-    Args:
-        argv: Megatron's command line without the program's name.
-        verbose: print one line that lists what was added, on the process with ``RANK`` 0.
-
-    Returns:
-        ``argv`` with the missing flags at its end.
-    """
-    added = environment.flags_to_add(argv, has_cuda=not _enabled)
-    if verbose and added and os.environ.get("RANK", "0") == "0":
-        words = " ".join(" ".join(flag) for flag in added)
-        print(f"{_PREFIX} flags set for this machine, left unset by you: {words}", flush=True)
-    return [*argv, *(word for flag in added for word in flag)]
-
-
 def main(argv: Sequence[str]) -> None:
     """Run ``argv[0]`` as a script with the rest as its arguments, under the CPU backend."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -479,7 +399,8 @@ def main(argv: Sequence[str]) -> None:
     if not script.is_file():
         raise SystemExit(f"{_PREFIX} no such script: {script}. Give the path of a Python file.")
     enable()
-    sys.argv = [str(script), *add_missing_flags(argv[1:])]
+    flags = environment.add_missing_flags(argv[1:], has_cuda=not _enabled)
+    sys.argv = [str(script), *flags]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
 

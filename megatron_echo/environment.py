@@ -1,10 +1,10 @@
 """What this machine and this Python have, asked once and in one place.
 
-Optional packages are probed here and nowhere else, so that every other module can rely on the
-answers. The second half turns the answers into Megatron flags: stock Megatron's defaults assume
-CUDA, Transformer Engine and apex, and fail late and obscurely where one of them is missing.
+The answers become Megatron flags: stock Megatron's defaults assume CUDA, Transformer Engine and
+apex, and fail late and obscurely where one of them is missing.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+
+def _find_transformer_engine() -> bool:
+    """True if it imports: an installed one whose libraries do not fit is as good as none."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def _find_apex() -> bool:
@@ -24,6 +33,7 @@ def _find_apex() -> bool:
         return False
 
 
+HAVE_TRANSFORMER_ENGINE = _find_transformer_engine()
 HAVE_APEX = _find_apex()
 HAVE_MASKED_SOFTMAX_KERNEL = importlib.util.find_spec("scaled_masked_softmax_cuda") is not None
 HAVE_WGRAD_FUSION = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
@@ -35,6 +45,7 @@ _LOCAL_LAYERS: Flag = ("--transformer-impl", "local")
 _NO_MASKED_SOFTMAX: Flag = ("--no-masked-softmax-fusion",)
 _NO_WGRAD_FUSION: Flag = ("--no-gradient-accumulation-fusion",)
 _NO_PERSISTENT_NORM: Flag = ("--no-persist-layer-norm",)
+_NO_ROPE_FUSION: Flag = ("--no-rope-fusion",)
 _WITHOUT_CUDA: tuple[Flag, ...] = (
     ("--distributed-backend", "gloo"),
     _LOCAL_LAYERS,
@@ -43,7 +54,7 @@ _WITHOUT_CUDA: tuple[Flag, ...] = (
     _NO_PERSISTENT_NORM,
     ("--no-bias-swiglu-fusion",),
     ("--no-bias-gelu-fusion",),
-    ("--no-rope-fusion",),
+    _NO_ROPE_FUSION,
     ("--no-bias-dropout-fusion",),
 )
 _ALWAYS: tuple[Flag, ...] = (("--eval-interval", "1000"),)
@@ -68,7 +79,7 @@ def flags_to_add(argv: Sequence[str], has_cuda: bool) -> list[Flag]:
         wanted += _WITHOUT_CUDA
     else:
         if not HAVE_TRANSFORMER_ENGINE:
-            wanted.append(_LOCAL_LAYERS)
+            wanted += [_LOCAL_LAYERS, _NO_ROPE_FUSION]
         if not (HAVE_TRANSFORMER_ENGINE or HAVE_APEX):
             wanted.append(_NO_PERSISTENT_NORM)
         if not (HAVE_TRANSFORMER_ENGINE or HAVE_MASKED_SOFTMAX_KERNEL):
@@ -76,6 +87,24 @@ def flags_to_add(argv: Sequence[str], has_cuda: bool) -> list[Flag]:
         if not HAVE_WGRAD_FUSION:
             wanted.append(_NO_WGRAD_FUSION)
     return [flag for flag in wanted if not is_flag_given(flag[0], argv)]
+
+
+def add_missing_flags(argv: Sequence[str], has_cuda: bool, verbose: bool = True) -> list[str]:
+    """Append the flags that this machine needs and the user left unset.
+
+    Args:
+        argv: Megatron's command line without the program's name.
+        has_cuda: whether a CUDA device can be used.
+        verbose: print one line that lists what was added, on the process with ``RANK`` 0.
+
+    Returns:
+        ``argv`` with the missing flags at its end.
+    """
+    added = flags_to_add(argv, has_cuda)
+    if verbose and added and os.environ.get("RANK", "0") == "0":
+        words = " ".join(" ".join(flag) for flag in added)
+        print(f"[megatron_echo] flags set for this machine, left unset by you: {words}", flush=True)
+    return [*argv, *(word for flag in added for word in flag)]
 
 
 def skip_dataset_compilation(replace: Callable[[Any, str, Any], None] = setattr) -> bool:

@@ -44,7 +44,7 @@ def replace_modules(spec: Any, replacements: dict[Any, Any]) -> Any:
     if isinstance(spec, functools.partial):
         keywords = {k: replace_modules(v, replacements) for k, v in spec.keywords.items()}
         return functools.partial(replace_modules(spec.func, replacements), *spec.args, **keywords)
-    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):  # mypy asks for the latter
         changes = {
             field.name: replace_modules(getattr(spec, field.name), replacements)
             for field in dataclasses.fields(spec)
@@ -69,7 +69,8 @@ def gpt_moe_block_spec(
         vp_stage: the virtual pipeline stage, None without interleaving.
     """
     config = gpt_model_config.transformer
-    if config.experimental_attention_variant is not None:
+    is_dense_te = config.num_moe_experts is None and _uses_transformer_engine(config)
+    if config.experimental_attention_variant is not None or is_dense_te:
         return default_layer_spec(gpt_model_config, vp_stage)
     spec = get_gpt_decoder_block_spec(
         config,

@@ -28,14 +28,25 @@ _SHAPE_ARGUMENTS = (
     "num_experts",
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
-    "vocab_size",
     "mtp_num_layers",
     "swiglu",
     "normalization",
     "multi_latent_attention",
     "untie_embeddings_and_output_weights",
 )
+# Of those, the ones that --use-checkpoint-args does not take over when they are given as well.
+_NOT_TAKEN_OVER = _SHAPE_ARGUMENTS[:5]
 _FULL_DISK_BYTES = 1 << 20
+_UNSUPPORTED = (
+    "sft",
+    "fim_data",
+    "hybrid_context_parallel",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "dataloader_inter_document_masking",
+    "logits_load_dir",
+)
+_NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
 
 
 def check_command_line(args: Namespace) -> None:
@@ -71,11 +82,6 @@ def _check_backend(args: Namespace) -> None:
             "--transformer-impl transformer_engine needs a CUDA device and there is none. Leave "
             "it out, local is set for you."
         )
-    if args.use_cpu_initialization and args.expert_model_parallel_size > 1:
-        raise ValueError(
-            "--use-cpu-initialization gives every expert-parallel rank the same experts. "
-            f"Leave it out with --expert-model-parallel-size {args.expert_model_parallel_size}."
-        )
 
 
 def _check_layout(args: Namespace) -> None:
@@ -105,7 +111,12 @@ def _check_layout(args: Namespace) -> None:
             f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size "
             f"{experts}. Use {choice}."
         )
-    if experts > 1 and not args.num_experts:
+    if experts > 1 and args.use_cpu_initialization:
+        raise ValueError(
+            "--use-cpu-initialization gives every expert-parallel rank the same experts. "
+            f"Leave it out with --expert-model-parallel-size {experts}."
+        )
+    if experts > 1 and not args.num_experts and not args.use_checkpoint_args:
         raise ValueError(
             f"--expert-model-parallel-size {experts} needs a mixture of experts. "
             "Give --num-experts, or leave it out."
@@ -126,17 +137,36 @@ def _check_divides(sizes: dict[str, int], world_size: int) -> None:
 
 def _check_unsupported(args: Namespace) -> None:
     refuse_heterogeneous_layers(args)
-    for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"):
-        if getattr(args, name, False):
+    for name in _UNSUPPORTED:
+        if getattr(args, name, None):
             raise ValueError(
                 f"--{name.replace('_', '-')} is not supported by pretrain_gpt_moe.py. Leave it "
                 "out, or add --spec megatron_echo.layer_specs gpt_moe_block_spec to Megatron's "
                 "own pretrain_gpt.py."
             )
+    modules = set(args.recompute_modules or ())
+    without_output = sorted(modules & _NEED_TRANSFORMER_ENGINE)
+    if without_output and not (cpu_backend.is_enabled() or environment.HAVE_TRANSFORMER_ENGINE):
+        raise ValueError(
+            f"--recompute-modules {' '.join(without_output)} needs Transformer Engine in "
+            "Megatron-Core 0.19.2. Install it, or recompute other modules."
+        )
+    if args.reset_attention_mask and args.context_parallel_size > 1 and _is_local(args):
+        raise ValueError(
+            "--reset-attention-mask with --context-parallel-size "
+            f"{args.context_parallel_size} needs Transformer Engine: the local attention knows "
+            "only the causal mask then. Leave one of the two out."
+        )
+    if args.save and args.save_interval is None:
+        raise ValueError("--save needs --save-interval N: how many iterations between checkpoints.")
     if not _has_data(args) and not args.skip_train:
         raise ValueError(
             "No data was given. Use --data-path PREFIX (of a .bin/.idx pair) or --mock-data."
         )
+
+
+def _is_local(args: Namespace) -> bool:
+    return args.transformer_impl == "local"
 
 
 def _has_data(args: Namespace) -> bool:
@@ -242,10 +272,17 @@ def _size(prefix: str, extension: str) -> int:
     return os.path.getsize(path)
 
 
-def latest_checkpoint(folder: str | None) -> Path | None:
-    """The newest complete checkpoint that Megatron would load from ``folder``, or None."""
+def latest_checkpoint(folder: str | None, step: int | None = None) -> Path | None:
+    """The checkpoint that Megatron would load from ``folder``, or None.
+
+    Args:
+        folder: the value of ``--load`` or ``--save``.
+        step: the value of ``--ckpt-step``; None asks the tracker file for the newest one.
+    """
     if not folder:
         return None
+    if step is not None:
+        return Path(folder) / f"iter_{step:07d}"
     tracker = Path(folder) / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return None
@@ -272,20 +309,31 @@ def _check_save_folder(args: Namespace) -> None:
 
 
 def _check_checkpoint(args: Namespace) -> None:
-    loaded = latest_checkpoint(args.load)
+    loaded = latest_checkpoint(args.load, args.ckpt_step)
+    flag, folder = "--load", args.load
+    if loaded is None and args.pretrained_checkpoint:
+        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+        loaded = latest_checkpoint(folder)
+    saved = None
     if loaded is not None:
         if not loaded.is_dir():
+            named = "--ckpt-step" if args.ckpt_step is not None else "its tracker file"
             raise ValueError(
-                f"--load {args.load}: its tracker file names {loaded.name}, which is not there. "
-                "Write the number of an iteration that is there into "
+                f"{flag} {folder}: {named} names {loaded.name}, which is not there. Name an "
+                "iteration that is there, with --ckpt-step or in "
                 "latest_checkpointed_iteration.txt."
             )
-        _check_checkpoint_shape(args, loaded)
+        saved = _saved_arguments(loaded)
+        if saved is not None:
+            _check_checkpoint_shape(args, saved, f"{flag} {folder}", loaded.name)
     if environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX:
         return
     if not args.use_distributed_optimizer:
         return
-    if loaded is not None and not args.no_load_optim and not args.finetune:
+    takes_optimizer = flag == "--load" and loaded is not None and loaded.name != "release"
+    if saved is not None and getattr(saved, "no_save_optim", None):
+        takes_optimizer = False
+    if takes_optimizer and not args.no_load_optim and not args.finetune:
         raise ValueError(
             f"--use-distributed-optimizer cannot resume from --load {args.load} without "
             "Transformer Engine or apex: Megatron-Core 0.19.2 cannot build the template for "
@@ -301,23 +349,31 @@ def _check_checkpoint(args: Namespace) -> None:
         )
 
 
-def _check_checkpoint_shape(args: Namespace, checkpoint: Path) -> None:
-    """Compare the flags that decide the tensors' shapes; Megatron checks three of them."""
-    if args.use_checkpoint_args or not (checkpoint / "metadata.json").is_file():
-        return
+def _saved_arguments(checkpoint: Path) -> Namespace | None:
+    """The arguments that a distributed checkpoint was saved with; None for other formats."""
+    if not (checkpoint / "metadata.json").is_file():
+        return None
     from megatron.core import dist_checkpointing
 
-    saved = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+    return dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+
+
+def _check_checkpoint_shape(args: Namespace, saved: Namespace, flag: str, name: str) -> None:
+    """Compare the flags that decide the tensors' shapes; Megatron checks three of them."""
     differences = []
-    for name in _SHAPE_ARGUMENTS:
-        asked, held = getattr(args, name, None), getattr(saved, name, None)
+    for key in _NOT_TAKEN_OVER if args.use_checkpoint_args else _SHAPE_ARGUMENTS:
+        asked, held = getattr(args, key, None), getattr(saved, key, None)
         if asked is not None and held is not None and asked != held:
-            differences.append(f"--{name.replace('_', '-')} is {held} there and {asked} here")
+            differences.append(f"--{key.replace('_', '-')} is {held} there and {asked} here")
+    asked, held = args.vocab_size, getattr(saved, "vocab_size", None)
+    if asked and held:
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        if -(-asked // multiple) != -(-held // multiple):
+            differences.append(f"--vocab-size is {held} there and {asked} here")
     if differences:
         raise ValueError(
-            f"--load {args.load} holds a model of another shape ({checkpoint.name}): "
-            f"{'; '.join(differences)}. Use the checkpoint's values (--use-checkpoint-args takes "
-            "them over), or another --load."
+            f"{flag} holds a model of another shape ({name}): {'; '.join(differences)}. Give the "
+            "checkpoint's values (or none of them, with --use-checkpoint-args), or another folder."
         )
 
 
@@ -331,20 +387,28 @@ def explain_failure(error: BaseException, args: Namespace) -> str | None:
     """
     if not args.save or not os.path.isdir(args.save):
         return None
-    kept = latest_checkpoint(args.save)
-    needed = sum(file.stat().st_size for file in kept.iterdir()) if kept else _FULL_DISK_BYTES
-    free = shutil.disk_usage(args.save).free
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
-            break
-        if "Worker failure" in str(chain) and free < needed:
-            break
+            return _describe_full_disk(chain.filename or args.save, args.save)
+        if "Worker failure" in str(chain) and _has_no_room(args.save):
+            return _describe_full_disk(args.save, args.save)
         chain = chain.__cause__ or chain.__context__
-    if chain is None:
-        return None
+    return None
+
+
+def _has_no_room(save: str) -> bool:
+    """True if another checkpoint like the last one does not fit."""
+    kept = latest_checkpoint(save)
+    needed = sum(file.stat().st_size for file in kept.iterdir()) if kept else _FULL_DISK_BYTES
+    return shutil.disk_usage(save).free < needed
+
+
+def _describe_full_disk(path: str, save: str) -> str:
+    kept = latest_checkpoint(save)
     state = f"{kept.name} is complete and untouched" if kept else "No checkpoint is there yet"
+    free = shutil.disk_usage(save).free / 1e6
     return (
-        f"The disk of --save {args.save} is full ({free / 1e6:.1f} MB free). {state}; free some "
+        f"The disk of {path} is full ({free:.1f} MB free on that of --save). {state}; free some "
         "space, then start again with --load."
     )

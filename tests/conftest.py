@@ -1,5 +1,10 @@
-"""Shared by all tests: the CPU backend is on before anything imports Megatron."""
+"""Shared by all tests: the CPU backend is on before anything imports Megatron.
 
+Only a run that asks for the tests marked ``gpu`` (``-m gpu``) sees a GPU; the others are the same
+everywhere, and Triton's kernels run in its interpreter.
+"""
+
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-from megatron_echo import cpu_backend  # noqa: E402
 
-cpu_backend.enable(verbose=False)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr", "") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"
+    from megatron_echo import cpu_backend
+
+    cpu_backend.enable(verbose=False)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Build a Megatron dataset from the Python standard library's source files: real text, anywhere.
 
 Tokens are bytes (0..255) with 256 at the end of each file, for
-``--tokenizer-type NullTokenizer --vocab-size 257``. One file in twenty is held out, chosen by a
+``--tokenizer-type NullTokenizer --vocab-size 257``. One file in fifty is held out, chosen by a
 hash of its name, so the split is the same on every machine::
 
     python tools/build_corpus.py --output-dir runs/corpus
@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +24,9 @@ import torch
 
 END_OF_FILE = 256
 VOCAB_SIZE = 257
-HELD_OUT_ONE_IN = 20
+HELD_OUT_ONE_IN = 50
+CACHE = "cache"
+"""Where a training run on this corpus keeps Megatron's index of it."""
 
 
 def source_files(root: Path) -> list[Path]:
@@ -89,18 +93,23 @@ def build_corpus(output_dir: Path, source: Path) -> dict[str, Any]:
 
     Returns:
         The content of ``corpus.json``: for ``train`` and ``heldout`` what
-        :func:`write_dataset` returns, and ``source``.
+        :func:`write_dataset` returns, ``source``, and the Python it came with.
     """
     record = output_dir / "corpus.json"
     if record.is_file():
         corpus = json.loads(record.read_text())
-        if corpus["source"] == str(source):
+        files = [output_dir / f"{s}{x}" for s in ("train", "heldout") for x in (".bin", ".idx")]
+        same = (corpus["source"], corpus.get("python")) == (str(source), sys.version)
+        if same and all(file.is_file() for file in files):
             return corpus
+    # Megatron's index cache is keyed by the path, not by the content.
+    shutil.rmtree(output_dir / CACHE, ignore_errors=True)
     files = source_files(source)
     held_out = [path for path in files if is_held_out(path.relative_to(source).as_posix())]
     train = sorted(set(files) - set(held_out))
     corpus = {
         "source": str(source),
+        "python": sys.version,
         "train": write_dataset(output_dir / "train", train),
         "heldout": write_dataset(output_dir / "heldout", held_out),
     }

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from megatron_echo import environment  # noqa: E402
 
 BENCHMARKS = ("gpu_training_step.py",)
+TEST_SECONDS, BENCHMARK_SECONDS = 240, 220
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|errors?)")
 
 
@@ -44,7 +45,13 @@ def run_tests() -> dict[str, Any]:
         "no:cacheprovider",
     ]
     run = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=TEST_SECONDS,
     )
     print(run.stdout, flush=True)
     counts = {name: int(number) for number, name in SUMMARY.findall(run.stdout.splitlines()[-1])}
@@ -55,10 +62,24 @@ def run_benchmark(name: str) -> dict[str, Any]:
     """Run one benchmark script, show its lines, and return its JSON."""
     with tempfile.NamedTemporaryFile(suffix=".json") as output:
         command = [sys.executable, str(ROOT / "benchmarks" / name), "--output", output.name]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        limit = BENCHMARK_SECONDS / len(BENCHMARKS)
+        code = subprocess.run(command, cwd=ROOT, check=False, timeout=limit).returncode
         if code:
             return {"error": f"{name} ended with exit code {code}"}
         return json.loads(Path(output.name).read_text())
+
+
+def as_table(benchmarks: dict[str, Any]) -> str:
+    """A Markdown table with a row for each measurement and its figures."""
+    lines = ["| benchmark | figures |", "|---|---|"]
+    for name, figures in benchmarks.items():
+        values = figures if isinstance(figures, dict) else {"": figures}
+        text = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in values.items()
+        )
+        lines.append(f"| {name} | {text} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -87,6 +108,7 @@ def main() -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     target = ROOT / "benchmarks" / "results" / f"{slug}-{report['date']}.json"
     target.write_text(json.dumps(report, indent=2) + "\n")
+    print(as_table(report["benchmarks"]))
     print(f"\n{device}, {report['seconds']:.0f} s, written to {target.relative_to(ROOT)}")
     failed = report["tests"]["exit_code"] != 0 or "error" in report["benchmarks"]
     raise SystemExit(1 if failed else 0)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from build_corpus import VOCAB_SIZE, build_corpus
+from build_corpus import CACHE, VOCAB_SIZE, build_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +29,7 @@ from megatron_echo.observe.metrics import read_metrics  # noqa: E402
 SEQ_LENGTH = 256
 GLOBAL_BATCH_SIZE = 16
 TRAIN_ITERS = 200
+CLEARLY_BELOW = 0.8
 ITERATION = re.compile(
     r"iteration +(\d+)/ *(\d+) .*elapsed time per iteration \(ms\): ([\d.]+) .*lm loss: (\S+)"
 )
@@ -39,9 +40,13 @@ def num_processes() -> int:
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
-def training_flags(corpus_dir: Path, run_dir: Path) -> list[str]:
-    """The flags of the main job for ``pretrain_gpt_moe.py``."""
+def training_flags(corpus_dir: Path, run_dir: Path, held_out_tokens: int) -> list[str]:
+    """The flags of the main job for ``pretrain_gpt_moe.py``.
+
+    The evaluation takes every whole sequence of the held-out files once.
+    """
     processes = num_processes()
+    eval_iters = held_out_tokens // (SEQ_LENGTH * GLOBAL_BATCH_SIZE)
     flags = f"""
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256
         --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH}
@@ -55,8 +60,8 @@ def training_flags(corpus_dir: Path, run_dir: Path) -> list[str]:
         --lr-warmup-iters 10 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
         --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0
         --train-data-path {corpus_dir / "train"} --valid-data-path {corpus_dir / "heldout"}
-        --data-cache-path {corpus_dir / "cache"}
-        --eval-interval 1000000 --eval-iters 20 --log-interval 10
+        --data-cache-path {corpus_dir / CACHE}
+        --eval-interval 1000000 --eval-iters {eval_iters} --log-interval 10
         --save {run_dir / "checkpoints"} --save-interval 1000000
         --tensorboard-dir {run_dir / "tensorboard"} --run-dir {run_dir}
     """
@@ -144,7 +149,8 @@ def main() -> None:
         flush=True,
     )
     run_dir = runs / time.strftime("train-%Y%m%d-%H%M%S")
-    flags = [*training_flags(runs / "corpus", run_dir), *sys.argv[1:]]
+    held_out_tokens = corpus["heldout"]["tokens"]
+    flags = [*training_flags(runs / "corpus", run_dir, held_out_tokens), *sys.argv[1:]]
     run_dir = Path(last_value(flags, "--run-dir"))
     run_dir.mkdir(parents=True, exist_ok=True)
     where = f"{num_processes()} GPU(s)" if torch.cuda.is_available() else "the CPU, 2 processes"
@@ -161,15 +167,16 @@ def main() -> None:
     print(f"\nDone in {time.monotonic() - started:.0f} s.")
     print(f"  training loss    {trained[0]['lm loss']:.3f} -> {trained[-1]['lm loss']:.3f} nats")
     if held_out is not None:
-        verdict = "below" if held_out < unigram else "NOT below"
         print(
-            f"  held-out loss    {held_out:.3f} nats, {verdict} the unigram entropy {unigram:.3f}"
+            f"  held-out loss    {held_out:.3f} nats; unigram entropy of those bytes {unigram:.3f}"
         )
     print(f"  speed            {tokens / seconds:,.0f} tokens/s (median iteration {seconds:.3f} s)")
     print(f"  loss plot        {plot}")
     print(f"  metrics          {run_dir / 'metrics.jsonl'}, {run_dir / 'run.json'}")
     print(f"  TensorBoard      {last_value(flags, '--tensorboard-dir')}")
     print(f"  checkpoint       {last_value(flags, '--save')}")
+    if len(sys.argv) == 1 and (held_out is None or held_out > CLEARLY_BELOW * unigram):
+        raise SystemExit("The held-out loss is not clearly below the unigram entropy: a defect.")
 
 
 if __name__ == "__main__":

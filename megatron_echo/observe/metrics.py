@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+_FIRST_TAGS = ("learning-rate", "batch-size", "lm loss")
+"""What Megatron's log of an iteration can begin with."""
 
 
 def _as_json(value: Any) -> float | int | str:
@@ -26,19 +28,31 @@ def _set_aside(path: Path) -> Path:
     return target
 
 
+def _parse(line: str) -> dict[str, Any] | None:
+    """A line of the file, None where it was cut short or damaged."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return (
+        entry if line.endswith("\n") and isinstance(entry, dict) and "iteration" in entry else None
+    )
+
+
 class MetricsWriter:
     """Stands where Megatron's TensorBoard writer stands and records what passes.
 
-    Megatron hands every scalar of an iteration to its TensorBoard writer, each iteration's own
-    value, on the last rank. This object takes that place, collects them into one line a
-    ``--tensorboard-log-interval`` (every iteration by default) and passes everything on to the
+    Megatron hands the scalars of each ``--tensorboard-log-interval``-th iteration (every one by
+    default) to its TensorBoard writer, each iteration's own value, on the last rank. This object
+    takes that place, collects them into one line an iteration, and passes everything on to the
     real writer, if there is one. Validation losses join the line of their iteration.
 
     A line is written when the next iteration begins, at ``flush()`` and at exit; scalars that
     come later for the same iteration rewrite it. After the last iteration Megatron evaluates the
     validation set and then the test set under one name, and the line keeps the latter. Lines of
     iterations that are run again after a restart are moved to ``metrics.N.jsonl``; the values
-    ``nan`` and ``inf``, which JSON does not have, are written as strings.
+    ``nan`` and ``inf``, which JSON does not have, are written as strings. A disk that refuses the
+    file ends the recording with one warning, not the training.
 
     Args:
         run_dir: an existing folder.
@@ -51,48 +65,79 @@ class MetricsWriter:
     ) -> None:
         self.path = run_dir / METRICS_FILE
         self._active_seconds = active_seconds
-        self._last_seconds = 0.0
+        self._last: tuple[int | None, float] = (None, 0.0)
         self._tensorboard = tensorboard
-        self._line: dict[str, float | int | str] = {}
-        self._line_start = -1
+        self._line: dict[str, Any] = {}
+        self._line_start = 0
+        self._broken = False
         atexit.register(self.write_line)
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, **kwargs: Any) -> None:
         """Record one scalar of iteration ``global_step`` and pass it on."""
         if self._tensorboard is not None:
             self._tensorboard.add_scalar(tag, scalar_value, global_step, **kwargs)
-        if tag.endswith(" vs samples") or tag == "iteration-time":
+        if self._broken or tag.endswith(" vs samples") or tag == "iteration-time":
             return
-        if self._line.get("iteration") != global_step:
-            self._begin_line(global_step)
-        self._line[tag] = _as_json(scalar_value)
+        try:
+            if self._line.get("iteration") != global_step:
+                if tag not in _FIRST_TAGS and " validation" not in tag:
+                    return  # the MoE losses pass in iterations that are not logged as well
+                self._begin_line(global_step, is_validation=" validation" in tag)
+            self._line[tag] = _as_json(scalar_value)
+        except OSError as error:
+            self._give_up(error)
 
-    def _begin_line(self, iteration: int) -> None:
+    def _begin_line(self, iteration: int, is_validation: bool) -> None:
         self.write_line()
-        if not self._line:
-            self._drop_lines_from(iteration)
-        self._line_start = self.path.stat().st_size if self.path.exists() else 0
-        seconds = self._active_seconds()
-        self._line = {"iteration": iteration, "iteration-time": seconds - self._last_seconds}
-        self._last_seconds = seconds
+        is_first = not self._line
+        self._line = {"iteration": iteration}
+        if is_first:
+            self._resume_file(iteration, is_validation)
+        elif self.path.exists():
+            self._line_start = self.path.stat().st_size
+        if not is_validation:
+            before, seconds_before = self._last
+            seconds = self._active_seconds()
+            passed = iteration - before if before is not None else 1
+            self._line["iteration-time"] = (seconds - seconds_before) / passed
+            self._last = (iteration, seconds)
 
-    def _drop_lines_from(self, iteration: int) -> None:
-        """Keep an earlier start's lines up to ``iteration``, set the rest aside."""
+    def _resume_file(self, iteration: int, is_validation: bool) -> None:
+        """Keep an earlier start's lines before ``iteration``, set the others aside.
+
+        A start that only evaluates, because its training is done, joins the last line.
+        """
         if not self.path.exists():
             return
         text = self.path.read_text()
-        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        kept = "".join(line for line in whole if json.loads(line)["iteration"] < iteration)
-        if kept != text:
+        kept = []
+        for line in text.splitlines(keepends=True):
+            entry = _parse(line)
+            if entry is not None and entry["iteration"] < iteration:
+                kept.append(line)
+            elif entry is not None and is_validation and entry["iteration"] == iteration:
+                self._line = entry
+        start = "".join(kept)
+        whole = start + (json.dumps(self._line) + "\n" if len(self._line) > 1 else "")
+        if whole != text:
             _set_aside(self.path)
-            self.path.write_text(kept)
+            self.path.write_text(start)
+        self._line_start = len(start.encode())
+
+    def _give_up(self, error: OSError) -> None:
+        self._broken = True
+        print(f"WARNING: {self.path} cannot be written ({error}): no more metrics.", flush=True)
 
     def write_line(self) -> None:
         """Bring the current iteration's line in the file up to date."""
-        if self._line:
+        if not self._line or self._broken:
+            return
+        try:
             with open(self.path, "a") as file:
                 file.truncate(self._line_start)
                 file.write(json.dumps(self._line) + "\n")
+        except OSError as error:
+            self._give_up(error)
 
     def flush(self) -> None:
         """Write out everything recorded so far."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,15 @@ def _layout(args: Namespace) -> dict[str, int | None]:
     }
 
 
-def write_run_record(run_dir: str | os.PathLike, args: Namespace) -> Path:
+def write_run_record(
+    run_dir: str | os.PathLike, args: Namespace, command: Sequence[str] = ()
+) -> Path:
     """Write ``run.json``; an earlier start's record is kept as ``run.N.json``.
 
     Args:
         run_dir: the folder; created where it is missing.
         args: Megatron's namespace after validation.
+        command: the command line as the user gave it.
 
     Returns:
         The path of the file.
@@ -76,7 +80,7 @@ def write_run_record(run_dir: str | os.PathLike, args: Namespace) -> Path:
         _set_aside(path)
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": list(command),
         "versions": environment.versions(),
         "python": sys.version.split()[0],
         "git_commit": _git_commit(),

@@ -11,29 +11,33 @@ Tokens are moved from ranks above the bound ("donors", by their home experts) to
 Ties go to the lower index everywhere, so the same counts give the same bits on every device.
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from megatron_echo.planner.plan import ClonePlan
-
-Number = TypeVar("Number", int, Tensor)
 
 MAX_RANKS = 256
 MAX_EXPERTS = 1024
 INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 3, 1
 """A clone inside the node costs 1, across nodes 3: a receiver inside is worth three times."""
 
+TARGET_STEPS = (0, 10, 20, 40, 80, 150, 300)
+"""Targets of the greedy, in thousandths of the way from the bound to the load before planning.
+Each is tried with and without letting a donor give more than its excess."""
+
 _MILLION = 10**6
 _INDEX_BITS = 10
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
-# Targets of the greedy, in thousandths of the way from the bound to the load before planning,
-# each with and without letting a donor give more than its excess.
-_TARGET_STEPS = (0, 10, 20, 40, 80, 150, 300)
 
 
-def balance_bound(total: Number, num_ranks: int, tolerance: float = 0.0) -> Number:
+def balance_scale(tolerance: float) -> int:
+    """``1 + tolerance`` in millionths: the only place where the tolerance is rounded."""
+    return _MILLION + round(_MILLION * tolerance)
+
+
+def balance_bound[Number: (int, Tensor)](
+    total: Number, num_ranks: int, tolerance: float = 0.0
+) -> Number:
     """The load that no rank may exceed: ``ceil(mean)``, or ``(1 + tolerance) * mean`` if higher.
 
     The one place where the bound is computed, in integers: the tolerance is rounded to millionths
@@ -45,7 +49,7 @@ def balance_bound(total: Number, num_ranks: int, tolerance: float = 0.0) -> Numb
         num_ranks: R.
         tolerance: allowed excess over the mean, 0.02 for 2 %.
     """
-    scale, unit = _MILLION + round(_MILLION * tolerance), _MILLION * num_ranks
+    scale, unit = balance_scale(tolerance), _MILLION * num_ranks
     whole, rest = total // unit, total % unit  # the product scale * total may pass 2^63
     relaxed = scale * whole + scale * rest // unit
     exact = -(-total // num_ranks)
@@ -85,6 +89,22 @@ def plan_clones(
         ValueError: shapes or settings that do not fit together.
     """
     _check(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
+    if counts.is_cuda and num_slots > 0 and counts.shape[0] > 1:
+        from megatron_echo.planner.kernels import plan_tensors
+
+        tensors = plan_tensors(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
+        return ClonePlan(counts=counts, ranks_per_node=ranks_per_node, **tensors)
+    return plan_clones_reference(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
+
+
+def plan_clones_reference(
+    counts: Tensor,
+    num_slots: int,
+    tolerance: float = 0.0,
+    min_tokens_per_clone: int = 0,
+    ranks_per_node: int | None = None,
+) -> ClonePlan:
+    """The planner in torch operations, on any device; ``plan_clones`` without the checks."""
     ranks, experts = counts.shape
     per_rank = experts // ranks
     tokens = counts.sum(0)
@@ -121,7 +141,7 @@ def _check(
 ) -> None:
     if counts.dtype != torch.int64 or counts.dim() != 2:
         raise ValueError(
-            f"counts is {counts.dtype} {tuple(counts.shape)}. Give an int64 tensor [ranks, experts]."
+            f"counts is {counts.dtype} {tuple(counts.shape)}. Give an int64 tensor [R, E]."
         )
     ranks, experts = counts.shape
     if ranks == 0 or experts == 0 or experts % ranks:
@@ -153,9 +173,7 @@ def _first_max(keys: Tensor) -> tuple[Tensor, Tensor]:
     return top >> _INDEX_BITS, _INDEX_MASK - (top & _INDEX_MASK)
 
 
-def _alias_table(
-    tokens: Tensor, load: Tensor, bound: Tensor, ranks_per_node: int | None
-) -> Tensor:
+def _alias_table(tokens: Tensor, load: Tensor, bound: Tensor, ranks_per_node: int | None) -> Tensor:
     """Tokens moved, ``[E, R]``, with one home rank for each receiver.
 
     Ranks first: R - 1 times, the fullest donor fills the emptiest open receiver up to the bound.
@@ -214,10 +232,10 @@ def _greedy(
     ranks = load.shape[0]
     per_rank = tokens.shape[0] // ranks
     device = load.device
-    steps = torch.tensor(_TARGET_STEPS, device=device)
+    steps = torch.tensor(TARGET_STEPS, device=device)
     targets = (bound + (load.max() - bound).clamp(min=0) * steps // 1000).repeat(2)
     variants = targets.shape[0]
-    may_overshoot = torch.arange(variants, device=device)[:, None] < len(_TARGET_STEPS)
+    may_overshoot = torch.arange(variants, device=device)[:, None] < len(TARGET_STEPS)
     excess = load - targets[:, None]
     free = torch.full_like(excess, num_slots)
     left = tokens.reshape(1, ranks, per_rank).repeat(variants, 1, 1)

@@ -40,7 +40,7 @@ class _Program:
         for rank in range(num_ranks):
             column = np.arange(rank, self.size, num_ranks)
             self._add(self.size + column, np.ones(self.experts), num_slots)
-            away = np.concatenate([self._x(e) for e in np.flatnonzero(self.home == rank)])
+            away = np.concatenate([self._x(int(e)) for e in np.flatnonzero(self.home == rank)])
             columns = np.concatenate([column, away, [2 * self.size]])
             values = np.concatenate([np.ones(self.experts), -np.ones(len(away)), [-1.0]])
             self._add(columns, values, -load[rank])

@@ -91,13 +91,13 @@ def run_case(case: Case, folder: Path, real_torchrun: bool = False, **overrides:
     return read_tensorboard(folder, case.metrics)
 
 
-def as_golden(curves: Curves) -> dict[str, Any]:
-    """Curves in the form of ``golden_values.json``."""
+def as_golden(curves: Curves, env_vars: dict[str, str]) -> dict[str, Any]:
+    """Curves in the form of ``golden_values.json``, recorded under ``env_vars``."""
     golden: dict[str, Any] = {
         "recorded_with": {
             "cpu": environment.device_name(),
             "machine": platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
+            "instructions": env_vars or torch.backends.cpu.get_cpu_capability(),
             "versions": environment.versions(),
         }
     }

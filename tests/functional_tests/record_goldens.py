@@ -45,7 +45,9 @@ def main() -> None:
         old = golden.read_golden(case.golden_file) if case.golden_file.exists() else {}
         print(f"{name}: {describe(old, curves)}", flush=True)
         if not args.dry_run:
-            case.golden_file.write_text(json.dumps(golden.as_golden(curves), indent=2) + "\n")
+            case.golden_file.write_text(
+                json.dumps(golden.as_golden(curves, case.env_vars), indent=2) + "\n"
+            )
 
 
 if __name__ == "__main__":

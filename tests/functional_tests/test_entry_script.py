@@ -137,8 +137,10 @@ def test_settings_that_must_not_change_the_loss(
         ({"mtp_num_layers": 1, "tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
         ({"moe_layer_freq": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}, 1),
         ({"num_experts": None}, 1),
+        ({"check_for_spiky_loss": True, "log_straggler": True,
+          "tensorboard_log_interval": 1}, 1),
     ],
-    ids=["interleaved", "mtp_tp2", "dense_layers_dropout", "dense_model"],
+    ids=["interleaved", "mtp_tp2", "dense_layers_dropout", "dense_model", "spiky_straggler"],
 )  # fmt: skip
 def test_other_layouts_train(flags: dict, nprocs: int, tmp_path: Path) -> None:
     launch.run(launch.tiny_model(**flags, run_dir=tmp_path), nprocs).check()

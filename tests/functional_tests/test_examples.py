@@ -11,6 +11,8 @@ from pathlib import Path
 import launch
 import pytest
 
+from megatron_echo import environment
+
 EXAMPLES = sorted(
     [*(launch.ROOT / "examples").rglob("*.sh"), *(launch.ROOT / "examples").rglob("*.sbatch")]
 )
@@ -36,6 +38,8 @@ if __name__ == "__main__":
     args = script.parse_args(script.extra_args_provider)
     script.check_command_line(args)
     validate_args(args)
+    config = script.echo_config_from_args(args)
+    assert config.num_moe_experts == args.num_experts
     print("VALID", args.world_size, args.num_experts, args.run_dir)
 """
 
@@ -90,8 +94,8 @@ def test_flags_are_accepted_by_the_real_parser(example: Path, tmp_path: Path) ->
     nodes = int(launcher[launcher.index("--nnodes") + 1]) if "--nnodes" in launcher else 1
     script = tmp_path / "validate.py"
     script.write_text(VALIDATE)
-    stand_ins = ["--transformer-impl", "local", "--distributed-backend", "gloo"]
-    stand_ins += ["--no-gradient-accumulation-fusion", "--no-persist-layer-norm"]
+    on_gpu = environment.add_missing_flags(flags, has_cuda=True, verbose=False)[len(flags) :]
+    stand_ins = [*on_gpu, "--distributed-backend", "gloo"]  # what a GPU without TE would get
     runs = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt")]
     argv = [*flags, *stand_ins, *(runs if "--save" in flags else [])]
     size = str(processes * nodes)

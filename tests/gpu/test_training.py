@@ -13,10 +13,11 @@ from megatron_echo.observe.metrics import read_metrics
 pytestmark = pytest.mark.gpu
 
 
-def train(folder: Path, nprocs: int = 1, **flags: object) -> list[dict]:
+def train(folder: Path, nprocs: int = 1, expect: str = "", **flags: object) -> list[dict]:
     argv = launch.tiny_model(train_iters=20, bf16=True, run_dir=folder, **flags)
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     result = launch.torchrun(argv, nprocs, env=environment).check()
+    assert expect in result.output
     assert "CUDA entry points now run on the CPU" not in result.output
     return read_metrics(folder)
 
@@ -48,6 +49,8 @@ def test_resume_is_the_straight_run(tmp_path: Path) -> None:
     straight = train(tmp_path / "straight")
     saving = {"save": tmp_path / "ckpt", "save_interval": 10}
     train(tmp_path / "halves", **saving, exit_interval=10)
-    halves = train(tmp_path / "halves", **saving, load=tmp_path / "ckpt")
+    loaded = f"successfully loaded checkpoint from {tmp_path / 'ckpt'}"
+    halves = train(tmp_path / "halves", expect=loaded, **saving, load=tmp_path / "ckpt")
+    assert (tmp_path / "halves" / "run.1.json").exists()
     losses = [line["lm loss"] for line in halves]
     assert losses == pytest.approx([line["lm loss"] for line in straight], rel=1e-3)

@@ -1,3 +1,5 @@
+import logging
+import os
 import subprocess
 import sys
 import threading
@@ -6,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.config
 
 from megatron_echo import cpu_backend
 
@@ -128,11 +131,20 @@ def test_dataloader_with_pinned_memory() -> None:
 def test_disable_restores_everything(disabled: None) -> None:
     assert not torch.cuda.is_available()
     assert cpu_backend.changes() == ()
+    from megatron.core.datasets import utils
+    from megatron.core.tensor_parallel import random
+    from megatron.training import initialize
+
     owners = [torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.cuda.memory]
-    owners += [torch.nn.Module, torch.accelerator, torch.distributed]
+    owners += [torch.nn.Module, torch.accelerator, torch.distributed, torch.cuda.nvtx]
+    owners += [torch.utils._device.DeviceContext, utils, random, initialize]
 
     def snapshot() -> dict:
-        return {(str(owner), k): v for owner in owners for k, v in vars(owner).items()}
+        found = {(str(owner), k): v for owner in owners for k, v in vars(owner).items()}
+        found |= {("env", key): value for key, value in os.environ.items()}
+        found["filters"] = tuple(logging.getLogger(random.__name__).filters)
+        found["dynamo"] = torch._dynamo.config.disable
+        return found
 
     before = snapshot()
     assert cpu_backend.enable(verbose=False)
@@ -140,7 +152,7 @@ def test_disable_restores_everything(disabled: None) -> None:
     cpu_backend.disable()
     after = snapshot()
     assert before.keys() == after.keys()
-    assert all(before[key] is after[key] for key in before)
+    assert all(before[k] is after[k] or before[k] == after[k] for k in before)
 
 
 def test_enabling_twice_is_enabling_once(disabled: None, capsys: pytest.CaptureFixture) -> None:
@@ -160,14 +172,16 @@ def test_it_does_nothing_where_cuda_works(disabled: None, monkeypatch: pytest.Mo
     monkeypatch.undo()
 
 
-def test_only_unset_flags_are_added(capsys: pytest.CaptureFixture) -> None:
-    given = ["--transformer-impl=local", "--eval-interval", "7"]
-    flags = cpu_backend.add_missing_flags(given)
-    assert flags[:3] == given
-    assert flags.count("--eval-interval") == 1
-    assert not any(word == "--transformer-impl" for word in flags)
-    assert flags[flags.index("--distributed-backend") + 1] == "gloo"
-    assert "--distributed-backend gloo" in capsys.readouterr().out
+def test_a_broken_driver_is_not_a_reason_to_train_on_the_cpu(
+    disabled: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu_backend, "_DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(RuntimeError, match="set CUDA_VISIBLE_DEVICES="):
+        cpu_backend.enable()
+    assert not cpu_backend.is_enabled()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cpu_backend.enable(verbose=False)
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["absent.py"], 1)])

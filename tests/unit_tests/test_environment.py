@@ -24,6 +24,7 @@ def test_a_gpu_with_torch_alone_uses_local_layers_and_nccl(monkeypatch) -> None:
     assert names(True) == {
         "--eval-interval",
         "--transformer-impl",
+        "--no-rope-fusion",
         "--no-persist-layer-norm",
         "--no-masked-softmax-fusion",
         "--no-gradient-accumulation-fusion",
@@ -33,6 +34,16 @@ def test_a_gpu_with_torch_alone_uses_local_layers_and_nccl(monkeypatch) -> None:
 def test_transformer_engine_without_apex_keeps_its_layers(monkeypatch) -> None:
     set_packages(monkeypatch, te=True, apex=False, kernels=False)
     assert names(True) == {"--eval-interval", "--no-gradient-accumulation-fusion"}
+
+
+def test_only_unset_flags_are_added(capsys: pytest.CaptureFixture) -> None:
+    given = ["--transformer-impl=local", "--eval-interval", "7"]
+    flags = environment.add_missing_flags(given, has_cuda=False)
+    assert flags[:3] == given
+    assert flags.count("--eval-interval") == 1
+    assert not any(word == "--transformer-impl" for word in flags)
+    assert flags[flags.index("--distributed-backend") + 1] == "gloo"
+    assert "--distributed-backend gloo" in capsys.readouterr().out
 
 
 def test_a_flag_that_was_given_is_not_touched() -> None:

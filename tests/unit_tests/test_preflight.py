@@ -7,7 +7,7 @@ import pytest
 from build_corpus import write_dataset
 from megatron.training.arguments import parse_args
 
-from megatron_echo import cpu_backend, preflight
+from megatron_echo import environment, preflight
 from megatron_echo.arguments import add_echo_arguments
 
 HEADER_BYTES = 34
@@ -27,7 +27,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch):
     """Parses a command line with Megatron's parser, on a given number of processes."""
 
     def parse(*argv: str, world_size: int = 1) -> Namespace:
-        words = cpu_backend.add_missing_flags(argv, verbose=False)
+        words = environment.add_missing_flags(argv, has_cuda=False, verbose=False)
         monkeypatch.setattr("sys.argv", ["pretrain_gpt_moe.py", *words])
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         return parse_args(add_echo_arguments)
@@ -119,6 +119,13 @@ def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Pa
             r"--num-experts 10 is not divisible by --expert-model-parallel-size 4. Use 8 or 12.",
         ),
         ("--expert-model-parallel-size 2", 2, r"needs a mixture of experts. Give --num-experts"),
+        ("--save somewhere", 1, r"--save needs --save-interval N"),
+        (
+            "--reset-attention-mask --context-parallel-size 2",
+            2,
+            r"--reset-attention-mask with --context-parallel-size 2 needs Transformer Engine",
+        ),
+        ("--hybrid-layer-pattern M*", 1, r"--hybrid-layer-pattern is not supported"),
         ("--sft", 1, r"--sft is not supported by pretrain_gpt_moe.py"),
         ("--distributed-backend nccl", 1, r"--distributed-backend nccl needs a CUDA device"),
         (
@@ -161,20 +168,47 @@ def test_a_tracker_that_names_nothing(parsed, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(parsed, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--save .*file/ckpt cannot be made \(Not a directory\)"):
-        preflight.check_command_line(parsed("--mock-data", "--save", str(tmp_path / "file/ckpt")))
+        preflight.check_command_line(
+            parsed("--mock-data", "--save", str(tmp_path / "file/ckpt"), "--save-interval", "1")
+        )
 
 
 def test_dist_optimizer_says_at_the_start_that_it_cannot_resume(
     parsed, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     flags = ("--mock-data", "--use-distributed-optimizer")
-    preflight.check_command_line(parsed(*flags, "--save", str(tmp_path)))
+    preflight.check_command_line(parsed(*flags, "--save", str(tmp_path), "--save-interval", "1"))
     assert "cannot resume the optimizer" in capsys.readouterr().out
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     (tmp_path / "iter_0000003").mkdir()
     with pytest.raises(ValueError, match=r"cannot resume from --load .* add --no-load-optim"):
         preflight.check_command_line(parsed(*flags, "--load", str(tmp_path)))
     preflight.check_command_line(parsed(*flags, "--load", str(tmp_path), "--no-load-optim"))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    (tmp_path / "release").mkdir()
+    preflight.check_command_line(parsed(*flags, "--load", str(tmp_path)))
+
+
+def test_a_checkpoint_step_is_looked_at_instead_of_the_tracker(parsed, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("9")
+    (tmp_path / "iter_0000003").mkdir()
+    load = ("--mock-data", "--load", str(tmp_path), "--ckpt-step")
+    preflight.check_command_line(parsed(*load, "3"))
+    with pytest.raises(ValueError, match="--ckpt-step names iter_0000004, which is not there"):
+        preflight.check_command_line(parsed(*load, "4"))
+
+
+def test_checkpoint_arguments_may_name_the_experts(parsed, tmp_path: Path) -> None:
+    flags = ("--expert-model-parallel-size", "2", "--use-checkpoint-args", "--load", str(tmp_path))
+    preflight.check_command_line(parsed("--mock-data", *flags, world_size=2))
+
+
+def test_recomputation_that_needs_transformer_engine(parsed, monkeypatch) -> None:
+    flags = ("--mock-data", "--recompute-granularity", "selective", "--recompute-modules")
+    monkeypatch.setattr(preflight.cpu_backend, "is_enabled", lambda: False)
+    preflight.check_command_line(parsed(*flags, "core_attn"))
+    with pytest.raises(ValueError, match="--recompute-modules layernorm needs Transformer Engine"):
+        preflight.check_command_line(parsed(*flags, "core_attn", "layernorm"))
 
 
 def test_only_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +218,8 @@ def test_only_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
     full = RuntimeError("outer")
     full.__cause__ = OSError(28, "No space left on device")
     assert "No checkpoint is there yet" in (preflight.explain_failure(full, args) or "")
+    other = OSError(28, "No space left on device", "/dev/shm/x")
+    assert "The disk of /dev/shm/x is full" in (preflight.explain_failure(other, args) or "")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Namespace(free=10))
     assert "is full" in (preflight.explain_failure(RuntimeError("Worker failure"), args) or "")
     assert preflight.explain_failure(full, Namespace(save=None)) is None

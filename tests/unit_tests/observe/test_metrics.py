@@ -80,6 +80,56 @@ def test_a_line_cut_short_by_a_crash_does_not_stop_the_restart(tmp_path: Path) -
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_a_start_that_only_evaluates_joins_the_last_line(tmp_path: Path) -> None:
+    clock = Clock()
+    write_iterations(MetricsWriter(tmp_path, clock), clock, 1, 2)
+    again = MetricsWriter(tmp_path, Clock())
+    again.add_scalar("lm loss validation", 2.0, 2)
+    again.flush()
+    first, last = read_metrics(tmp_path)
+    assert "lm loss validation" not in first
+    assert last == {
+        "iteration": 2, "iteration-time": 2.5, "lm loss": 1 / 3, "grad-norm": 0.1,
+        "lm loss validation": 2.0,
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_damaged_line_is_set_aside(tmp_path: Path) -> None:
+    clock = Clock()
+    write_iterations(MetricsWriter(tmp_path, clock), clock, 1)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("{broken}\n")
+    write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 2)
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert "{broken}" in (tmp_path / "metrics.1.jsonl").read_text()
+
+
+def test_a_disk_that_refuses_does_not_stop_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    writer = MetricsWriter(tmp_path / "run", Clock())
+    (tmp_path / "run").rmdir()
+    write_iterations(writer, Clock(), 1, 2, 3)
+    assert capsys.readouterr().out.count("no more metrics") == 1
+
+
+def test_only_logged_iterations_have_a_line(tmp_path: Path) -> None:
+    """``--tensorboard-log-interval 3``: MoE losses pass every time, the loss each third time."""
+    clock = Clock()
+    writer = MetricsWriter(tmp_path, clock)
+    for iteration in range(1, 7):
+        clock.seconds += 2.0
+        if iteration % 3 == 0:
+            writer.add_scalar("lm loss", 1.0, iteration)
+        writer.add_scalar("load_balancing_loss", 1.0, iteration)
+    writer.flush()
+    lines = read_metrics(tmp_path)
+    assert [line["iteration"] for line in lines] == [3, 6]
+    assert lines[1]["iteration-time"] == 2.0
+
+
 def test_everything_is_passed_on_to_tensorboard(tmp_path: Path) -> None:
     tensorboard = Mock()
     writer = MetricsWriter(tmp_path, Clock(), tensorboard)

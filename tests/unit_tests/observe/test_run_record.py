@@ -20,14 +20,16 @@ SIZES = {
 
 def test_flags_versions_and_layout(tmp_path: Path) -> None:
     args = Namespace(**SIZES, lr=1e-3, params_dtype=torch.bfloat16, data_path=["a", 0.5], spec=None)
-    record = json.loads(write_run_record(tmp_path / "new", args).read_text())
+    record = json.loads(
+        write_run_record(tmp_path / "new", args, ["script", "--lr", "1"]).read_text()
+    )
     assert record["layout"]["expert"] == 4
     assert record["layout"]["data"] == 4
     assert record["flags"]["lr"] == 1e-3
     assert record["flags"]["params_dtype"] == "torch.bfloat16"
     assert record["flags"]["data_path"] == ["a", 0.5]
     assert record["versions"]["megatron-core"] == "0.19.2"
-    assert record["command"]
+    assert record["command"] == ["script", "--lr", "1"]
     assert record["device"]
 
 

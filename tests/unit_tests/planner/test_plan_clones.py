@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from planner_cases import EDGES
 
 from megatron_echo.planner import ClonePlan, balance_bound, plan_clones
 
@@ -142,22 +143,6 @@ def test_scaling_the_counts_scales_the_plan(
     plan, scaled = plan_clones(counts, slots), plan_clones(counts * factor, slots)
     if slots >= counts.shape[1] // ranks:
         assert torch.equal(scaled.allocation, plan.allocation * factor)
-
-
-EDGES = {
-    "no tokens": torch.zeros(4, 8),
-    "fewer tokens than ranks": torch.eye(4).repeat(1, 2) * torch.tensor([[1], [1], [0], [0]]),
-    "one rank": torch.ones(1, 4),
-    "one expert a rank": torch.arange(16).reshape(4, 4),
-    "one expert holds everything": torch.tensor([[0, 2**31] + [0] * 6] * 4),
-    "one rank holds everything": torch.tensor([[9, 8, 7, 0, 0, 0, 0, 0, 0]] * 3),
-    "remainder R - 1": torch.tensor([[7, 0, 0, 0]] + [[0] * 4] * 3),
-    "a prime number of ranks": torch.arange(7 * 14).reshape(7, 14) ** 2,
-    "all equal": torch.full((5, 10), 6),
-    "two hot experts": torch.tensor([[0] * 16] * 7 + [[50000, 0, 30000] + [200] * 13]),
-    "a source without tokens": torch.tensor([[0] * 6, [5, 1, 9, 2, 4, 3], [8, 8, 1, 1, 0, 2]]),
-    "near 2^31": torch.full((8, 16), 2**31 - 1) * (torch.arange(16) % 3 == 0),
-}
 
 
 @pytest.mark.parametrize("name", EDGES)

@@ -1,0 +1,333 @@
+"""The planner in one Triton launch, bit-identical to the torch reference in ``balance.py``.
+
+One program holds the ranks in registers: the reference's loops, step for step, but leaving each
+one as soon as nothing moves. Tokens and plans pass through global scratch where a step needs them
+in another layout; ``tl.debug_barrier`` orders those accesses within the program.
+
+Arithmetic is int64 throughout: tokens of an expert may pass 2^31.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_echo.planner.balance import (
+    INTER_NODE_WEIGHT,
+    INTRA_NODE_WEIGHT,
+    TARGET_STEPS,
+    balance_scale,
+)
+
+_BITS = tl.constexpr(10)
+_MASK = tl.constexpr((1 << 10) - 1)
+_INTRA = tl.constexpr(INTRA_NODE_WEIGHT)
+_INTER = tl.constexpr(INTER_NODE_WEIGHT)
+
+
+@triton.jit
+def _first_max(values, index, axis: tl.constexpr):
+    """The largest value along an axis and the first index that has it."""
+    top = tl.max((values << _BITS) + (index ^ _MASK), axis=axis)  # x ^ mask is mask - x
+    return top >> _BITS, (top & _MASK) ^ _MASK
+
+
+@triton.jit
+def _pick(values, index, wanted, axis: tl.constexpr):
+    """``values`` at the index ``wanted`` along an axis."""
+    return tl.sum(tl.where(index == wanted, values, 0), axis=axis)
+
+
+@triton.jit
+def _sum_counts(
+    counts, tokens, R: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """``tokens[e] = counts[:, e].sum()``."""
+    rank = tl.arange(0, BLOCK_R)[:, None]
+    for start in range(0, E, BLOCK_E):
+        expert = start + tl.arange(0, BLOCK_E)
+        inside = (rank < R) & (expert < E)[None, :]
+        tile = tl.load(counts + rank * E + expert[None, :], mask=inside, other=0)
+        tl.store(tokens + expert, tl.sum(tile, axis=0), mask=expert < E)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _alias_table(
+    moved, tokens, excess, node_size, R: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Fill receivers from one home rank each, then deal the quotas over the experts."""
+    rank = tl.arange(0, BLOCK_R)
+    is_open = rank < R
+    filler = tl.full((BLOCK_R,), -1, tl.int32)
+    amount = tl.zeros((BLOCK_R,), tl.int64)
+    step = 0
+    while step < R - 1:
+        donor_excess, donor = _first_max(excess, rank, 0)
+        need = tl.maximum(tl.where(is_open, -excess, 0), 0)
+        worth = need
+        if BY_NODE:
+            worth = need * tl.where(rank // node_size == donor // node_size, _INTRA, _INTER)
+        _, receiver = _first_max(worth, rank, 0)
+        given = tl.where(donor_excess > 0, _pick(need, rank, receiver, 0), 0)
+        filled = (rank == receiver) & (given > 0)
+        filler = tl.where(filled, donor.to(tl.int32), filler)
+        amount = tl.where(filled, given, amount)
+        is_open = is_open & (filled == 0)
+        excess += tl.where(rank == receiver, given, 0) - tl.where(rank == donor, given, 0)
+        step = tl.where(given > 0, step + 1, R)
+    column = tl.arange(0, BLOCK_M)
+    for first in range(0, R, BLOCK_Q):
+        home = first + tl.arange(0, BLOCK_Q)
+        inside = (home < R)[:, None] & (column < M)[None, :]
+        held = tl.load(tokens + home[:, None] * M + column[None, :], mask=inside, other=0)
+        quota = tl.where(filler[None, :] == home[:, None], amount[None, :], 0)
+        busy = tl.max(tl.max(quota, axis=1), axis=0) > 0
+        while busy:
+            wanted, receiver = _first_max(quota, rank[None, :], 1)
+            most, expert = _first_max(held, column[None, :], 1)
+            piece = tl.minimum(wanted, most)
+            tl.store(moved + (home * M + expert) * R + receiver, piece, mask=piece > 0)
+            quota -= tl.where(rank[None, :] == receiver[:, None], piece[:, None], 0)
+            held -= tl.where(column[None, :] == expert[:, None], piece[:, None], 0)
+            busy = tl.max(piece, axis=0) > 0
+
+
+@triton.jit
+def _greedy(
+    moved, left, trial, tokens, load, bound, node_size, steps, R: tl.constexpr, E: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """The greedy for all targets at once, then the best of their plans into ``moved``."""
+    rank = tl.arange(0, BLOCK_R)
+    variant = tl.arange(0, BLOCK_V)
+    column = tl.arange(0, BLOCK_M)
+    is_rank = (rank < R)[None, :]
+    real = variant < 2 * STEPS
+    thousandths = tl.load(steps + variant % STEPS, mask=real, other=0)
+    target = bound + tl.maximum(tl.max(load, axis=0) - bound, 0) * thousandths // 1000
+    overshoot = variant < STEPS
+    excess = tl.where(is_rank, load[None, :] - target[:, None], 0)
+    free = tl.where(is_rank & real[:, None], S, 0)
+    clones = tl.zeros((BLOCK_V,), tl.int32)
+    expert_at = rank[:, None] * M + column[None, :]
+    inside = (rank < R)[:, None] & (column < M)[None, :]
+    share = tl.load(tokens + expert_at, mask=inside, other=0)
+    for v in range(2 * STEPS):
+        tl.store(left + v * E + expert_at, share, mask=inside)
+    tl.debug_barrier()
+    step = 0
+    while step < R * S:
+        donor_excess, donor = _first_max(excess, rank[None, :], 1)
+        need = tl.maximum(tl.where(free > 0, -excess, 0), 0)
+        worth = need
+        if BY_NODE:
+            same = rank[None, :] // node_size == donor[:, None] // node_size
+            worth = need * tl.where(same, _INTRA, _INTER)
+        _, receiver = _first_max(worth, rank[None, :], 1)
+        in_need = _pick(need, rank[None, :], receiver[:, None], 1)
+        cell = variant * E + donor * M
+        live = real[:, None] & (column < M)[None, :]
+        place = trial + (variant * R + receiver)[:, None] * E + (donor * M)[:, None] + column
+        cloned = tl.load(place, mask=live, other=0) > 0
+        rest = tl.load(left + cell[:, None] + column[None, :], mask=live, other=0)
+        most, expert = _first_max(tl.where(cloned, 0, rest), column[None, :], 1)
+        piece = tl.minimum(in_need, most)
+        piece = tl.where(overshoot, piece, tl.minimum(piece, donor_excess))
+        piece = tl.where(donor_excess > 0, piece, 0)
+        given = piece > 0
+        remaining = _pick(rest, column[None, :], expert[:, None], 1) - piece
+        target_cell = (variant * R + receiver) * E + donor * M + expert
+        tl.store(trial + target_cell, piece, mask=given & real)
+        tl.store(left + cell + expert, remaining, mask=given & real)
+        tl.debug_barrier()
+        clones += tl.where(given, 1, 0)
+        is_receiver = rank[None, :] == receiver[:, None]
+        is_donor = rank[None, :] == donor[:, None]
+        excess += tl.where(is_receiver, piece[:, None], 0) - tl.where(is_donor, piece[:, None], 0)
+        free -= tl.where(is_receiver, tl.where(given, 1, S)[:, None], 0)
+        waiting = tl.max(tl.where(free > 0, -excess, 0), axis=1) > 0
+        stuck = (donor_excess <= 0) | (waiting == 0)
+        step = tl.where(tl.min(tl.where(real, stuck.to(tl.int32), 1), axis=0) > 0, R * S, step + 1)
+    highest = tl.max(tl.where(is_rank, excess + target[:, None], 0), axis=1)
+    reached = tl.where(real, tl.maximum(highest, bound), 1 << 62)
+    ahead = reached == tl.min(reached, axis=0)
+    cost = tl.where(ahead, clones, R * S + 1).to(tl.int64)
+    _, best = _first_max(-cost, variant, 0)
+    cells = tl.arange(0, BLOCK_X)
+    for start in range(0, R * E, BLOCK_X):
+        at = start + cells
+        value = tl.load(trial + best * R * E + at, mask=at < R * E, other=0)
+        tl.store(moved + (at % E) * R + at // E, value, mask=at < R * E)
+
+
+@triton.jit
+def _give_up_small_clones(
+    moved,
+    load,
+    bound,
+    minimum,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Home ranks with room take their smallest clones back, smallest first."""
+    rank = tl.arange(0, BLOCK_R)
+    cell = tl.arange(0, BLOCK_H)
+    after = load
+    for home in range(R):
+        inside = cell < M * R
+        piece = tl.load(moved + home * M * R + cell, mask=inside, other=0)
+        sent = tl.sum(piece, axis=0)
+        after -= tl.where(rank == home, sent, 0)
+    for expert in range(R * M):
+        after += tl.load(moved + expert * R + rank, mask=rank < R, other=0)
+    tl.debug_barrier()
+    for home in range(R):
+        inside = cell < M * R
+        piece = tl.load(moved + home * M * R + cell, mask=inside, other=0)
+        room = bound - _pick(after, rank, home, 0)
+        busy = room > 0
+        while busy:
+            small = (piece > 0) & (piece < minimum)
+            size = tl.min(tl.where(small, piece, 1 << 62), axis=0)
+            first = tl.min(tl.where(small & (piece == size), cell, BLOCK_H), axis=0)
+            busy = size <= room
+            piece = tl.where((cell == first) & busy, 0, piece)
+            room -= tl.where(busy, size, 0)
+        tl.store(moved + home * M * R + cell, piece, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _write_plan(
+    moved, tokens, allocation, slot_expert, load_after, num_clones, load,
+    R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Slots, allocation and loads from the tokens moved."""
+    rank = tl.arange(0, BLOCK_R)
+    used_so_far = tl.zeros((BLOCK_R,), tl.int32)
+    after = load
+    for start in range(0, E, BLOCK_E):
+        expert = start + tl.arange(0, BLOCK_E)
+        inside = (rank < R)[:, None] & (expert < E)[None, :]
+        cell = expert[None, :] * R + rank[:, None]
+        piece = tl.load(moved + cell, mask=inside, other=0)
+        stay = tl.load(tokens + expert, mask=expert < E, other=0) - tl.sum(piece, axis=0)
+        is_home = (expert // M)[None, :] == rank[:, None]
+        tl.store(allocation + cell, tl.where(is_home, stay[None, :], piece), mask=inside)
+        gone = tl.where(is_home, tl.sum(piece, axis=0)[None, :], 0)
+        after += tl.sum(piece, axis=1) - tl.sum(gone, axis=1)
+        used = (piece > 0).to(tl.int32)
+        slot = used_so_far[:, None] + tl.cumsum(used, axis=1) - 1
+        names = tl.broadcast_to(expert[None, :].to(tl.int64), (BLOCK_R, BLOCK_E))
+        tl.store(slot_expert + rank[:, None] * S + slot, names, mask=inside & (piece > 0))
+        used_so_far += tl.sum(used, axis=1)
+    tl.store(load_after + rank, after, mask=rank < R)
+    tl.store(num_clones, tl.sum(used_so_far, axis=0).to(tl.int64))
+
+
+@triton.jit
+def _plan_kernel(
+    counts, slot_expert, allocation, load_before, load_after, num_clones,
+    tokens, moved, left, trial, steps, scale, minimum, node_size,
+    R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    EXACT: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    _sum_counts(counts, tokens, R, E, BLOCK_R, BLOCK_E)
+    rank = tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_M)
+    inside = (rank < R)[:, None] & (column < M)[None, :]
+    held = tl.load(tokens + rank[:, None] * M + column[None, :], mask=inside, other=0)
+    load = tl.sum(held, axis=1)
+    tl.store(load_before + rank, load, mask=rank < R)
+    total = tl.sum(load, axis=0)
+    unit = 1000000 * R
+    relaxed = scale * (total // unit) + scale * (total % unit) // unit
+    bound = tl.maximum(relaxed, (total + R - 1) // R)
+    if EXACT:
+        excess = tl.where(rank < R, load - bound, 0)
+        _alias_table(moved, tokens, excess, node_size, R, M, BY_NODE, BLOCK_R, BLOCK_M, BLOCK_Q)
+    else:
+        _greedy(
+            moved, left, trial, tokens, load, bound, node_size, steps, R, E, S,
+            M, BY_NODE, STEPS, BLOCK_V, BLOCK_R, BLOCK_M, BLOCK_E,
+        )  # fmt: skip
+    tl.debug_barrier()
+    if minimum > 0:
+        _give_up_small_clones(moved, load, bound, minimum, R, M, BLOCK_R, BLOCK_H)
+    _write_plan(
+        moved, tokens, allocation, slot_expert, load_after, num_clones, load, R, E, S,
+        M, BLOCK_R, BLOCK_E,
+    )  # fmt: skip
+
+
+def constants(ranks: int, experts: int, num_slots: int, by_node: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time arguments; one compilation a configuration."""
+    per_rank = experts // ranks
+    block_ranks = triton.next_power_of_2(ranks)
+    tile = 16384  # int64 cells of a two-dimensional tile: 128 KiB of the SM's shared memory
+    return {
+        "R": ranks,
+        "E": experts,
+        "S": num_slots,
+        "M": per_rank,
+        "EXACT": num_slots >= per_rank,
+        "BY_NODE": by_node,
+        "STEPS": len(TARGET_STEPS),
+        "BLOCK_V": triton.next_power_of_2(2 * len(TARGET_STEPS)),
+        "BLOCK_R": block_ranks,
+        "BLOCK_M": triton.next_power_of_2(per_rank),
+        "BLOCK_E": min(256, tile // block_ranks),
+        "BLOCK_H": triton.next_power_of_2(per_rank * ranks),
+        "BLOCK_Q": min(block_ranks, tile // block_ranks),
+    }
+
+
+def plan_tensors(
+    counts: Tensor,
+    num_slots: int,
+    tolerance: float,
+    min_tokens_per_clone: int,
+    ranks_per_node: int | None,
+) -> dict[str, Tensor]:
+    """The tensors of a :class:`~megatron_echo.planner.plan.ClonePlan`, by one kernel launch.
+
+    Args:
+        counts: int64 ``[R, E]`` on a CUDA device (or on the CPU in Triton's interpreter), with
+            R > 1; the other arguments are those of ``plan_clones``, checked by it, with
+            ``num_slots`` above 0.
+
+    Returns:
+        ``slot_expert``, ``allocation``, ``load_before``, ``load_after``, ``num_clones``.
+    """
+    ranks, experts = counts.shape
+    trials = 0 if num_slots >= experts // ranks else 2 * len(TARGET_STEPS)
+    plan = {
+        "slot_expert": counts.new_full((ranks, num_slots), -1),
+        "allocation": counts.new_empty(experts, ranks),
+        "load_before": counts.new_empty(ranks),
+        "load_after": counts.new_empty(ranks),
+        "num_clones": counts.new_empty(()),
+    }
+    _plan_kernel[(1,)](
+        counts.contiguous(),
+        *plan.values(),
+        counts.new_empty(experts),
+        counts.new_zeros(experts, ranks),
+        counts.new_empty(trials, experts),
+        counts.new_zeros(trials, ranks, experts),
+        torch.tensor(TARGET_STEPS, device=counts.device),
+        balance_scale(tolerance),
+        min_tokens_per_clone,
+        ranks_per_node or ranks,
+        **constants(ranks, experts, num_slots, ranks_per_node is not None),
+        num_warps=8,
+    )
+    return plan

@@ -1,0 +1,90 @@
+"""The Triton planner against the torch reference, bit for bit, in Triton's interpreter."""
+
+import subprocess
+import sys
+
+import launch
+import pytest
+import torch
+from planner_cases import EDGES
+
+from megatron_echo.planner.balance import plan_clones_reference
+from megatron_echo.planner.kernels import plan_tensors
+
+
+def check_same(counts: torch.Tensor, slots: int, *settings: object) -> None:
+    expected = plan_clones_reference(counts, slots, *settings)
+    for name, tensor in plan_tensors(counts, slots, *settings).items():
+        assert torch.equal(tensor, getattr(expected, name)), (name, slots, settings)
+
+
+@pytest.mark.parametrize("seed", range(240))
+def test_random_inputs(seed: int) -> None:
+    """Small shapes, many skews, sizes past 2^31, every option."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: object) -> object:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    ranks, per_rank = pick(2, 3, 4, 5, 8), pick(1, 2, 3, 4)
+    popularity = torch.rand(ranks * per_rank, generator=generator, dtype=torch.float64)
+    popularity = popularity ** pick(0, 1, 4, 12)
+    largest = pick(3, 500, 2**20, 2**40)
+    shape = (ranks, ranks * per_rank)
+    counts = torch.rand(shape, generator=generator, dtype=torch.float64) * popularity * largest
+    node = pick(None, *(n for n in range(1, ranks + 1) if ranks % n == 0))
+    tolerance, minimum = pick(0.0, 0.0, 0.02, 0.5), pick(0, 0, largest // 10, 10**9)
+    check_same(counts.long(), pick(1, 2, per_rank, per_rank + 1), tolerance, minimum, node)
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_edges(name: str, slots: int) -> None:
+    counts = EDGES[name].long()
+    ranks, experts = counts.shape
+    if ranks > 1 and experts % ranks == 0:
+        check_same(counts, slots, 0.0, 0, None)
+
+
+@pytest.mark.parametrize(("ranks", "experts", "slots"), [(64, 256, 4), (64, 256, 1), (40, 240, 6)])
+def test_large_shapes(ranks: int, experts: int, slots: int) -> None:
+    generator = torch.Generator().manual_seed(ranks)
+    popularity = torch.rand(experts, generator=generator) ** 6
+    counts = (torch.rand(ranks, experts, generator=generator) * popularity * 4096).long()
+    check_same(counts, slots, 0.0, 0, 8)
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_echo.planner import kernels
+
+kernel = kernels._plan_kernel
+for ranks, experts, slots, by_node in {shapes}:
+    constants = kernels.constants(ranks, experts, slots, by_node)
+    types = {{"scale": "i64", "minimum": "i32", "node_size": "i32"}}
+    signature = {{name: types.get(name, "*i64") for name in kernel.arg_names}}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 8}})
+    print("SHARED", compiled.metadata.shared)
+"""
+
+
+def test_it_compiles_for_a_gpu_that_is_not_here() -> None:
+    """For an H100: every branch, the largest shape within its 227 KiB of shared memory."""
+    shapes = [(64, 256, 4, False), (64, 256, 2, True), (256, 1024, 16, True)]
+    environment = {"PYTHONPATH": str(launch.ROOT), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE.format(shapes=shapes)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    shared = [int(line.split()[1]) for line in finished.stdout.splitlines() if "SHARED" in line]
+    assert len(shared) == len(shapes)
+    assert max(shared) <= 227 * 1024
