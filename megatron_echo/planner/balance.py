@@ -4,7 +4,8 @@ Tokens are moved from ranks above the bound ("donors", by their home experts) to
 ("receivers"). Two algorithms, both in integers and with trip counts that depend on shapes only:
 
 * at least ``E // R`` slots: an alias table over the *ranks*, then each donor's tokens over its
-  experts. Exact for every input (:func:`_alias_table`).
+  experts. Exact for every input (:func:`_alias_table`). With a tolerance, also the closest fits,
+  for fewer clones (:func:`_closest_fits`).
 * fewer slots: a greedy over *experts*, run for several targets at once; the best result wins
   (:func:`_greedy`).
 
@@ -24,6 +25,9 @@ INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 3, 1
 TARGET_STEPS = (0, 10, 20, 40, 80, 150, 300)
 """Targets of the greedy, in thousandths of the way from the bound to the load before planning.
 Each is tried with and without letting a donor give more than its excess."""
+
+FAR = 1 << 51
+"""Above any score of a hole that does not fit: three times the largest total, 2^49."""
 
 _MILLION = 10**6
 _INDEX_BITS = 10
@@ -113,7 +117,7 @@ def plan_clones_reference(
     if num_slots == 0 or ranks == 1:
         moved = tokens.new_zeros(experts, ranks)
     elif num_slots >= per_rank:
-        moved = _alias_table(tokens, load_before, bound, ranks_per_node)
+        moved = _exact(tokens, load_before, bound, num_slots, ranks_per_node, tolerance > 0)
     else:
         moved = _greedy(tokens, load_before, bound, num_slots, ranks_per_node)
     if min_tokens_per_clone > 0:
@@ -173,50 +177,110 @@ def _first_max(keys: Tensor) -> tuple[Tensor, Tensor]:
     return top >> _INDEX_BITS, _INDEX_MASK - (top & _INDEX_MASK)
 
 
-def _alias_table(tokens: Tensor, load: Tensor, bound: Tensor, ranks_per_node: int | None) -> Tensor:
-    """Tokens moved, ``[E, R]``, with one home rank for each receiver.
+def _exact(
+    tokens: Tensor,
+    load: Tensor,
+    bound: Tensor,
+    num_slots: int,
+    ranks_per_node: int | None,
+    relaxed: bool,
+) -> Tensor:
+    """Tokens moved, ``[E, R]``, with no rank above the bound; needs ``E // R`` slots.
 
-    Ranks first: R - 1 times, the fullest donor fills the emptiest open receiver up to the bound.
-    Then, for all home ranks at once, the largest open quota takes from the largest remaining
-    expert, until the quotas are served: at most ``R - 1`` receivers plus ``E // R`` exhausted
-    experts, so ``R - 2 + E // R`` rounds.
+    With a tolerance there is slack to save clones with: the closest fits are tried as well, and
+    taken where they need fewer clones and no rank needs more slots than it has.
     """
     ranks = load.shape[0]
-    per_rank = tokens.shape[0] // ranks
-    excess = load - bound
+    experts = tokens.reshape(ranks, -1)
+    table = _alias_table(load - bound, ranks_per_node)
+    if not relaxed:
+        return _serve_quotas(table, experts)
+    fits = _closest_fits(load - bound, ranks_per_node)
+    both = _serve_quotas(torch.stack((table, fits)), experts)
+    used = both > 0
+    clones = used.flatten(1).sum(1)
+    better = (used[1].sum(0).amax() <= num_slots) & (clones[1] < clones[0])
+    return torch.where(better, both[1], both[0])
+
+
+def _alias_table(excess: Tensor, ranks_per_node: int | None) -> Tensor:
+    """Quotas ``[home, receiver]`` with one home rank for each receiver, from ``load - bound``.
+
+    R - 1 times, the fullest donor fills the emptiest open receiver up to the bound; the donor may
+    fall below it and become a receiver.
+    """
+    ranks = excess.shape[0]
     is_open = torch.ones_like(excess, dtype=torch.bool)
-    node = torch.arange(ranks, device=load.device) // (ranks_per_node or ranks)
-    quota = load.new_zeros(ranks, ranks)
+    quota = excess.new_zeros(ranks, ranks)
     for _ in range(ranks - 1):
         donor_excess, donor = _first_max(_keys(excess))
         need = torch.where(is_open, -excess, 0).clamp_(min=0)
-        worth = need
-        if ranks_per_node is not None:
-            inside = node == node.gather(0, donor)
-            worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
-        _, receiver = _first_max(_keys(worth))
+        _, receiver = _first_max(_keys(need * _node_weight(donor, ranks, ranks_per_node)))
         given = torch.where(donor_excess > 0, need.gather(0, receiver), 0)
         quota.view(-1).scatter_add_(0, donor * ranks + receiver, given)
-        excess.scatter_add_(0, donor, -given)
-        excess.scatter_add_(0, receiver, given)
-        is_open.scatter_(0, receiver, is_open.gather(0, receiver) & (given == 0))
-    return _serve_quotas(quota, tokens.reshape(ranks, per_rank))
+        excess = excess.scatter_add(0, donor, -given).scatter_add_(0, receiver, given)
+        is_open = is_open.scatter(0, receiver, is_open.gather(0, receiver) & (given == 0))
+    return quota
+
+
+def _closest_fits(excess: Tensor, ranks_per_node: int | None) -> Tensor:
+    """Quotas ``[home, receiver]`` for few clones where the bound leaves slack.
+
+    The donor with the smallest excess goes first. It takes the smallest hole that holds all of
+    its excess, in its node if there is one, or else as much as the largest hole takes. Every step
+    ends a donor or fills a hole, so R steps serve all; the holes' sum is at least the excesses'.
+    """
+    ranks = excess.shape[0]
+    hole = (-excess).clamp(min=0)
+    excess = excess.clamp(min=0)
+    quota = excess.new_zeros(ranks, ranks)
+    for _ in range(ranks):
+        smallest, donor = _first_max(_keys(torch.where(excess > 0, -excess, -FAR)))
+        wanted = torch.where(smallest == -FAR, 0, -smallest)
+        weight = _node_weight(donor, ranks, ranks_per_node)
+        inside = weight == INTRA_NODE_WEIGHT
+        score = torch.where(hole >= wanted, FAR * torch.where(inside, 2, 1) - hole, hole * weight)
+        _, receiver = _first_max(_keys(torch.where(hole > 0, score, 0)))
+        given = torch.minimum(wanted, hole.gather(0, receiver))
+        quota.view(-1).scatter_add_(0, donor * ranks + receiver, given)
+        excess = excess.scatter_add(0, donor, -given)
+        hole = hole.scatter_add(0, receiver, -given)
+    return quota
+
+
+def _node_weight(donor: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor:
+    """What a receiver is worth to a donor, ``[..., R]``: more inside the donor's node."""
+    if ranks_per_node is None:
+        return donor.new_ones(1)
+    node = torch.arange(ranks, device=donor.device) // ranks_per_node
+    inside = node == donor // ranks_per_node
+    return torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
 
 
 def _serve_quotas(quota: Tensor, experts: Tensor) -> Tensor:
-    """Deal each home rank's quotas ``[R, R]`` over its experts' tokens ``[R, m]``: ``[E, R]``."""
+    """Deal each home rank's quotas ``[..., R, R]`` over its experts' tokens: ``[..., E, R]``.
+
+    For all home ranks at once, the largest open quota takes from the largest remaining expert. A
+    round ends a quota or an expert, so ``R - 2 + E // R`` rounds serve all.
+
+    Args:
+        quota: int64, ``[home, receiver]`` in the last two dimensions.
+        experts: int64 ``[R, E // R]``, tokens of each home rank's experts.
+    """
     ranks, per_rank = experts.shape
-    moved = quota.new_zeros(ranks, per_rank * ranks)
-    quota_keys, expert_keys = _keys(quota), _keys(experts)
+    leading = quota.shape[:-2]
+    moved = quota.new_zeros(*leading, ranks, per_rank * ranks)
+    quota_keys = _keys(quota)
+    expert_keys = _keys(experts).expand(*leading, ranks, per_rank).clone()
     for _ in range(ranks - 2 + per_rank):
         wanted, receiver = _first_max(quota_keys)
         held, expert = _first_max(expert_keys)
         piece = torch.minimum(wanted, held)
-        moved.scatter_add_(1, expert * ranks + receiver, piece)
+        moved.scatter_add_(-1, expert * ranks + receiver, piece)
         taken = piece << _INDEX_BITS
-        quota_keys.scatter_add_(1, receiver, -taken)
-        expert_keys.scatter_add_(1, expert, -taken)
-    return moved.view(ranks * per_rank, ranks)
+        quota_keys.scatter_add_(-1, receiver, -taken)
+        expert_keys.scatter_add_(-1, expert, -taken)
+    return moved.view(*leading, ranks * per_rank, ranks)
 
 
 def _greedy(
@@ -241,15 +305,10 @@ def _greedy(
     left = tokens.reshape(1, ranks, per_rank).repeat(variants, 1, 1)
     moved = left.new_zeros(variants, ranks, ranks * per_rank)  # [V, receiver, expert]
     columns = torch.arange(per_rank, device=device)
-    node = torch.arange(ranks, device=device) // (ranks_per_node or ranks)
     for _ in range(ranks * num_slots):
         donor_excess, donor = _first_max(_keys(excess))
         need = torch.where(free > 0, -excess, 0).clamp_(min=0)
-        worth = need
-        if ranks_per_node is not None:
-            inside = node == node[donor]
-            worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
-        _, receiver = _first_max(_keys(worth))
+        _, receiver = _first_max(_keys(need * _node_weight(donor, ranks, ranks_per_node)))
         row = donor.unsqueeze(2).expand(variants, 1, per_rank)
         place = (receiver * ranks + donor) * per_rank + columns
         cloned = moved.view(variants, -1).gather(1, place) > 0

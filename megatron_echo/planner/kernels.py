@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_echo.planner.balance import (
+    FAR,
     INTER_NODE_WEIGHT,
     INTRA_NODE_WEIGHT,
     TARGET_STEPS,
@@ -21,6 +22,7 @@ from megatron_echo.planner.balance import (
 
 _BITS = tl.constexpr(10)
 _MASK = tl.constexpr((1 << 10) - 1)
+_FAR = tl.constexpr(FAR)
 _INTRA = tl.constexpr(INTRA_NODE_WEIGHT)
 _INTER = tl.constexpr(INTER_NODE_WEIGHT)
 
@@ -53,45 +55,90 @@ def _sum_counts(
 
 
 @triton.jit
+def _weight(rank, donor, node_size, BY_NODE: tl.constexpr):
+    """What each receiver is worth to a donor: more inside its node."""
+    inside = rank // node_size == donor // node_size
+    return tl.where(inside, _INTRA, _INTER) if BY_NODE else tl.where(inside, 1, 1)
+
+
+@triton.jit
 def _alias_table(
-    moved, tokens, excess, node_size, R: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """Fill receivers from one home rank each, then deal the quotas over the experts."""
+    quota, excess, node_size, R: tl.constexpr, BY_NODE: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """``quota[home, receiver]`` with one home rank for each receiver."""
     rank = tl.arange(0, BLOCK_R)
     is_open = rank < R
-    filler = tl.full((BLOCK_R,), -1, tl.int32)
-    amount = tl.zeros((BLOCK_R,), tl.int64)
     step = 0
     while step < R - 1:
         donor_excess, donor = _first_max(excess, rank, 0)
         need = tl.maximum(tl.where(is_open, -excess, 0), 0)
-        worth = need
-        if BY_NODE:
-            worth = need * tl.where(rank // node_size == donor // node_size, _INTRA, _INTER)
+        worth = need * _weight(rank, donor, node_size, BY_NODE)
         _, receiver = _first_max(worth, rank, 0)
         given = tl.where(donor_excess > 0, _pick(need, rank, receiver, 0), 0)
-        filled = (rank == receiver) & (given > 0)
-        filler = tl.where(filled, donor.to(tl.int32), filler)
-        amount = tl.where(filled, given, amount)
-        is_open = is_open & (filled == 0)
+        tl.store(quota + donor * R + receiver, given, mask=given > 0)
+        is_open = is_open & ((rank != receiver) | (given == 0))
         excess += tl.where(rank == receiver, given, 0) - tl.where(rank == donor, given, 0)
         step = tl.where(given > 0, step + 1, R)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _closest_fits(
+    quota, excess, node_size, R: tl.constexpr, BY_NODE: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """``quota[home, receiver]`` for few clones: the smallest donors first, each where it fits."""
+    rank = tl.arange(0, BLOCK_R)
+    hole = tl.maximum(-excess, 0)
+    excess = tl.maximum(excess, 0)
+    step = 0
+    while step < R:
+        smallest, donor = _first_max(tl.where(excess > 0, -excess, -_FAR), rank, 0)
+        wanted = tl.where(smallest == -_FAR, 0, -smallest)
+        weight = _weight(rank, donor, node_size, BY_NODE)
+        fit = tl.where(weight == _INTRA, 2 * _FAR, _FAR) - hole
+        score = tl.where(hole > 0, tl.where(hole >= wanted, fit, hole * weight), 0)
+        _, receiver = _first_max(score, rank, 0)
+        given = tl.minimum(wanted, _pick(hole, rank, receiver, 0))
+        tl.store(quota + donor * R + receiver, given, mask=given > 0)
+        excess -= tl.where(rank == donor, given, 0)
+        hole -= tl.where(rank == receiver, given, 0)
+        step = tl.where(given > 0, step + 1, R)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _serve_quotas(
+    moved, quota, tokens, R: tl.constexpr, M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Deal each home rank's quotas over its experts; returns clones, and the most on one rank."""
+    rank = tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_M)
+    received = tl.zeros((BLOCK_R,), tl.int32)
     for first in range(0, R, BLOCK_Q):
         home = first + tl.arange(0, BLOCK_Q)
-        inside = (home < R)[:, None] & (column < M)[None, :]
-        held = tl.load(tokens + home[:, None] * M + column[None, :], mask=inside, other=0)
-        quota = tl.where(filler[None, :] == home[:, None], amount[None, :], 0)
-        busy = tl.max(tl.max(quota, axis=1), axis=0) > 0
+        is_home = (home < R)[:, None]
+        held = tl.load(
+            tokens + home[:, None] * M + column[None, :],
+            mask=is_home & (column < M)[None, :],
+            other=0,
+        )
+        open_quota = tl.load(
+            quota + home[:, None] * R + rank[None, :], mask=is_home & (rank < R)[None, :], other=0
+        )
+        busy = tl.max(tl.max(open_quota, axis=1), axis=0) > 0
         while busy:
-            wanted, receiver = _first_max(quota, rank[None, :], 1)
+            wanted, receiver = _first_max(open_quota, rank[None, :], 1)
             most, expert = _first_max(held, column[None, :], 1)
             piece = tl.minimum(wanted, most)
             tl.store(moved + (home * M + expert) * R + receiver, piece, mask=piece > 0)
-            quota -= tl.where(rank[None, :] == receiver[:, None], piece[:, None], 0)
+            here = (rank[None, :] == receiver[:, None]) & (piece > 0)[:, None]
+            received += tl.sum(here.to(tl.int32), axis=0)
+            open_quota -= tl.where(here, piece[:, None], 0)
             held -= tl.where(column[None, :] == expert[:, None], piece[:, None], 0)
             busy = tl.max(piece, axis=0) > 0
+    tl.debug_barrier()
+    return tl.sum(received, axis=0), tl.max(received, axis=0)
 
 
 @triton.jit
@@ -122,10 +169,7 @@ def _greedy(
     while step < R * S:
         donor_excess, donor = _first_max(excess, rank[None, :], 1)
         need = tl.maximum(tl.where(free > 0, -excess, 0), 0)
-        worth = need
-        if BY_NODE:
-            same = rank[None, :] // node_size == donor[:, None] // node_size
-            worth = need * tl.where(same, _INTRA, _INTER)
+        worth = need * _weight(rank[None, :], donor[:, None], node_size, BY_NODE)
         _, receiver = _first_max(worth, rank[None, :], 1)
         in_need = _pick(need, rank[None, :], receiver[:, None], 1)
         cell = variant * E + donor * M
@@ -234,9 +278,9 @@ def _write_plan(
 @triton.jit
 def _plan_kernel(
     counts, slot_expert, allocation, load_before, load_after, num_clones,
-    tokens, moved, left, trial, steps, scale, minimum, node_size,
+    tokens, moved, quota, left, trial, steps, scale, minimum, node_size,
     R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
+    EXACT: tl.constexpr, RELAXED: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -244,8 +288,8 @@ def _plan_kernel(
     rank = tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_M)
     inside = (rank < R)[:, None] & (column < M)[None, :]
-    held = tl.load(tokens + rank[:, None] * M + column[None, :], mask=inside, other=0)
-    load = tl.sum(held, axis=1)
+    share = tl.load(tokens + rank[:, None] * M + column[None, :], mask=inside, other=0)
+    load = tl.sum(share, axis=1)
     tl.store(load_before + rank, load, mask=rank < R)
     total = tl.sum(load, axis=0)
     unit = 1000000 * R
@@ -253,7 +297,19 @@ def _plan_kernel(
     bound = tl.maximum(relaxed, (total + R - 1) // R)
     if EXACT:
         excess = tl.where(rank < R, load - bound, 0)
-        _alias_table(moved, tokens, excess, node_size, R, M, BY_NODE, BLOCK_R, BLOCK_M, BLOCK_Q)
+        _alias_table(quota, excess, node_size, R, BY_NODE, BLOCK_R)
+        table_clones, _ = _serve_quotas(moved, quota, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q)
+        if RELAXED:
+            _closest_fits(quota + R * R, excess, node_size, R, BY_NODE, BLOCK_R)
+            clones, most = _serve_quotas(
+                trial, quota + R * R, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q
+            )
+            better = (most <= S) & (clones < table_clones)
+            cell = tl.arange(0, BLOCK_E)
+            for start in range(0, R * E, BLOCK_E):
+                here = (start + cell < R * E) & better
+                value = tl.load(trial + start + cell, mask=here, other=0)
+                tl.store(moved + start + cell, value, mask=here)
     else:
         _greedy(
             moved, left, trial, tokens, load, bound, node_size, steps, R, E, S,
@@ -268,7 +324,9 @@ def _plan_kernel(
     )  # fmt: skip
 
 
-def constants(ranks: int, experts: int, num_slots: int, by_node: bool) -> dict[str, int | bool]:
+def constants(
+    ranks: int, experts: int, num_slots: int, relaxed: bool, by_node: bool
+) -> dict[str, int | bool]:
     """The kernel's compile-time arguments; one compilation a configuration."""
     per_rank = experts // ranks
     block_ranks = triton.next_power_of_2(ranks)
@@ -279,6 +337,7 @@ def constants(ranks: int, experts: int, num_slots: int, by_node: bool) -> dict[s
         "S": num_slots,
         "M": per_rank,
         "EXACT": num_slots >= per_rank,
+        "RELAXED": relaxed,
         "BY_NODE": by_node,
         "STEPS": len(TARGET_STEPS),
         "BLOCK_V": triton.next_power_of_2(2 * len(TARGET_STEPS)),
@@ -308,7 +367,8 @@ def plan_tensors(
         ``slot_expert``, ``allocation``, ``load_before``, ``load_after``, ``num_clones``.
     """
     ranks, experts = counts.shape
-    trials = 0 if num_slots >= experts // ranks else 2 * len(TARGET_STEPS)
+    is_exact = num_slots >= experts // ranks
+    trials = int(tolerance > 0) if is_exact else 2 * len(TARGET_STEPS)
     plan = {
         "slot_expert": counts.new_full((ranks, num_slots), -1),
         "allocation": counts.new_empty(experts, ranks),
@@ -321,13 +381,14 @@ def plan_tensors(
         *plan.values(),
         counts.new_empty(experts),
         counts.new_zeros(experts, ranks),
+        counts.new_zeros(2 if is_exact else 0, ranks, ranks),
         counts.new_empty(trials, experts),
         counts.new_zeros(trials, ranks, experts),
         torch.tensor(TARGET_STEPS, device=counts.device),
         balance_scale(tolerance),
         min_tokens_per_clone,
         ranks_per_node or ranks,
-        **constants(ranks, experts, num_slots, ranks_per_node is not None),
+        **constants(ranks, experts, num_slots, tolerance > 0, ranks_per_node is not None),
         num_warps=8,
     )
     return plan

@@ -62,8 +62,8 @@ from triton.compiler import ASTSource
 from megatron_echo.planner import kernels
 
 kernel = kernels._plan_kernel
-for ranks, experts, slots, by_node in {shapes}:
-    constants = kernels.constants(ranks, experts, slots, by_node)
+for shape in {shapes}:
+    constants = kernels.constants(*shape)
     types = {{"scale": "i64", "minimum": "i32", "node_size": "i32"}}
     signature = {{name: types.get(name, "*i64") for name in kernel.arg_names}}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -75,7 +75,7 @@ for ranks, experts, slots, by_node in {shapes}:
 
 def test_it_compiles_for_a_gpu_that_is_not_here() -> None:
     """For an H100: every branch, the largest shape within its 227 KiB of shared memory."""
-    shapes = [(64, 256, 4, False), (64, 256, 2, True), (256, 1024, 16, True)]
+    shapes = [(64, 256, 4, False, False), (64, 256, 2, False, True), (256, 1024, 16, True, True)]
     environment = {"PYTHONPATH": str(launch.ROOT), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE.format(shapes=shapes)],
