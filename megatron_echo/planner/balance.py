@@ -22,9 +22,9 @@ MAX_EXPERTS = 1024
 INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 3, 1
 """A clone inside the node costs 1, across nodes 3: a receiver inside is worth three times."""
 
-TARGET_STEPS = (0, 10, 20, 40, 80, 150, 300)
-"""Targets of the greedy, in thousandths of the way from the bound to the load before planning.
-Each is tried with and without letting a donor give more than its excess."""
+NUM_TARGETS = 7
+"""Targets of the greedy: 0, 1, 2, 4, 8, 16 and 32 % of the way from the bound to the load before
+planning, each tried with and without letting a donor give more than its excess."""
 
 FAR = 1 << 51
 """Above any score of a hole that does not fit: three times the largest total, 2^49."""
@@ -296,10 +296,11 @@ def _greedy(
     ranks = load.shape[0]
     per_rank = tokens.shape[0] // ranks
     device = load.device
-    steps = torch.tensor(TARGET_STEPS, device=device)
-    targets = (bound + (load.max() - bound).clamp(min=0) * steps // 1000).repeat(2)
+    index = torch.arange(NUM_TARGETS, device=device)
+    percent = torch.where(index == 0, 0, (1 << index) // 2)  # made on the device: no copy, no wait
+    targets = (bound + (load.max() - bound).clamp(min=0) * percent // 100).repeat(2)
     variants = targets.shape[0]
-    may_overshoot = torch.arange(variants, device=device)[:, None] < len(TARGET_STEPS)
+    may_overshoot = torch.arange(variants, device=device)[:, None] < NUM_TARGETS
     excess = load - targets[:, None]
     free = torch.full_like(excess, num_slots)
     left = tokens.reshape(1, ranks, per_rank).repeat(variants, 1, 1)

@@ -7,7 +7,6 @@ in another layout; ``tl.debug_barrier`` orders those accesses within the program
 Arithmetic is int64 throughout: tokens of an expert may pass 2^31.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from megatron_echo.planner.balance import (
     FAR,
     INTER_NODE_WEIGHT,
     INTRA_NODE_WEIGHT,
-    TARGET_STEPS,
+    NUM_TARGETS,
     balance_scale,
 )
 
@@ -143,7 +142,7 @@ def _serve_quotas(
 
 @triton.jit
 def _greedy(
-    moved, left, trial, tokens, load, bound, node_size, steps, R: tl.constexpr, E: tl.constexpr,
+    moved, left, trial, tokens, load, bound, node_size, R: tl.constexpr, E: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
@@ -153,8 +152,9 @@ def _greedy(
     column = tl.arange(0, BLOCK_M)
     is_rank = (rank < R)[None, :]
     real = variant < 2 * STEPS
-    thousandths = tl.load(steps + variant % STEPS, mask=real, other=0)
-    target = bound + tl.maximum(tl.max(load, axis=0) - bound, 0) * thousandths // 1000
+    index = variant % STEPS
+    percent = tl.where(index == 0, 0, (1 << index) // 2)
+    target = bound + tl.maximum(tl.max(load, axis=0) - bound, 0) * percent // 100
     overshoot = variant < STEPS
     excess = tl.where(is_rank, load[None, :] - target[:, None], 0)
     free = tl.where(is_rank & real[:, None], S, 0)
@@ -278,7 +278,7 @@ def _write_plan(
 @triton.jit
 def _plan_kernel(
     counts, slot_expert, allocation, load_before, load_after, num_clones,
-    tokens, moved, quota, left, trial, steps, scale, minimum, node_size,
+    tokens, moved, quota, left, trial, scale, minimum, node_size,
     R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
     EXACT: tl.constexpr, RELAXED: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -312,7 +312,7 @@ def _plan_kernel(
                 tl.store(moved + start + cell, value, mask=here)
     else:
         _greedy(
-            moved, left, trial, tokens, load, bound, node_size, steps, R, E, S,
+            moved, left, trial, tokens, load, bound, node_size, R, E, S,
             M, BY_NODE, STEPS, BLOCK_V, BLOCK_R, BLOCK_M, BLOCK_E,
         )  # fmt: skip
     tl.debug_barrier()
@@ -339,8 +339,8 @@ def constants(
         "EXACT": num_slots >= per_rank,
         "RELAXED": relaxed,
         "BY_NODE": by_node,
-        "STEPS": len(TARGET_STEPS),
-        "BLOCK_V": triton.next_power_of_2(2 * len(TARGET_STEPS)),
+        "STEPS": NUM_TARGETS,
+        "BLOCK_V": triton.next_power_of_2(2 * NUM_TARGETS),
         "BLOCK_R": block_ranks,
         "BLOCK_M": triton.next_power_of_2(per_rank),
         "BLOCK_E": min(256, tile // block_ranks),
@@ -368,7 +368,7 @@ def plan_tensors(
     """
     ranks, experts = counts.shape
     is_exact = num_slots >= experts // ranks
-    trials = int(tolerance > 0) if is_exact else 2 * len(TARGET_STEPS)
+    trials = int(tolerance > 0) if is_exact else 2 * NUM_TARGETS
     plan = {
         "slot_expert": counts.new_full((ranks, num_slots), -1),
         "allocation": counts.new_empty(experts, ranks),
@@ -384,7 +384,6 @@ def plan_tensors(
         counts.new_zeros(2 if is_exact else 0, ranks, ranks),
         counts.new_empty(trials, experts),
         counts.new_zeros(trials, ranks, experts),
-        torch.tensor(TARGET_STEPS, device=counts.device),
         balance_scale(tolerance),
         min_tokens_per_clone,
         ranks_per_node or ranks,
