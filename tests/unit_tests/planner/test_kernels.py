@@ -1,7 +1,9 @@
 """The Triton planner against the torch reference, bit for bit, in Triton's interpreter."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import launch
 import pytest
@@ -56,6 +58,7 @@ def test_large_shapes(ranks: int, experts: int, slots: int) -> None:
 
 COMPILE = """
 import sys
+from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -73,10 +76,14 @@ for shape in {shapes}:
 """
 
 
-def test_it_compiles_for_a_gpu_that_is_not_here() -> None:
+def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """For an H100: every branch, the largest shape within its 227 KiB of shared memory."""
     shapes = [(64, 256, 4, False, False), (64, 256, 2, False, True), (256, 1024, 16, True, True)]
-    environment = {"PYTHONPATH": str(launch.ROOT), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    environment = {
+        "PYTHONPATH": str(launch.ROOT),
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+    }
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE.format(shapes=shapes)],
         env=environment,
