@@ -14,11 +14,13 @@ Ties go to the lower index everywhere, so the same counts give the same bits on 
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_echo.planner.plan import ClonePlan
 
 MAX_RANKS = 256
 MAX_EXPERTS = 1024
+MAX_TOLERANCE = 100
 INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 3, 1
 """A clone inside the node costs 1, across nodes 3: a receiver inside is worth three times."""
 
@@ -83,17 +85,20 @@ def plan_clones(
         counts: int64 ``[R, E]``, tokens that source rank ``r`` routes to expert ``e``.
         num_slots: S, clone slots on each rank.
         tolerance: stop once the highest load is within ``balance_bound(total, R, tolerance)``.
-            More tolerance, fewer clones.
+            More tolerance, fewer clones, as a rule: with few slots a bound that comes into reach
+            is also paid for with clones.
         min_tokens_per_clone: clones with fewer tokens are given up where their home rank can
             keep the tokens within the bound; the bound always wins.
-        ranks_per_node: ranks that share a node (consecutive ranks); clones then stay inside the
-            node while the balance allows it. None if all links are alike.
+        ranks_per_node: ranks that share a node (consecutive ranks); a receiver inside the donor's
+            node is then preferred. That saves weight traffic between nodes, not token traffic: a
+            clone in another node keeps that node's tokens there. None if all links are alike.
 
     Raises:
         ValueError: shapes or settings that do not fit together.
     """
     _check(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
-    if counts.is_cuda and num_slots > 0 and counts.shape[0] > 1:
+    on_gpu = counts.is_cuda and not isinstance(counts, FakeTensor)
+    if on_gpu and num_slots > 0 and counts.shape[0] > 1:
         from megatron_echo.planner.kernels import plan_tensors
 
         tensors = plan_tensors(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
@@ -154,10 +159,12 @@ def _check(
         raise ValueError(
             f"counts is {ranks} x {experts}. At most {MAX_RANKS} ranks and {MAX_EXPERTS} experts."
         )
-    if num_slots < 0 or tolerance < 0 or min_tokens_per_clone < 0:
+    if not 0 <= tolerance <= MAX_TOLERANCE:
+        raise ValueError(f"tolerance {tolerance} is not between 0 and {MAX_TOLERANCE}.")
+    if num_slots < 0 or min_tokens_per_clone < 0:
         raise ValueError(
-            f"num_slots {num_slots}, tolerance {tolerance} and min_tokens_per_clone "
-            f"{min_tokens_per_clone} must not be negative."
+            f"num_slots {num_slots} and min_tokens_per_clone {min_tokens_per_clone} must not be "
+            "negative."
         )
     if ranks_per_node is not None and (ranks_per_node < 1 or ranks % ranks_per_node):
         raise ValueError(

@@ -7,6 +7,7 @@ in another layout; ``tl.debug_barrier`` orders those accesses within the program
 Arithmetic is int64 throughout: tokens of an expert may pass 2^31.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -173,7 +174,7 @@ def _greedy(
         _, receiver = _first_max(worth, rank[None, :], 1)
         in_need = _pick(need, rank[None, :], receiver[:, None], 1)
         cell = variant * E + donor * M
-        live = real[:, None] & (column < M)[None, :]
+        live = (real & (donor < R))[:, None] & (column < M)[None, :]
         place = trial + (variant * R + receiver)[:, None] * E + (donor * M)[:, None] + column
         cloned = tl.load(place, mask=live, other=0) > 0
         rest = tl.load(left + cell[:, None] + column[None, :], mask=live, other=0)
@@ -184,6 +185,7 @@ def _greedy(
         given = piece > 0
         remaining = _pick(rest, column[None, :], expert[:, None], 1) - piece
         target_cell = (variant * R + receiver) * E + donor * M + expert
+        tl.debug_barrier()  # every warp has read its copy of this step's cells
         tl.store(trial + target_cell, piece, mask=given & real)
         tl.store(left + cell + expert, remaining, mask=given & real)
         tl.debug_barrier()
@@ -356,7 +358,7 @@ def plan_tensors(
     min_tokens_per_clone: int,
     ranks_per_node: int | None,
 ) -> dict[str, Tensor]:
-    """The tensors of a :class:`~megatron_echo.planner.plan.ClonePlan`, by one kernel launch.
+    """The tensors of a :class:`~megatron_echo.planner.plan.ClonePlan`, planned by one launch.
 
     Args:
         counts: int64 ``[R, E]`` on a CUDA device (or on the CPU in Triton's interpreter), with
@@ -376,18 +378,19 @@ def plan_tensors(
         "load_after": counts.new_empty(ranks),
         "num_clones": counts.new_empty(()),
     }
-    _plan_kernel[(1,)](
-        counts.contiguous(),
-        *plan.values(),
-        counts.new_empty(experts),
-        counts.new_zeros(experts, ranks),
-        counts.new_zeros(2 if is_exact else 0, ranks, ranks),
-        counts.new_empty(trials, experts),
-        counts.new_zeros(trials, ranks, experts),
-        balance_scale(tolerance),
-        min_tokens_per_clone,
-        ranks_per_node or ranks,
-        **constants(ranks, experts, num_slots, tolerance > 0, ranks_per_node is not None),
-        num_warps=8,
-    )
+    with torch.cuda.device_of(counts):
+        _plan_kernel[(1,)](
+            counts.contiguous(),
+            *plan.values(),
+            counts.new_empty(experts),
+            counts.new_zeros(experts, ranks),
+            counts.new_zeros(2 if is_exact else 0, ranks, ranks),
+            counts.new_empty(trials, experts),
+            counts.new_zeros(trials, ranks, experts),
+            balance_scale(tolerance),
+            min_tokens_per_clone,
+            ranks_per_node or ranks,
+            **constants(ranks, experts, num_slots, tolerance > 0, ranks_per_node is not None),
+            num_warps=8,
+        )
     return plan

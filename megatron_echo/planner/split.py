@@ -42,6 +42,10 @@ def split_for(
     ranks, experts = counts.shape
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is not one of {ranks} ranks. Use 0 to {ranks - 1}.")
+    if ranks_per_node is not None and (ranks_per_node < 1 or ranks % ranks_per_node):
+        raise ValueError(
+            f"ranks_per_node {ranks_per_node} does not divide {ranks} ranks. Use a divisor or None."
+        )
     supply = counts.t()
     own = torch.minimum(supply, allocation)
     result = torch.zeros_like(allocation)

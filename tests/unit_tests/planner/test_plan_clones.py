@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from planner_cases import EDGES
 
 from megatron_echo.planner import ClonePlan, balance_bound, plan_clones
+from megatron_echo.planner.split import split_for
 
 settings.register_profile("planner", deadline=None, max_examples=150, print_blob=True)
 settings.load_profile("planner")
@@ -201,6 +202,10 @@ def test_shapes_do_not_depend_on_values(slots: int) -> None:
         plan = plan_clones(torch.zeros(8, 32, dtype=torch.int64), slots, ranks_per_node=4)
         assert plan.allocation.shape == (32, 8)
         assert plan.split_for(3).shape == (32, 8)
+        on_cuda = getattr(torch.empty, "__wrapped__", torch.empty)  # without the CPU backend's
+        fake = on_cuda(8, 32, dtype=torch.int64, device="cuda")
+        assert fake.is_cuda
+        assert plan_clones(fake, slots).slot_expert.shape == (8, slots)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,8 @@ def test_shapes_do_not_depend_on_values(slots: int) -> None:
         ({"counts": torch.zeros(3, 4, dtype=torch.int64)}, "4 experts do not fit 3 ranks"),
         ({"counts": torch.zeros(2, 2048, dtype=torch.int64)}, "At most 256 ranks and 1024 experts"),
         ({"num_slots": -1}, "num_slots -1"),
-        ({"tolerance": -0.1}, "tolerance -0.1"),
+        ({"tolerance": -0.1}, "tolerance -0.1 is not between 0 and 100"),
+        ({"tolerance": float("nan")}, "tolerance nan"),
         ({"min_tokens_per_clone": -5}, "min_tokens_per_clone -5"),
         ({"ranks_per_node": 3}, "ranks_per_node 3 does not divide 4 ranks"),
     ],
@@ -226,3 +232,29 @@ def test_a_rank_that_is_not_there() -> None:
     plan = plan_clones(torch.ones(4, 8, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="rank 4 is not one of 4 ranks"):
         plan.split_for(4)
+
+
+def test_nodes_that_do_not_fit_the_split() -> None:
+    counts = torch.ones(4, 8, dtype=torch.int64)
+    plan = plan_clones(counts, 1)
+    with pytest.raises(ValueError, match="ranks_per_node 3 does not divide 4 ranks"):
+        split_for(counts, plan.allocation, 0, ranks_per_node=3)
+
+
+def test_a_node_is_preferred_and_a_tolerance_saves_clones() -> None:
+    """On average over draws: fewer clones across nodes, and fewer clones with slack."""
+    across: dict[int | None, int] = {None: 0, 4: 0}
+    clones = {0.0: 0, 0.05: 0, 0.3: 0}
+    home_node = torch.arange(64) // 16
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        popularity = torch.rand(64, generator=generator) ** 3
+        counts = (torch.rand(16, 64, generator=generator) * popularity * 900).long()
+        for node in across:
+            slots = plan_clones(counts, 4, ranks_per_node=node).slot_expert
+            there = torch.arange(16)[:, None] // 4
+            across[node] += int(((slots >= 0) & (home_node[slots] != there)).sum())
+        for tolerance in clones:
+            clones[tolerance] += int(plan_clones(counts, 4, tolerance).num_clones)
+    assert across[4] < 0.75 * across[None]
+    assert clones[0.3] < 0.8 * clones[0.05] < 0.7 * clones[0.0]
