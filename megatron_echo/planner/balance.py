@@ -55,7 +55,11 @@ def balance_bound[Number: (int, Tensor)](
         num_ranks: R.
         tolerance: allowed excess over the mean, 0.02 for 2 %.
     """
-    scale, unit = balance_scale(tolerance), _MILLION * num_ranks
+    return _bound_at(total, num_ranks, balance_scale(tolerance))
+
+
+def _bound_at[Number: (int, Tensor)](total: Number, num_ranks: int, scale: int) -> Number:
+    unit = _MILLION * num_ranks
     whole, rest = total // unit, total % unit  # the product scale * total may pass 2^63
     relaxed = scale * whole + scale * rest // unit
     exact = -(-total // num_ranks)
@@ -122,7 +126,7 @@ def plan_clones_reference(
     if num_slots == 0 or ranks == 1:
         moved = tokens.new_zeros(experts, ranks)
     elif num_slots >= per_rank:
-        moved = _exact(tokens, load_before, bound, num_slots, ranks_per_node, tolerance > 0)
+        moved = _exact(tokens, load_before, tolerance, num_slots, ranks_per_node)
     else:
         moved = _greedy(tokens, load_before, bound, num_slots, ranks_per_node)
     if min_tokens_per_clone > 0:
@@ -185,62 +189,71 @@ def _first_max(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact(
-    tokens: Tensor,
-    load: Tensor,
-    bound: Tensor,
-    num_slots: int,
-    ranks_per_node: int | None,
-    relaxed: bool,
+    tokens: Tensor, load: Tensor, tolerance: float, num_slots: int, ranks_per_node: int | None
 ) -> Tensor:
     """Tokens moved, ``[E, R]``, with no rank above the bound; needs ``E // R`` slots.
 
-    With a tolerance there is slack to save clones with: the closest fits are tried as well, and
-    taken where they need fewer clones and no rank needs more slots than it has.
+    With a tolerance there is slack to save clones with: the closest fits are tried as well, both
+    at the bound and, because a tighter one sometimes suits the experts' sizes better, at those of
+    a half, a quarter and none of the tolerance. The plan with the fewest clones wins in which no
+    rank needs more slots than it has, the earlier one in a tie.
     """
     ranks = load.shape[0]
+    extra = balance_scale(tolerance) - _MILLION
+    extras = (extra, extra // 2, extra // 4, 0) if extra > 0 else (0,)
+    total = load.sum()
+    bounds = torch.stack([_bound_at(total, ranks, _MILLION + part) for part in extras])
+    excess = load - bounds[:, None]
+    table = _alias_table(excess, ranks_per_node)
     experts = tokens.reshape(ranks, -1)
-    table = _alias_table(load - bound, ranks_per_node)
-    if not relaxed:
-        return _serve_quotas(table, experts)
-    fits = _closest_fits(load - bound, ranks_per_node)
-    both = _serve_quotas(torch.stack((table, fits)), experts)
-    used = both > 0
-    clones = used.flatten(1).sum(1)
-    better = (used[1].sum(0).amax() <= num_slots) & (clones[1] < clones[0])
-    return torch.where(better, both[1], both[0])
+    if extra == 0:
+        return _serve_quotas(table, experts)[0]
+    fits = _closest_fits(excess, ranks_per_node)
+    quota = torch.stack((table, fits), dim=1).flatten(0, 1)
+    plans = _serve_quotas(quota, experts)
+    used = plans > 0
+    fit_the_slots = used.sum(1).amax(1) <= num_slots
+    clones = torch.where(fit_the_slots, used.flatten(1).sum(1), tokens.shape[0] * ranks + 1)
+    _, best = _first_max(_keys(-clones))
+    return plans.index_select(0, best).squeeze(0)
 
 
 def _alias_table(excess: Tensor, ranks_per_node: int | None) -> Tensor:
-    """Quotas ``[home, receiver]`` with one home rank for each receiver, from ``load - bound``.
+    """Quotas ``[V, home, receiver]`` with one home rank for each receiver.
 
     R - 1 times, the fullest donor fills the emptiest open receiver up to the bound; the donor may
     fall below it and become a receiver.
+
+    Args:
+        excess: int64 ``[V, R]``, load minus bound, for V bounds at once.
+        ranks_per_node: as for ``plan_clones``.
     """
-    ranks = excess.shape[0]
+    variants, ranks = excess.shape
     is_open = torch.ones_like(excess, dtype=torch.bool)
-    quota = excess.new_zeros(ranks, ranks)
+    quota = excess.new_zeros(variants, ranks * ranks)
     for _ in range(ranks - 1):
         donor_excess, donor = _first_max(_keys(excess))
         need = torch.where(is_open, -excess, 0).clamp_(min=0)
         _, receiver = _first_max(_keys(need * _node_weight(donor, ranks, ranks_per_node)))
-        given = torch.where(donor_excess > 0, need.gather(0, receiver), 0)
-        quota.view(-1).scatter_add_(0, donor * ranks + receiver, given)
-        excess = excess.scatter_add(0, donor, -given).scatter_add_(0, receiver, given)
-        is_open = is_open.scatter(0, receiver, is_open.gather(0, receiver) & (given == 0))
-    return quota
+        given = torch.where(donor_excess > 0, need.gather(1, receiver), 0)
+        quota.scatter_add_(1, donor * ranks + receiver, given)
+        excess = excess.scatter_add(1, donor, -given).scatter_add_(1, receiver, given)
+        is_open = is_open.scatter(1, receiver, is_open.gather(1, receiver) & (given == 0))
+    return quota.view(variants, ranks, ranks)
 
 
 def _closest_fits(excess: Tensor, ranks_per_node: int | None) -> Tensor:
-    """Quotas ``[home, receiver]`` for few clones where the bound leaves slack.
+    """Quotas ``[V, home, receiver]`` for few clones where the bound leaves slack.
 
     The donor with the smallest excess goes first. It takes the smallest hole that holds all of
     its excess, in its node if there is one, or else as much as the largest hole takes. Every step
     ends a donor or fills a hole, so R steps serve all; the holes' sum is at least the excesses'.
+    The arguments are those of :func:`_alias_table`.
     """
-    ranks = excess.shape[0]
+    variants, ranks = excess.shape
     hole = (-excess).clamp(min=0)
     excess = excess.clamp(min=0)
-    quota = excess.new_zeros(ranks, ranks)
+    quota = excess.new_zeros(variants, ranks * ranks)
     for _ in range(ranks):
         smallest, donor = _first_max(_keys(torch.where(excess > 0, -excess, -FAR)))
         wanted = torch.where(smallest == -FAR, 0, -smallest)
@@ -248,11 +261,11 @@ def _closest_fits(excess: Tensor, ranks_per_node: int | None) -> Tensor:
         inside = weight == INTRA_NODE_WEIGHT
         score = torch.where(hole >= wanted, FAR * torch.where(inside, 2, 1) - hole, hole * weight)
         _, receiver = _first_max(_keys(torch.where(hole > 0, score, 0)))
-        given = torch.minimum(wanted, hole.gather(0, receiver))
-        quota.view(-1).scatter_add_(0, donor * ranks + receiver, given)
-        excess = excess.scatter_add(0, donor, -given)
-        hole = hole.scatter_add(0, receiver, -given)
-    return quota
+        given = torch.minimum(wanted, hole.gather(1, receiver))
+        quota.scatter_add_(1, donor * ranks + receiver, given)
+        excess = excess.scatter_add(1, donor, -given)
+        hole = hole.scatter_add(1, receiver, -given)
+    return quota.view(variants, ranks, ranks)
 
 
 def _node_weight(donor: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor:
@@ -265,20 +278,20 @@ def _node_weight(donor: Tensor, ranks: int, ranks_per_node: int | None) -> Tenso
 
 
 def _serve_quotas(quota: Tensor, experts: Tensor) -> Tensor:
-    """Deal each home rank's quotas ``[..., R, R]`` over its experts' tokens: ``[..., E, R]``.
+    """Deal each home rank's quotas ``[V, R, R]`` over its experts' tokens: ``[V, E, R]``.
 
     For all home ranks at once, the largest open quota takes from the largest remaining expert. A
     round ends a quota or an expert, so ``R - 2 + E // R`` rounds serve all.
 
     Args:
-        quota: int64, ``[home, receiver]`` in the last two dimensions.
+        quota: int64, ``[V, home, receiver]``.
         experts: int64 ``[R, E // R]``, tokens of each home rank's experts.
     """
     ranks, per_rank = experts.shape
-    leading = quota.shape[:-2]
-    moved = quota.new_zeros(*leading, ranks, per_rank * ranks)
+    variants = quota.shape[0]
+    moved = quota.new_zeros(variants, ranks, per_rank * ranks)
     quota_keys = _keys(quota)
-    expert_keys = _keys(experts).expand(*leading, ranks, per_rank).clone()
+    expert_keys = _keys(experts).expand(variants, ranks, per_rank).clone()
     for _ in range(ranks - 2 + per_rank):
         wanted, receiver = _first_max(quota_keys)
         held, expert = _first_max(expert_keys)
@@ -287,7 +300,7 @@ def _serve_quotas(quota: Tensor, experts: Tensor) -> Tensor:
         taken = piece << _INDEX_BITS
         quota_keys.scatter_add_(-1, receiver, -taken)
         expert_keys.scatter_add_(-1, expert, -taken)
-    return moved.view(*leading, ranks * per_rank, ranks)
+    return moved.view(variants, ranks * per_rank, ranks)
 
 
 def _greedy(

@@ -278,6 +278,14 @@ def _write_plan(
 
 
 @triton.jit
+def _bound_at(total, R: tl.constexpr, scale):
+    """``balance_bound`` for a tolerance given as ``balance_scale``."""
+    unit = 1000000 * R
+    relaxed = scale * (total // unit) + scale * (total % unit) // unit
+    return tl.maximum(relaxed, (total + R - 1) // R)
+
+
+@triton.jit
 def _plan_kernel(
     counts, slot_expert, allocation, load_before, load_after, num_clones,
     tokens, moved, quota, left, trial, scale, minimum, node_size,
@@ -294,24 +302,34 @@ def _plan_kernel(
     load = tl.sum(share, axis=1)
     tl.store(load_before + rank, load, mask=rank < R)
     total = tl.sum(load, axis=0)
-    unit = 1000000 * R
-    relaxed = scale * (total // unit) + scale * (total % unit) // unit
-    bound = tl.maximum(relaxed, (total + R - 1) // R)
-    if EXACT:
+    bound = _bound_at(total, R, scale)
+    if EXACT and not RELAXED:
         excess = tl.where(rank < R, load - bound, 0)
         _alias_table(quota, excess, node_size, R, BY_NODE, BLOCK_R)
-        table_clones, _ = _serve_quotas(moved, quota, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q)
-        if RELAXED:
-            _closest_fits(quota + R * R, excess, node_size, R, BY_NODE, BLOCK_R)
-            clones, most = _serve_quotas(
-                trial, quota + R * R, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q
-            )
-            better = (most <= S) & (clones < table_clones)
-            cell = tl.arange(0, BLOCK_E)
-            for start in range(0, R * E, BLOCK_E):
-                here = (start + cell < R * E) & better
-                value = tl.load(trial + start + cell, mask=here, other=0)
-                tl.store(moved + start + cell, value, mask=here)
+        _serve_quotas(moved, quota, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q)
+    elif EXACT:
+        best, fewest = 0, E * R + 1
+        for part in range(4):
+            extra = tl.where(part < 3, (scale - 1000000) >> part, 0)
+            excess = tl.where(rank < R, load - _bound_at(total, R, 1000000 + extra), 0)
+            for kind in tl.static_range(2):
+                chosen = 2 * part + kind
+                here = quota + chosen * R * R
+                if kind == 0:
+                    _alias_table(here, excess, node_size, R, BY_NODE, BLOCK_R)
+                else:
+                    _closest_fits(here, excess, node_size, R, BY_NODE, BLOCK_R)
+                clones, most = _serve_quotas(
+                    trial + chosen * R * E, here, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q
+                )
+                better = (most <= S) & (clones < fewest)
+                best = tl.where(better, chosen, best)
+                fewest = tl.where(better, clones, fewest)
+        cell = tl.arange(0, BLOCK_E)
+        for start in range(0, R * E, BLOCK_E):
+            inside_plan = start + cell < R * E
+            value = tl.load(trial + best * R * E + start + cell, mask=inside_plan, other=0)
+            tl.store(moved + start + cell, value, mask=inside_plan)
     else:
         _greedy(
             moved, left, trial, tokens, load, bound, node_size, R, E, S,
@@ -370,7 +388,9 @@ def plan_tensors(
     """
     ranks, experts = counts.shape
     is_exact = num_slots >= experts // ranks
-    trials = int(tolerance > 0) if is_exact else 2 * NUM_TARGETS
+    is_relaxed = balance_scale(tolerance) > balance_scale(0.0)
+    quotas = (8 if is_relaxed else 1) if is_exact else 0
+    trials = (8 if is_relaxed else 0) if is_exact else 2 * NUM_TARGETS
     plan = {
         "slot_expert": counts.new_full((ranks, num_slots), -1),
         "allocation": counts.new_empty(experts, ranks),
@@ -384,13 +404,13 @@ def plan_tensors(
             *plan.values(),
             counts.new_empty(experts),
             counts.new_zeros(experts, ranks),
-            counts.new_zeros(2 if is_exact else 0, ranks, ranks),
+            counts.new_zeros(quotas, ranks, ranks),
             counts.new_empty(trials, experts),
             counts.new_zeros(trials, ranks, experts),
             balance_scale(tolerance),
             min_tokens_per_clone,
             ranks_per_node or ranks,
-            **constants(ranks, experts, num_slots, tolerance > 0, ranks_per_node is not None),
+            **constants(ranks, experts, num_slots, is_relaxed, ranks_per_node is not None),
             num_warps=8,
         )
     return plan

@@ -1,6 +1,11 @@
 """Invariants of the planner (property tests) and its edge cases."""
 
+import os
+import subprocess
+import sys
+
 import hypothesis.strategies as st
+import launch
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,10 +207,26 @@ def test_shapes_do_not_depend_on_values(slots: int) -> None:
         plan = plan_clones(torch.zeros(8, 32, dtype=torch.int64), slots, ranks_per_node=4)
         assert plan.allocation.shape == (32, 8)
         assert plan.split_for(3).shape == (32, 8)
-        on_cuda = getattr(torch.empty, "__wrapped__", torch.empty)  # without the CPU backend's
-        fake = on_cuda(8, 32, dtype=torch.int64, device="cuda")
-        assert fake.is_cuda
-        assert plan_clones(fake, slots).slot_expert.shape == (8, slots)
+
+
+FAKE_CUDA = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from megatron_echo.planner import plan_clones
+with FakeTensorMode():
+    counts = torch.empty(8, 32, dtype=torch.int64, device="cuda")
+    for slots, tolerance in ((1, 0.0), (4, 0.0), (4, 0.1)):
+        plan = plan_clones(counts, slots, tolerance)
+        print(plan.slot_expert.device.type, tuple(plan.slot_expert.shape))
+"""
+
+
+def test_fake_tensors_of_a_gpu_that_is_not_here() -> None:
+    """In a process without the CPU backend, which would put them on the CPU."""
+    environment = {**os.environ, "PYTHONPATH": str(launch.ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", FAKE_CUDA]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.split("\n")[:3] == ["cuda (8, 1)", "cuda (8, 4)", "cuda (8, 4)"], result
 
 
 @pytest.mark.parametrize(
