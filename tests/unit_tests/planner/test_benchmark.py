@@ -66,3 +66,14 @@ def test_columns_against_the_split_itself() -> None:
     same_node = node[:, None] == node[None, :]
     assert figures["leave node"] == pytest.approx(1 - splits[same_node].sum() / total)
     assert figures["clones"] == plan.num_clones
+
+
+@pytest.mark.parametrize("workload", ["lognormal 1.0", "one hot rank", "empty experts and ranks"])
+def test_more_tolerance_never_costs_more_clones_on_average(workload: str) -> None:
+    """With enough slots; with fewer, a bound that comes into reach is paid for with clones."""
+    draws = [benchmark.draw_counts(workload, 8, 64, 8, d) for d in range(benchmark.DRAWS)]
+    clones = [
+        sum(int(plan_clones(counts, 8, tolerance).num_clones) for counts in draws)
+        for tolerance in (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    ]
+    assert clones == sorted(clones, reverse=True)
