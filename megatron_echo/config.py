@@ -45,6 +45,12 @@ def value_type(field: dataclasses.Field) -> type:
     return typing.cast(type, options[0] if options else field.type)
 
 
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The positive multiples of ``divisor`` around ``value``, as words for an error message."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if below else str(above)
+
+
 def _check_enable_echo(value: bool, config: Any) -> str | None:
     if not value:
         return None
@@ -65,8 +71,7 @@ def _check_num_echo_experts(value: int | None, config: Any) -> str | None:
     if value < 1:
         return f"is below 1. Use a positive multiple of the expert-parallel size {ranks}."
     if value % ranks:
-        below, above = value // ranks * ranks, -(-value // ranks) * ranks
-        choice = f"{below} or {above}" if below else str(above)
+        choice = nearest_multiples(value, ranks)
         return f"is not divisible by the expert-parallel size {ranks}. Use {choice}."
     return None
 

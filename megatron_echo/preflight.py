@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.arguments import refuse_heterogeneous_layers
+from megatron_echo.config import nearest_multiples
 
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
 _INDEX_FIXED_BYTES = len(_INDEX_HEADER) + 8 + 1 + 8 + 8
@@ -102,14 +103,9 @@ def _check_layout(args: Namespace) -> None:
         args.world_size,
     )
     if args.num_experts and args.num_experts % experts:
-        below, above = (
-            args.num_experts // experts * experts,
-            -(-args.num_experts // experts) * experts,
-        )
-        choice = f"{below} or {above}" if below else str(above)
         raise ValueError(
             f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size "
-            f"{experts}. Use {choice}."
+            f"{experts}. Use {nearest_multiples(args.num_experts, experts)}."
         )
     if experts > 1 and args.use_cpu_initialization:
         raise ValueError(
@@ -151,7 +147,8 @@ def _check_unsupported(args: Namespace) -> None:
             f"--recompute-modules {' '.join(without_output)} needs Transformer Engine in "
             "Megatron-Core 0.19.2. Install it, or recompute other modules."
         )
-    if args.reset_attention_mask and args.context_parallel_size > 1 and _is_local(args):
+    is_local = args.transformer_impl == "local"
+    if args.reset_attention_mask and args.context_parallel_size > 1 and is_local:
         raise ValueError(
             "--reset-attention-mask with --context-parallel-size "
             f"{args.context_parallel_size} needs Transformer Engine: the local attention knows "
@@ -163,10 +160,6 @@ def _check_unsupported(args: Namespace) -> None:
         raise ValueError(
             "No data was given. Use --data-path PREFIX (of a .bin/.idx pair) or --mock-data."
         )
-
-
-def _is_local(args: Namespace) -> bool:
-    return args.transformer_impl == "local"
 
 
 def _has_data(args: Namespace) -> bool:

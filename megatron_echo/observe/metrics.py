@@ -19,7 +19,7 @@ def _as_json(value: Any) -> float | int | str:
     return number if math.isfinite(number) else str(number)
 
 
-def _set_aside(path: Path) -> Path:
+def set_aside(path: Path) -> Path:
     """Rename ``path`` to the first free ``NAME.N.SUFFIX`` beside it."""
     number = 1
     while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
@@ -120,7 +120,7 @@ class MetricsWriter:
         start = "".join(kept)
         whole = start + (json.dumps(self._line) + "\n" if len(self._line) > 1 else "")
         if whole != text:
-            _set_aside(self.path)
+            set_aside(self.path)
             self.path.write_text(start)
         self._line_start = len(start.encode())
 

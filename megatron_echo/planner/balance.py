@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_echo.planner.plan import ClonePlan
+from megatron_echo.planner.split import check_ranks_per_node
 
 MAX_RANKS = 256
 MAX_EXPERTS = 1024
@@ -170,10 +171,7 @@ def _check(
             f"num_slots {num_slots} and min_tokens_per_clone {min_tokens_per_clone} must not be "
             "negative."
         )
-    if ranks_per_node is not None and (ranks_per_node < 1 or ranks % ranks_per_node):
-        raise ValueError(
-            f"ranks_per_node {ranks_per_node} does not divide {ranks} ranks. Use a divisor or None."
-        )
+    check_ranks_per_node(ranks, ranks_per_node)
 
 
 def _keys(values: Tensor) -> Tensor:

@@ -15,6 +15,14 @@ def _overlap(start_a: Tensor, length_a: Tensor, start_b: Tensor, length_b: Tenso
     return (end - torch.maximum(start_a, start_b)).clamp_(min=0)
 
 
+def check_ranks_per_node(ranks: int, ranks_per_node: int | None) -> None:
+    """Raise a ``ValueError`` unless nodes of this size divide the ranks."""
+    if ranks_per_node is not None and (ranks_per_node < 1 or ranks % ranks_per_node):
+        raise ValueError(
+            f"ranks_per_node {ranks_per_node} does not divide {ranks} ranks. Use a divisor or None."
+        )
+
+
 def split_for(
     counts: Tensor, allocation: Tensor, rank: int, ranks_per_node: int | None = None
 ) -> Tensor:
@@ -42,10 +50,7 @@ def split_for(
     ranks, experts = counts.shape
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is not one of {ranks} ranks. Use 0 to {ranks - 1}.")
-    if ranks_per_node is not None and (ranks_per_node < 1 or ranks % ranks_per_node):
-        raise ValueError(
-            f"ranks_per_node {ranks_per_node} does not divide {ranks} ranks. Use a divisor or None."
-        )
+    check_ranks_per_node(ranks, ranks_per_node)
     supply = counts.t()
     own = torch.minimum(supply, allocation)
     result = torch.zeros_like(allocation)
