@@ -22,15 +22,20 @@ from megatron_echo.planner.split import check_ranks_per_node
 MAX_RANKS = 256
 MAX_EXPERTS = 1024
 MAX_TOLERANCE = 100
-INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 3, 1
-"""A clone inside the node costs 1, across nodes 3: a receiver inside is worth three times."""
+INTRA_NODE_COST, INTER_NODE_COST = 1, 3
+"""What a clone inside the node and one across nodes cost, where plans are chosen by cost."""
+
+INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 5, 4
+"""What a receiver inside the node is worth to a node that must send some of its excess out.
+Weight traffic falls with more of the first, token traffic between nodes rises (a clone in another
+node keeps that node's tokens there)."""
 
 NUM_TARGETS = 7
 """Targets of the greedy: 0, 1, 2, 4, 8, 16 and 32 % of the way from the bound to the load before
 planning, each tried with and without letting a donor give more than its excess."""
 
 FAR = 1 << 51
-"""Above any score of a hole that does not fit: three times the largest total, 2^49."""
+"""Above any weighted hole: a hole is at most the bound, which is below 2^48 with counts of 2^31."""
 
 _MILLION = 10**6
 _INDEX_BITS = 10
@@ -94,9 +99,11 @@ def plan_clones(
             is also paid for with clones.
         min_tokens_per_clone: clones with fewer tokens are given up where their home rank can
             keep the tokens within the bound; the bound always wins.
-        ranks_per_node: ranks that share a node (consecutive ranks); a receiver inside the donor's
-            node is then preferred. That saves weight traffic between nodes, not token traffic: a
-            clone in another node keeps that node's tokens there. None if all links are alike.
+        ranks_per_node: ranks that share a node (consecutive ranks). With ``E // R`` slots a node
+            whose own ranks can hold all of its load then sends no clone out; the other nodes, and
+            any node with fewer slots, prefer receivers inside. That saves weight traffic between
+            nodes, not token traffic: a clone in another node keeps that node's tokens there. None
+            if all links are alike.
 
     Raises:
         ValueError: shapes or settings that do not fit together.
@@ -193,8 +200,8 @@ def _exact(
 
     With a tolerance there is slack to save clones with: the closest fits are tried as well, both
     at the bound and, because a tighter one sometimes suits the experts' sizes better, at those of
-    a half, a quarter and none of the tolerance. The plan with the fewest clones wins in which no
-    rank needs more slots than it has, the earlier one in a tie.
+    a half, a quarter and none of the tolerance. The plan with the fewest clones (the lowest cost,
+    between nodes) wins in which no rank needs more slots than it has, the earlier in a tie.
     """
     ranks = load.shape[0]
     extra = balance_scale(tolerance) - _MILLION
@@ -211,8 +218,10 @@ def _exact(
     plans = _serve_quotas(quota, experts)
     used = plans > 0
     fit_the_slots = used.sum(1).amax(1) <= num_slots
-    clones = torch.where(fit_the_slots, used.flatten(1).sum(1), tokens.shape[0] * ranks + 1)
-    _, best = _first_max(_keys(-clones))
+    home = torch.arange(ranks, device=load.device).repeat_interleave(experts.shape[1])
+    cost = (used * _cost(home, ranks, ranks_per_node)).flatten(1).sum(1)
+    cost = torch.where(fit_the_slots, cost, INTER_NODE_COST * tokens.shape[0] * ranks + 1)
+    _, best = _first_max(_keys(-cost))
     return plans.index_select(0, best).squeeze(0)
 
 
@@ -220,7 +229,8 @@ def _alias_table(excess: Tensor, ranks_per_node: int | None) -> Tensor:
     """Quotas ``[V, home, receiver]`` with one home rank for each receiver.
 
     R - 1 times, the fullest donor fills the emptiest open receiver up to the bound; the donor may
-    fall below it and become a receiver.
+    fall below it and become a receiver. Nodes that can serve themselves do so first, the smallest
+    hole first, so that few and large ones are left to the others.
 
     Args:
         excess: int64 ``[V, R]``, load minus bound, for V bounds at once.
@@ -229,11 +239,17 @@ def _alias_table(excess: Tensor, ranks_per_node: int | None) -> Tensor:
     variants, ranks = excess.shape
     is_open = torch.ones_like(excess, dtype=torch.bool)
     quota = excess.new_zeros(variants, ranks * ranks)
+    first = _first_to_serve(excess, ranks_per_node)
     for _ in range(ranks - 1):
-        donor_excess, donor = _first_max(_keys(excess))
+        _, donor = _first_max(_keys(excess if first is None else _raise(excess, first)))
         need = torch.where(is_open, -excess, 0).clamp_(min=0)
-        _, receiver = _first_max(_keys(need * _node_weight(donor, ranks, ranks_per_node)))
-        given = torch.where(donor_excess > 0, need.gather(1, receiver), 0)
+        worth = need
+        if first is not None:
+            inside, alone = _inside(donor, ranks, ranks_per_node), first.gather(1, donor) > 0
+            worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+            worth = torch.where(alone, torch.where(inside & (need > 0), FAR - need, 0), worth)
+        _, receiver = _first_max(_keys(worth))
+        given = torch.where(excess.gather(1, donor) > 0, need.gather(1, receiver), 0)
         quota.scatter_add_(1, donor * ranks + receiver, given)
         excess = excess.scatter_add(1, donor, -given).scatter_add_(1, receiver, given)
         is_open = is_open.scatter(1, receiver, is_open.gather(1, receiver) & (given == 0))
@@ -246,18 +262,26 @@ def _closest_fits(excess: Tensor, ranks_per_node: int | None) -> Tensor:
     The donor with the smallest excess goes first. It takes the smallest hole that holds all of
     its excess, in its node if there is one, or else as much as the largest hole takes. Every step
     ends a donor or fills a hole, so R steps serve all; the holes' sum is at least the excesses'.
-    The arguments are those of :func:`_alias_table`.
+    Nodes that can serve themselves do so first here too. The arguments are those of
+    :func:`_alias_table`.
     """
     variants, ranks = excess.shape
+    first = _first_to_serve(excess, ranks_per_node)
     hole = (-excess).clamp(min=0)
     excess = excess.clamp(min=0)
     quota = excess.new_zeros(variants, ranks * ranks)
     for _ in range(ranks):
-        smallest, donor = _first_max(_keys(torch.where(excess > 0, -excess, -FAR)))
-        wanted = torch.where(smallest == -FAR, 0, -smallest)
-        weight = _node_weight(donor, ranks, ranks_per_node)
-        inside = weight == INTRA_NODE_WEIGHT
-        score = torch.where(hole >= wanted, FAR * torch.where(inside, 2, 1) - hole, hole * weight)
+        urgency = torch.where(excess > 0, -excess, -FAR)
+        _, donor = _first_max(_keys(urgency if first is None else _raise(urgency, first, excess)))
+        wanted = excess.gather(1, donor)
+        if first is None:
+            score = torch.where(hole >= wanted, FAR - hole, hole)
+        else:
+            inside, alone = _inside(donor, ranks, ranks_per_node), first.gather(1, donor) > 0
+            weight = torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+            fit = torch.where(inside, 2 * FAR, FAR) - hole
+            score = torch.where(hole >= wanted, fit, hole * weight)
+            score = torch.where(alone & ~inside, 0, score)
         _, receiver = _first_max(_keys(torch.where(hole > 0, score, 0)))
         given = torch.minimum(wanted, hole.gather(1, receiver))
         quota.scatter_add_(1, donor * ranks + receiver, given)
@@ -266,13 +290,36 @@ def _closest_fits(excess: Tensor, ranks_per_node: int | None) -> Tensor:
     return quota.view(variants, ranks, ranks)
 
 
-def _node_weight(donor: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor:
-    """What a receiver is worth to a donor, ``[..., R]``: more inside the donor's node."""
-    if ranks_per_node is None:
-        return donor.new_ones(1)
+def _inside(donor: Tensor, ranks: int, ranks_per_node: int) -> Tensor:
+    """Whether each rank is in the donor's node: donor ``[..., 1]`` gives ``[..., R]``."""
     node = torch.arange(ranks, device=donor.device) // ranks_per_node
-    inside = node == donor // ranks_per_node
-    return torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+    return node == donor // ranks_per_node
+
+
+def _first_to_serve(excess: Tensor, ranks_per_node: int | None) -> Tensor | None:
+    """:data:`FAR` for ranks whose node can hold all of its load, else 0: ``[V, R]``.
+
+    None where nodes do not matter.
+    """
+    if ranks_per_node is None:
+        return None
+    by_node = excess.unflatten(-1, (-1, ranks_per_node))
+    alone = (by_node.sum(-1, keepdim=True) <= 0).expand_as(by_node).flatten(-2)
+    return torch.where(alone, FAR, 0)
+
+
+def _raise(values: Tensor, first: Tensor, excess: Tensor | None = None) -> Tensor:
+    """Donors' values, those of the ranks to serve first above all others."""
+    excess = values if excess is None else excess
+    return values + torch.where(excess > 0, first, 0)
+
+
+def _cost(home: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor | int:
+    """The cost of a clone of each home rank's experts on each rank: ``[..., R]``."""
+    if ranks_per_node is None:
+        return INTRA_NODE_COST
+    inside = _inside(home.unsqueeze(-1), ranks, ranks_per_node)
+    return torch.where(inside, INTRA_NODE_COST, INTER_NODE_COST)
 
 
 def _serve_quotas(quota: Tensor, experts: Tensor) -> Tensor:
@@ -309,7 +356,8 @@ def _greedy(
     ``R * S`` times: the fullest donor gives the emptiest receiver with a free slot as much as it
     needs of the donor's largest expert that is not cloned there yet. Several targets are tried at
     once (dimension V), because a bound that the slots cannot reach is a bad target; the plan with
-    the lowest maximum wins, then the one with fewer clones, then the earlier one.
+    the lowest maximum wins, then the one with fewer clones (the lower cost, between nodes), then
+    the earlier one.
     """
     ranks = load.shape[0]
     per_rank = tokens.shape[0] // ranks
@@ -321,13 +369,21 @@ def _greedy(
     may_overshoot = torch.arange(variants, device=device)[:, None] < NUM_TARGETS
     excess = load - targets[:, None]
     free = torch.full_like(excess, num_slots)
+    cost = excess.new_zeros(variants, 1)
     left = tokens.reshape(1, ranks, per_rank).repeat(variants, 1, 1)
     moved = left.new_zeros(variants, ranks, ranks * per_rank)  # [V, receiver, expert]
     columns = torch.arange(per_rank, device=device)
     for _ in range(ranks * num_slots):
         donor_excess, donor = _first_max(_keys(excess))
         need = torch.where(free > 0, -excess, 0).clamp_(min=0)
-        _, receiver = _first_max(_keys(need * _node_weight(donor, ranks, ranks_per_node)))
+        worth, price = need, INTRA_NODE_COST
+        if ranks_per_node is not None:
+            inside = _inside(donor, ranks, ranks_per_node)
+            worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+        _, receiver = _first_max(_keys(worth))
+        if ranks_per_node is not None:
+            inside = receiver // ranks_per_node == donor // ranks_per_node
+            price = torch.where(inside, INTRA_NODE_COST, INTER_NODE_COST)
         row = donor.unsqueeze(2).expand(variants, 1, per_rank)
         place = (receiver * ranks + donor) * per_rank + columns
         cloned = moved.view(variants, -1).gather(1, place) > 0
@@ -340,14 +396,14 @@ def _greedy(
         left.view(variants, -1).scatter_add_(1, donor * per_rank + expert, -piece)
         excess.scatter_add_(1, donor, -piece)
         excess.scatter_add_(1, receiver, piece)
+        cost += (piece > 0) * price
         # A receiver that found nothing to take is given up, so that the others get their turn.
         used = torch.where(piece > 0, 1, num_slots)
         free.scatter_add_(1, receiver, -used)
     highest = (excess + targets[:, None]).amax(1)
-    clones = (moved > 0).flatten(1).sum(1)
     reached = torch.maximum(highest, bound)
-    others = torch.where(reached == reached.amin(), 0, ranks * num_slots + 1)
-    _, best = _first_max(_keys(-(clones + others)))
+    others = torch.where(reached == reached.amin(), 0, INTER_NODE_COST * ranks * num_slots + 1)
+    _, best = _first_max(_keys(-(cost.squeeze(1) + others)))
     return moved.index_select(0, best).squeeze(0).t().contiguous()
 
 

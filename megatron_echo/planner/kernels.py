@@ -14,7 +14,9 @@ from torch import Tensor
 
 from megatron_echo.planner.balance import (
     FAR,
+    INTER_NODE_COST,
     INTER_NODE_WEIGHT,
+    INTRA_NODE_COST,
     INTRA_NODE_WEIGHT,
     NUM_TARGETS,
     balance_scale,
@@ -25,6 +27,8 @@ _MASK = tl.constexpr((1 << 10) - 1)
 _FAR = tl.constexpr(FAR)
 _INTRA = tl.constexpr(INTRA_NODE_WEIGHT)
 _INTER = tl.constexpr(INTER_NODE_WEIGHT)
+_INTRA_COST = tl.constexpr(INTRA_NODE_COST)
+_INTER_COST = tl.constexpr(INTER_NODE_COST)
 
 
 @triton.jit
@@ -62,17 +66,42 @@ def _weight(rank, donor, node_size, BY_NODE: tl.constexpr):
 
 
 @triton.jit
+def _cost(home, receiver, node_size, BY_NODE: tl.constexpr):
+    """The cost of a clone: more across nodes."""
+    inside = home // node_size == receiver // node_size
+    return tl.where(inside | (not BY_NODE), _INTRA_COST, _INTER_COST)
+
+
+@triton.jit
+def _first_to_serve(excess, rank, node_size, BLOCK_R: tl.constexpr):
+    """``FAR`` for ranks whose node can hold all of its load, else 0."""
+    other = tl.arange(0, BLOCK_R)[:, None]
+    same = other // node_size == rank[None, :] // node_size
+    of_node = tl.sum(tl.where(same, tl.expand_dims(excess, 1), 0), axis=0)
+    return tl.where(of_node <= 0, _FAR, 0)
+
+
+@triton.jit
 def _alias_table(
     quota, excess, node_size, R: tl.constexpr, BY_NODE: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     """``quota[home, receiver]`` with one home rank for each receiver."""
     rank = tl.arange(0, BLOCK_R)
     is_open = rank < R
+    first = excess * 0
+    if BY_NODE:
+        first = _first_to_serve(excess, rank, node_size, BLOCK_R)
     step = 0
     while step < R - 1:
-        donor_excess, donor = _first_max(excess, rank, 0)
+        _, donor = _first_max(excess + tl.where(excess > 0, first, 0), rank, 0)
+        donor_excess = _pick(excess, rank, donor, 0)
         need = tl.maximum(tl.where(is_open, -excess, 0), 0)
-        worth = need * _weight(rank, donor, node_size, BY_NODE)
+        worth = need
+        if BY_NODE:
+            inside = rank // node_size == donor // node_size
+            alone = _pick(first, rank, donor, 0) > 0
+            worth = need * _weight(rank, donor, node_size, BY_NODE)
+            worth = tl.where(alone, tl.where(inside & (need > 0), _FAR - need, 0), worth)
         _, receiver = _first_max(worth, rank, 0)
         given = tl.where(donor_excess > 0, _pick(need, rank, receiver, 0), 0)
         tl.store(quota + donor * R + receiver, given, mask=given > 0)
@@ -88,15 +117,22 @@ def _closest_fits(
 ):
     """``quota[home, receiver]`` for few clones: the smallest donors first, each where it fits."""
     rank = tl.arange(0, BLOCK_R)
+    first = excess * 0
+    if BY_NODE:
+        first = _first_to_serve(excess, rank, node_size, BLOCK_R)
     hole = tl.maximum(-excess, 0)
     excess = tl.maximum(excess, 0)
     step = 0
     while step < R:
-        smallest, donor = _first_max(tl.where(excess > 0, -excess, -_FAR), rank, 0)
-        wanted = tl.where(smallest == -_FAR, 0, -smallest)
-        weight = _weight(rank, donor, node_size, BY_NODE)
-        fit = tl.where(weight == _INTRA, 2 * _FAR, _FAR) - hole
-        score = tl.where(hole > 0, tl.where(hole >= wanted, fit, hole * weight), 0)
+        urgency = tl.where(excess > 0, first - excess, -_FAR)
+        _, donor = _first_max(urgency, rank, 0)
+        wanted = _pick(excess, rank, donor, 0)
+        inside = rank // node_size == donor // node_size
+        fit = tl.where(inside & BY_NODE, 2 * _FAR, _FAR) - hole
+        weighted = hole * _weight(rank, donor, node_size, BY_NODE)
+        score = tl.where(hole > 0, tl.where(hole >= wanted, fit, weighted), 0)
+        alone = _pick(first, rank, donor, 0) > 0
+        score = tl.where(alone & (not inside), 0, score)
         _, receiver = _first_max(score, rank, 0)
         given = tl.minimum(wanted, _pick(hole, rank, receiver, 0))
         tl.store(quota + donor * R + receiver, given, mask=given > 0)
@@ -108,13 +144,14 @@ def _closest_fits(
 
 @triton.jit
 def _serve_quotas(
-    moved, quota, tokens, R: tl.constexpr, M: tl.constexpr,
+    moved, quota, tokens, node_size, R: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Deal each home rank's quotas over its experts; returns clones, and the most on one rank."""
+    """Deal each home rank's quotas over its experts; returns cost, and most clones on one rank."""
     rank = tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_M)
     received = tl.zeros((BLOCK_R,), tl.int32)
+    cost = tl.zeros((BLOCK_R,), tl.int32)
     for first in range(0, R, BLOCK_Q):
         home = first + tl.arange(0, BLOCK_Q)
         is_home = (home < R)[:, None]
@@ -134,11 +171,13 @@ def _serve_quotas(
             tl.store(moved + (home * M + expert) * R + receiver, piece, mask=piece > 0)
             here = (rank[None, :] == receiver[:, None]) & (piece > 0)[:, None]
             received += tl.sum(here.to(tl.int32), axis=0)
+            price = _cost(home[:, None], rank[None, :], node_size, BY_NODE)
+            cost += tl.sum(tl.where(here, price, 0), axis=0)
             open_quota -= tl.where(here, piece[:, None], 0)
             held -= tl.where(column[None, :] == expert[:, None], piece[:, None], 0)
             busy = tl.max(piece, axis=0) > 0
     tl.debug_barrier()
-    return tl.sum(received, axis=0), tl.max(received, axis=0)
+    return tl.sum(cost, axis=0), tl.max(received, axis=0)
 
 
 @triton.jit
@@ -159,7 +198,7 @@ def _greedy(
     overshoot = variant < STEPS
     excess = tl.where(is_rank, load[None, :] - target[:, None], 0)
     free = tl.where(is_rank & real[:, None], S, 0)
-    clones = tl.zeros((BLOCK_V,), tl.int32)
+    cost = tl.zeros((BLOCK_V,), tl.int32)
     expert_at = rank[:, None] * M + column[None, :]
     inside = (rank < R)[:, None] & (column < M)[None, :]
     share = tl.load(tokens + expert_at, mask=inside, other=0)
@@ -189,7 +228,7 @@ def _greedy(
         tl.store(trial + target_cell, piece, mask=given & real)
         tl.store(left + cell + expert, remaining, mask=given & real)
         tl.debug_barrier()
-        clones += tl.where(given, 1, 0)
+        cost += tl.where(given, _cost(donor, receiver, node_size, BY_NODE), 0)
         is_receiver = rank[None, :] == receiver[:, None]
         is_donor = rank[None, :] == donor[:, None]
         excess += tl.where(is_receiver, piece[:, None], 0) - tl.where(is_donor, piece[:, None], 0)
@@ -200,7 +239,7 @@ def _greedy(
     highest = tl.max(tl.where(is_rank, excess + target[:, None], 0), axis=1)
     reached = tl.where(real, tl.maximum(highest, bound), 1 << 62)
     ahead = reached == tl.min(reached, axis=0)
-    cost = tl.where(ahead, clones, R * S + 1).to(tl.int64)
+    cost = tl.where(ahead, cost, _INTER_COST * R * S + 1).to(tl.int64)
     _, best = _first_max(-cost, variant, 0)
     cells = tl.arange(0, BLOCK_X)
     for start in range(0, R * E, BLOCK_X):
@@ -306,9 +345,9 @@ def _plan_kernel(
     if EXACT and not RELAXED:
         excess = tl.where(rank < R, load - bound, 0)
         _alias_table(quota, excess, node_size, R, BY_NODE, BLOCK_R)
-        _serve_quotas(moved, quota, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q)
+        _serve_quotas(moved, quota, tokens, node_size, R, M, BY_NODE, BLOCK_R, BLOCK_M, BLOCK_Q)
     elif EXACT:
-        best, fewest = 0, E * R + 1
+        best, lowest = 0, _INTER_COST * E * R + 1
         for part in range(4):
             extra = tl.where(part < 3, (scale - 1000000) >> part, 0)
             excess = tl.where(rank < R, load - _bound_at(total, R, 1000000 + extra), 0)
@@ -319,12 +358,13 @@ def _plan_kernel(
                     _alias_table(here, excess, node_size, R, BY_NODE, BLOCK_R)
                 else:
                     _closest_fits(here, excess, node_size, R, BY_NODE, BLOCK_R)
-                clones, most = _serve_quotas(
-                    trial + chosen * R * E, here, tokens, R, M, BLOCK_R, BLOCK_M, BLOCK_Q
-                )
-                better = (most <= S) & (clones < fewest)
+                cost, most = _serve_quotas(
+                    trial + chosen * R * E, here, tokens, node_size,
+                    R, M, BY_NODE, BLOCK_R, BLOCK_M, BLOCK_Q,
+                )  # fmt: skip
+                better = (most <= S) & (cost < lowest)
                 best = tl.where(better, chosen, best)
-                fewest = tl.where(better, clones, fewest)
+                lowest = tl.where(better, cost, lowest)
         cell = tl.arange(0, BLOCK_E)
         for start in range(0, R * E, BLOCK_E):
             inside_plan = start + cell < R * E

@@ -103,6 +103,33 @@ def test_nodes_keep_the_invariants(instance: tuple[torch.Tensor, int], data: st.
         assert plan.load_after.max() == -(-int(counts.sum()) // ranks)
 
 
+@given(instances(), st.sampled_from([0.0, 0.02, 0.5]), st.data())
+def test_a_node_that_holds_its_own_load_sends_no_clone_out(
+    instance: tuple[torch.Tensor, int], tolerance: float, data: st.DataObject
+) -> None:
+    counts, _ = instance
+    ranks, experts = counts.shape
+    node = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
+    plan = plan_clones(counts, experts // ranks, tolerance, ranks_per_node=node)
+    # With a tolerance the plan may be made for a tighter bound, down to that of none.
+    bound = balance_bound(int(counts.sum()), ranks)
+    nodes = ranks // node
+    holds_its_own = plan.load_before.view(nodes, node).sum(1) <= node * bound
+    by_node = plan.allocation.view(nodes, experts // nodes, nodes, node).sum((1, 3))
+    sent_out = by_node.sum(1) - by_node.diagonal()
+    assert not (holds_its_own & (sent_out > 0)).any()
+
+
+def test_a_clone_across_nodes_is_not_made_for_the_larger_hole() -> None:
+    """The fullest rank's node has room, the emptiest rank is in the other node."""
+    counts = torch.zeros(8, 8, dtype=torch.int64)
+    counts[0] = torch.tensor([7, 3, 34, 56, 19, 35, 6, 40])
+    plan = plan_clones(counts, 1, ranks_per_node=4)
+    assert plan.load_after.max() == 25
+    assert plan.allocation[:4, 4:].sum() == 0
+    assert plan.allocation[4:, :4].sum() == 0
+
+
 @given(instances(), st.data())
 def test_the_split_is_the_most_local_one(
     instance: tuple[torch.Tensor, int], data: st.DataObject
