@@ -295,8 +295,8 @@ def main() -> None:
         raise SystemExit(2) from error
     if args.moe_enable_echo:
         print_rank_0(
-            "WARNING: --moe-enable-echo is checked and recorded, but this version has no clones "
-            "yet: the run uses Megatron's own dropless layer."
+            "WARNING: this version makes no clones yet: --moe-enable-echo runs the sync-free "
+            "layer with every expert on its own rank."
         )
     if args.run_dir is not None:
         if args.rank == 0:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer import MLATransformerConfig
@@ -74,10 +75,24 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     group.add_argument(
         flag_name(field.name),
         help=help_text,
-        type=value_type(field),
+        type=_parser(field),
+        choices=field.metadata["choices"],
         metavar=field.metadata["metavar"],
         **options,
     )
+
+
+def _parser(field: dataclasses.Field) -> Callable[[str], Any]:
+    """What turns the word on the command line into the field's value."""
+    kind, none_word = value_type(field), field.metadata["none_word"]
+    if none_word is None:
+        return kind
+
+    def parse(word: str) -> Any:
+        return None if word == none_word else kind(word)
+
+    parse.__name__ = f"{kind.__name__} or {none_word}"  # argparse shows it
+    return parse
 
 
 def refuse_heterogeneous_layers(args: Namespace) -> None:

@@ -1,7 +1,9 @@
-"""ModuleSpecs: which module stands where in a GPT model.
+"""ModuleSpecs: which module stands where in a model.
 
 ``gpt_moe_block_spec`` is what ``pretrain_gpt_moe.py`` uses, and what another Megatron script
-takes with ``--spec megatron_echo.layer_specs gpt_moe_block_spec``.
+takes with ``--spec megatron_echo.layer_specs gpt_moe_block_spec``. Scripts that hand the named
+object to ``GPTModel`` without calling it take ``gpt_moe_layer_spec``; a ``HybridModel`` takes
+``moe_module_spec(config)`` as the ``mlp`` of its MoE layer.
 """
 
 import dataclasses
@@ -13,15 +15,24 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_echo.config import EchoConfigMixin
+from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
+from megatron_echo.moe_layer import EchoMoELayer
+
+ECHO_GPT_BUILDER = "megatron_echo.model_builder.EchoGPTModelBuilder"
+"""The builder that gives MTP layers the modules of :func:`gpt_mtp_block_spec`."""
 
 _LOCAL_MODULES: dict[Any, Any] = {
     WrappedTorchNorm: LocalNorm,
@@ -58,6 +69,17 @@ def _uses_transformer_engine(config: TransformerConfig) -> bool:
     return config.transformer_impl == "transformer_engine"
 
 
+def _uses_echo(config: TransformerConfig) -> bool:
+    """With Megatron's plain configuration, naming our spec is what asks for our layer."""
+    if config.num_moe_experts is None:
+        return False
+    return config.moe_enable_echo if isinstance(config, EchoConfigMixin) else True
+
+
+def _replacements(config: TransformerConfig) -> dict[Any, Any]:
+    return {**_LOCAL_MODULES, MoELayer: EchoMoELayer} if _uses_echo(config) else _LOCAL_MODULES
+
+
 def gpt_moe_block_spec(
     gpt_model_config: GPTModelConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
@@ -69,6 +91,14 @@ def gpt_moe_block_spec(
         vp_stage: the virtual pipeline stage, None without interleaving.
     """
     config = gpt_model_config.transformer
+    if _uses_echo(config):
+        if config.mtp_num_layers is not None and gpt_model_config.builder != ECHO_GPT_BUILDER:
+            raise ValueError(
+                f"--mtp-num-layers {config.mtp_num_layers} with --spec builds Megatron's own MoE "
+                "layer into the MTP layers, whatever the spec names. Use pretrain_gpt_moe.py, or "
+                "build the model from megatron_echo.model_builder.EchoGPTModelConfig."
+            )
+        OverflowCheck.of(config)  # on every rank, also where a pipeline stage has no MoE layer
     is_dense_te = config.num_moe_experts is None and _uses_transformer_engine(config)
     if config.experimental_attention_variant is not None or is_dense_te:
         return default_layer_spec(gpt_model_config, vp_stage)
@@ -79,7 +109,7 @@ def gpt_moe_block_spec(
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    return replace_modules(spec, _LOCAL_MODULES)
+    return replace_modules(spec, _replacements(config))
 
 
 def gpt_mtp_block_spec(
@@ -106,4 +136,52 @@ def gpt_mtp_block_spec(
     spec = get_gpt_mtp_block_spec(
         config, last_layer, use_transformer_engine=use_te, vp_stage=vp_stage
     )
-    return replace_modules(spec, _LOCAL_MODULES)
+    return replace_modules(spec, _replacements(config))
+
+
+def moe_module_spec(config: TransformerConfig) -> functools.partial:
+    """The MoE layer alone: the ``mlp`` of a ``TransformerLayerSubmodules``, for any model.
+
+    Megatron's ``HybridModel`` takes it in the ``moe_layer`` of its stack spec.
+    """
+    spec = get_moe_module_spec(
+        use_te=_uses_transformer_engine(config),
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=True,
+    )
+    return replace_modules(spec, {MoELayer: EchoMoELayer})
+
+
+class GPTMoELayer(BaseTransformerLayer):
+    """Builds one transformer layer with our MoE layer, deciding on its modules when it is built.
+
+    An object that ``--spec`` names is repeated for each layer and made before there is a
+    configuration: norm, attention and backend can only be chosen here.
+    """
+
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
+        """The layer that :func:`gpt_moe_block_spec` would put there.
+
+        Raises:
+            ValueError: ``--moe-layer-freq`` asks for dense layers, which this form cannot place.
+        """
+        frequency = config.moe_layer_freq
+        if any(
+            is_moe != 1 for is_moe in (frequency if isinstance(frequency, list) else [frequency])
+        ):
+            raise ValueError(
+                f"--moe-layer-freq {frequency} has no effect on a single layer spec: each layer "
+                "would be a MoE layer. Use --spec megatron_echo.layer_specs gpt_moe_block_spec."
+            )
+        spec = get_gpt_decoder_layer_specs(
+            config,
+            use_transformer_engine=_uses_transformer_engine(config),
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+        )[-1]
+        layer = replace_modules(spec, _replacements(config))
+        return layer.module(config, *args, submodules=layer.submodules, **kwargs)
+
+
+gpt_moe_layer_spec = ModuleSpec(module=GPTMoELayer)
+"""One layer, for ``--spec megatron_echo.layer_specs gpt_moe_layer_spec``."""

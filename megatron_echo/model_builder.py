@@ -14,14 +14,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_echo.layer_specs import gpt_moe_block_spec, gpt_mtp_block_spec
+from megatron_echo.layer_specs import ECHO_GPT_BUILDER, gpt_moe_block_spec, gpt_mtp_block_spec
 
 
 @dataclass(kw_only=True)
 class EchoGPTModelConfig(GPTModelConfig):
     """Megatron's ``GPTModelConfig``, built by :class:`EchoGPTModelBuilder`."""
 
-    builder: ClassVar[str] = "megatron_echo.model_builder.EchoGPTModelBuilder"
+    builder: ClassVar[str] = ECHO_GPT_BUILDER
 
 
 class EchoGPTModelBuilder(GPTModelBuilder):

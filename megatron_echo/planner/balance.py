@@ -290,10 +290,10 @@ def _closest_fits(excess: Tensor, ranks_per_node: int | None) -> Tensor:
     return quota.view(variants, ranks, ranks)
 
 
-def _inside(donor: Tensor, ranks: int, ranks_per_node: int) -> Tensor:
+def _inside(donor: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor:
     """Whether each rank is in the donor's node: donor ``[..., 1]`` gives ``[..., R]``."""
-    node = torch.arange(ranks, device=donor.device) // ranks_per_node
-    return node == donor // ranks_per_node
+    size = ranks_per_node or ranks
+    return torch.arange(ranks, device=donor.device) // size == donor // size
 
 
 def _first_to_serve(excess: Tensor, ranks_per_node: int | None) -> Tensor | None:
@@ -376,14 +376,10 @@ def _greedy(
     for _ in range(ranks * num_slots):
         donor_excess, donor = _first_max(_keys(excess))
         need = torch.where(free > 0, -excess, 0).clamp_(min=0)
-        worth, price = need, INTRA_NODE_COST
-        if ranks_per_node is not None:
-            inside = _inside(donor, ranks, ranks_per_node)
-            worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+        inside = _inside(donor, ranks, ranks_per_node)
+        worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
         _, receiver = _first_max(_keys(worth))
-        if ranks_per_node is not None:
-            inside = receiver // ranks_per_node == donor // ranks_per_node
-            price = torch.where(inside, INTRA_NODE_COST, INTER_NODE_COST)
+        price = torch.where(inside.gather(1, receiver), INTRA_NODE_COST, INTER_NODE_COST)
         row = donor.unsqueeze(2).expand(variants, 1, per_rank)
         place = (receiver * ranks + donor) * per_rank + columns
         cloned = moved.view(variants, -1).gather(1, place) > 0

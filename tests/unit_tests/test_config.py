@@ -16,20 +16,15 @@ MOE = {**BASE, "num_moe_experts": 8, "expert_model_parallel_size": 4, "add_bias_
 
 @pytest.mark.parametrize("config_class", [EchoTransformerConfig, EchoMLATransformerConfig])
 def test_fields_on_both_bases(config_class: type) -> None:
-    config = config_class(**MOE, moe_enable_echo=True, moe_num_echo_experts=4)
+    config = config_class(**MOE, moe_enable_echo=True, moe_num_echo_experts=0)
     assert config.moe_enable_echo
-    assert config.num_echo_slots_per_rank == 1
+    assert config.num_echo_slots_per_rank == 0
     base = MLATransformerConfig if config_class is EchoMLATransformerConfig else TransformerConfig
     assert isinstance(config, base)
 
 
-def test_slots_default_to_the_experts_of_a_rank() -> None:
-    assert EchoTransformerConfig(**MOE, moe_enable_echo=True).num_echo_slots_per_rank == 2
-    assert EchoTransformerConfig(**MOE).num_echo_slots_per_rank == 0
-
-
 @pytest.mark.parametrize(
-    ("value", "advice"), [(30, "Use 28 or 32."), (3, "Use 4."), (0, "below 1"), (-4, "below 1")]
+    ("value", "advice"), [(30, "Use 28 or 32."), (3, "Use 4."), (8, "Use 0."), (-4, "negative")]
 )
 def test_a_bad_number_of_slots_names_flag_value_and_choice(value: int, advice: str) -> None:
     with pytest.raises(ValueError, match="--moe-num-echo-experts") as error:

@@ -1,0 +1,204 @@
+"""Megatron's token dispatcher interface with static shapes and no host read."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_echo.config import echo_setting
+from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
+from megatron_echo.dispatch.overflow import MILLION, OverflowCheck
+from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
+from megatron_echo.dispatch.transports import AllGatherTransport, AllToAllTransport, TokenTransport
+from megatron_echo.planner.balance import balance_bound
+
+
+class _CompactProbs(torch.autograd.Function):
+    """``probs [T, E]`` at the chosen experts, ``[T, K]``; 0 where a choice is missing."""
+
+    @staticmethod
+    def forward(ctx: Any, probs: Tensor, experts: Tensor) -> Tensor:
+        ctx.save_for_backward(experts)
+        ctx.num_experts = probs.shape[1]
+        padded = torch.cat((probs, probs.new_zeros(probs.shape[0], 1)), dim=1)
+        return padded.gather(1, experts.to(torch.int64))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (experts,) = ctx.saved_tensors
+        dense = grad.new_zeros(grad.shape[0], ctx.num_experts + 1)
+        dense = dense.scatter_(1, experts.to(torch.int64), grad)
+        return dense[:, : ctx.num_experts], None
+
+
+def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
+    """The chosen experts of each token, in ascending order.
+
+    Taken from the map, because a chosen expert may have the probability 0.
+
+    Args:
+        routing_map: bool ``[T, E]`` with at most K True in a row.
+        topk: K.
+
+    Returns:
+        int32 ``[T, K]``; E where a token has fewer choices (a padding token has none).
+    """
+    tokens, experts = routing_map.shape
+    place = torch.where(routing_map, routing_map.cumsum(1) - 1, topk).clamp_(max=topk)
+    expert = torch.arange(experts, device=routing_map.device).expand(tokens, experts)
+    chosen = torch.full((tokens, topk + 1), experts, device=routing_map.device)
+    return chosen.scatter_(1, place, expert)[:, :topk].int()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one forward pass hands from stage to stage; replaced, never changed."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    experts: Tensor
+    receipt: Any = None
+    rows: RowMap | None = None
+
+
+class EchoTokenDispatcher(MoETokenDispatcher):
+    """Dispatches tokens to the experts of an expert-parallel group; see ``dispatch/layout.py``.
+
+    Rows of the receive buffer: ``--moe-received-token-capacity`` times ``T * K`` (1.0 is perfect
+    balance), plus what the row alignment may add, rounded up to one of a few sizes. ``auto`` never
+    overflows: the planner's bound with at least E / R clone slots on a rank, or else the most that
+    routing can bring. Evaluation always takes the latter: nothing of it is kept for backward.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        """Set up for one layer.
+
+        Args:
+            config: with the fields of this package, or a plain one for their defaults.
+            pg_collection: ``ep`` and ``expt_tp`` are used; the latter must have one rank.
+        """
+        super().__init__(config=config, pg_collection=pg_collection)
+        self._topk = config.moe_router_topk
+        self._experts = config.num_moe_experts
+        self._slots = echo_setting(config, "num_echo_slots_per_rank")
+        self.num_groups = self._experts // self.ep_size + self._slots
+        self._alignment = echo_setting(config, "moe_echo_row_alignment")
+        self._capacity = echo_setting(config, "moe_received_token_capacity")
+        self._tolerance = 0.0
+        self._transport = self._make_transport()
+        self._overflow = OverflowCheck.of(config)
+        self._call: _Call | None = None
+        self.training = True  # follows the layer's
+
+    def _make_transport(self) -> TokenTransport:
+        if echo_setting(self.config, "moe_echo_token_transport") == "all_gather":
+            return AllGatherTransport(self.ep_group)
+        peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
+        return AllToAllTransport(self.ep_group, self.num_groups, peer_capacity)
+
+    def buffer_rows(self, tokens: int) -> int:
+        """Rows of the receive buffer for T tokens on each rank."""
+        most = self.ep_size * tokens * min(self._topk, self.num_groups)
+        rows = most
+        if self.training and self._capacity is not None:
+            rows = -(-round(self._capacity * MILLION) * tokens * self._topk // MILLION)
+        elif self.training and self._slots * self.ep_size >= self._experts:
+            total = tokens * self._topk * self.ep_size
+            rows = balance_bound(total, self.ep_size, self._tolerance)
+        return round_rows(
+            min(rows, most) + self.num_groups * (self._alignment - 1), self._alignment
+        )
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Flatten the tokens and compact the routing.
+
+        Args:
+            hidden_states: ``[s, b, H]``.
+            routing_map: bool ``[T, E]``, ``T = s * b``.
+            probs: ``[T, E]``, fp32 or wider.
+
+        Returns:
+            Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
+        """
+        experts = compact_routing(routing_map, self._topk)
+        self._call = _Call(hidden_states.shape, hidden_states.dtype, self._physical(experts))
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return hidden, _CompactProbs.apply(probs, experts)
+
+    def _physical(self, experts: Tensor) -> Tensor:
+        """Ids of the groups, G on each rank, that compute these logical experts."""
+        per_rank = self._experts // self.ep_size
+        return experts + experts // per_rank * self._slots
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring the tokens to the ranks that compute them: ``[N, H]`` and ``[N, K]``."""
+        call = self._current()
+        delivery = self._transport.dispatch(hidden_states, call.experts, probs)
+        self._call = replace(call, experts=delivery.experts, receipt=delivery.receipt)
+        if delivery.limit is not None and self.training:
+            most, dropped = delivery.limit
+            tokens = hidden_states.shape[0]
+            part = (most * MILLION + tokens - 1) // tokens
+            self._record(torch.zeros_like(part), part, dropped)
+        return delivery.hidden, delivery.probs
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy the tokens of this rank's experts into rows.
+
+        Returns:
+            Rows ``[B, H]`` grouped by expert, int64 ``[G]`` rows of each group (on the device),
+            and the rows' probabilities ``[B]``.
+        """
+        call = self._current()
+        first = self.ep_rank * self.num_groups
+        local = call.experts - first
+        groups = torch.where((local >= 0) & (local < self.num_groups), local, self.num_groups)
+        tokens = call.shape[:-1].numel()
+        layout = build_layout(
+            groups, self.num_groups, self.buffer_rows(tokens), self.ep_size, self._alignment
+        )
+        self._call = replace(call, experts=call.experts.new_empty(0), rows=layout.rows)
+        if self.training:
+            pairs = tokens * self._topk
+            padding = self.num_groups * (self._alignment - 1)
+            need = ((layout.need - padding).clamp(min=0) * MILLION + pairs - 1) // pairs
+            self._record(need, torch.zeros_like(need), layout.dropped)
+        ends = layout.ends.to(torch.int64)
+        in_buffer = torch.diff(ends, prepend=ends.new_zeros(1))
+        rows = tokens_to_rows(hidden_states, layout.rows)
+        return rows, in_buffer, pairs_to_rows(probs, layout.rows)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sum the experts' outputs ``[B, H]`` of each delivered token: ``[N, H]``, wide dtype."""
+        rows = self._current().rows
+        assert rows is not None
+        return rows_to_tokens(hidden_states, rows)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Bring the sums back to the tokens' own ranks: ``[T, H]``, wide dtype."""
+        return self._transport.combine(hidden_states, self._current().receipt)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """The layer's output in the dtype and shape of its input."""
+        call = self._current()
+        self._call = None
+        return hidden_states.to(call.dtype).view(call.shape)
+
+    def _current(self) -> _Call:
+        assert self._call is not None, "dispatch_preprocess has not been called"
+        return self._call
+
+    def _record(self, capacity: Tensor, peer_capacity: Tensor, dropped: Tensor) -> None:
+        # Recomputation runs the forward pass twice, once of them without gradients.
+        counted = dropped if torch.is_grad_enabled() else torch.zeros_like(dropped)
+        self._overflow.record(capacity, peer_capacity, dropped > 0, counted)

@@ -1,0 +1,121 @@
+"""The device-side shape metadata of one dispatch: which token-expert pair sits in which row.
+
+Every shape is decided from the configuration; everything that depends on the routing stays in
+device tensors. Rows are grouped by expert, each group padded to the row alignment, and inside a
+group ordered by (source rank, token, k), which is the order of Megatron's own permutation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_STEPS = 16
+
+
+def round_rows(rows: int, alignment: int = 1) -> int:
+    """A row count rounded up to one of sixteen sizes between two powers of two.
+
+    Buffers then come in few sizes, so that freed ones fit later requests; at most 1/16 more rows,
+    and up to a multiple of the alignment.
+    """
+    step = max(1, (1 << max(rows - 1, 0).bit_length()) // (2 * _STEPS))
+    return -(-(-(-rows // step) * step) // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Rows of a buffer and the tokens that they are copies of, both ways.
+
+    Attributes:
+        row_src: int32 ``[B]``, the pair ``n * K + k`` that sits in a row, ``N * K`` in an empty
+            row.
+        row_of: int32 ``[N, C]``, the rows that hold copies of token ``n``, ``B`` for none.
+        pairs_per_token: K; ``row_src // K`` is the token. C may differ: a token is sent to each of
+            C ranks once.
+    """
+
+    row_src: Tensor
+    row_of: Tensor
+    pairs_per_token: int
+
+    @property
+    def token_of_row(self) -> Tensor:
+        """int32 ``[B]``: the token that sits in a row, N in an empty row."""
+        return self.row_src // self.pairs_per_token
+
+
+@dataclass(frozen=True)
+class DispatchLayout:
+    """Where the pairs of one dispatch are computed on this rank. B rows, G groups, P sources.
+
+    Attributes:
+        rows: the map between rows and pairs; its ``row_of`` is ``[N, K]``.
+        counts: int64 ``[P, G]``, pairs that each source rank sends to each group.
+        group_rows: int64 ``[G]``, pairs of each group, before the buffer's limit.
+        padded_rows: int64 ``[G]``, the same rounded up to the row alignment; 0 stays 0.
+        ends: int32 ``[G]``, end offset of each padded group, not above B: what ``grouped_mm``
+            takes.
+        need: int64 scalar, rows that would hold everything.
+        over: bool scalar, ``need > B``.
+        dropped: int64 scalar, pairs without a row; above 0 only if ``over``.
+    """
+
+    rows: RowMap
+    counts: Tensor
+    group_rows: Tensor
+    padded_rows: Tensor
+    ends: Tensor
+    need: Tensor
+    over: Tensor
+    dropped: Tensor
+
+
+def build_layout(
+    groups: Tensor, num_groups: int, num_rows: int, num_sources: int = 1, alignment: int = 1
+) -> DispatchLayout:
+    """Lay out the pairs that this rank computes.
+
+    What does not fit ``num_rows`` is dropped from the last groups first, the same on every run.
+
+    Args:
+        groups: integer ``[N, K]``, the local group of each pair; ``num_groups`` for pairs that are
+            computed elsewhere or do not exist. Tokens of one source rank are consecutive, ``N / P``
+            each.
+        num_groups: G, experts and clone slots on this rank.
+        num_rows: B, rows of the buffer.
+        num_sources: P.
+        alignment: rows of each group are padded to a multiple of this.
+    """
+    tokens, topk = groups.shape
+    pairs = tokens * topk
+    key = groups.reshape(pairs).to(torch.int64)
+    position = torch.arange(pairs, device=key.device)
+    cell = position // max(pairs // num_sources, 1) * (num_groups + 1) + key
+    counts = key.new_zeros(num_sources * (num_groups + 1))
+    counts = counts.scatter_add_(0, cell, torch.ones_like(key))
+    counts = counts.view(num_sources, num_groups + 1)
+    # The pairs that are not here form a last group, from row B on.
+    size = counts.sum(0)
+    group_rows = size[:num_groups]
+    padded_rows = (group_rows + (alignment - 1)) // alignment * alignment
+    ends = padded_rows.cumsum(0)
+    starts = torch.cat((ends - padded_rows, ends.new_full((1,), num_rows)))
+    order = key.argsort(stable=True)
+    group = key.index_select(0, order)
+    in_group = position - (size.cumsum(0) - size).index_select(0, group)
+    row = (starts.index_select(0, group) + in_group).clamp_(max=num_rows)
+    row_src = key.new_full((num_rows + 1,), pairs).scatter_(0, row, order)[:num_rows]
+    row_of = torch.empty_like(row).scatter_(0, order, row)
+    placed = (starts[:-1] + group_rows).clamp(max=num_rows) - starts[:-1].clamp(max=num_rows)
+    need = padded_rows.sum()
+    return DispatchLayout(
+        rows=RowMap(row_src.int(), row_of.view(tokens, topk).int(), topk),
+        counts=counts[:, :num_groups],
+        group_rows=group_rows,
+        padded_rows=padded_rows,
+        ends=ends.clamp(max=num_rows).int(),
+        need=need,
+        over=need > num_rows,
+        dropped=(group_rows - placed).sum(),
+    )

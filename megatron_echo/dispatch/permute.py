@@ -1,0 +1,119 @@
+"""Copies of tokens into rows, and sums of rows into tokens: each is the other's backward pass.
+
+Both directions pull: a row reads the token that it holds, a token reads its rows in the order of
+k. Nothing is scattered, so the same inputs give the same bits on every run, and rows that no token
+names are never read: what a grouped GEMM leaves in them does not matter. Backward needs the int32
+maps only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_echo.dispatch.layout import RowMap
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to sum in: fp32, or ``dtype`` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def take_rows_reference(source: Tensor, index: Tensor) -> Tensor:
+    """``source[index]``, with zeros where the index is ``len(source)``.
+
+    Args:
+        source: ``[N, H]``.
+        index: int32 ``[B]``, up to and including N.
+    """
+    return _with_null_row(source).index_select(0, index)
+
+
+def sum_rows_reference(source: Tensor, index: Tensor) -> Tensor:
+    """``source[index].sum(1)`` in the wide dtype, in order; an index of ``len(source)`` adds 0.
+
+    Args:
+        source: ``[B, H]``.
+        index: int32 ``[N, C]``, up to and including B.
+    """
+    padded = _with_null_row(source)
+    total = padded.index_select(0, index[:, 0]).to(wide_dtype(source.dtype))
+    for column in range(1, index.shape[1]):
+        total += padded.index_select(0, index[:, column])
+    return total
+
+
+def _with_null_row(source: Tensor) -> Tensor:
+    return torch.cat((source, source.new_zeros(1, source.shape[1])))
+
+
+def _take_rows(source: Tensor, index: Tensor) -> Tensor:
+    return take_rows_reference(source, index)
+
+
+def _sum_rows(source: Tensor, index: Tensor) -> Tensor:
+    return sum_rows_reference(source, index)
+
+
+class _TokensToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, rows: RowMap) -> Tensor:
+        ctx.save_for_backward(rows.row_of)
+        ctx.dtype = tokens.dtype
+        return _take_rows(tokens, rows.token_of_row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (row_of,) = ctx.saved_tensors
+        return _sum_rows(grad, row_of).to(ctx.dtype), None
+
+
+class _RowsToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, rows: RowMap) -> Tensor:
+        ctx.save_for_backward(rows.row_src)
+        ctx.dtype, ctx.pairs_per_token = buffer.dtype, rows.pairs_per_token
+        return _sum_rows(buffer, rows.row_of)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (row_src,) = ctx.saved_tensors
+        return _take_rows(grad.to(ctx.dtype), row_src // ctx.pairs_per_token), None
+
+
+class _PairsToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, rows: RowMap) -> Tensor:
+        ctx.save_for_backward(rows.row_of)
+        return _take_rows(pairs.reshape(-1, 1), rows.row_src).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (row_of,) = ctx.saved_tensors
+        taken = _take_rows(grad.unsqueeze(1), row_of.reshape(-1))
+        return taken.view(row_of.shape), None
+
+
+def tokens_to_rows(tokens: Tensor, rows: RowMap) -> Tensor:
+    """Copy tokens ``[N, H]`` into rows ``[B, H]``; empty rows are zero.
+
+    Backward sums a token's rows in the wide dtype and casts once.
+    """
+    return _TokensToRows.apply(tokens, rows)
+
+
+def rows_to_tokens(buffer: Tensor, rows: RowMap) -> Tensor:
+    """Sum the rows ``[B, H]`` of each token, in the order of k: ``[N, H]`` in the wide dtype.
+
+    A token without rows gets zeros.
+    """
+    return _RowsToTokens.apply(buffer, rows)
+
+
+def pairs_to_rows(pairs: Tensor, rows: RowMap) -> Tensor:
+    """Copy a value of each pair ``[N, K]``, its probability, into its row: ``[B]``."""
+    return _PairsToRows.apply(pairs, rows)

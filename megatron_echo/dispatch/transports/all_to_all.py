@@ -1,0 +1,78 @@
+"""Each token is sent once to each rank that computes one of its experts, in equal parts.
+
+The parts have a fixed number of places, ``C``, for each peer. With ``C = T``, the default, they
+can never be over-full, and the wire carries what the all-gather carries; a smaller ``C`` carries
+less, and tokens beyond it are cut off and counted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_echo.dispatch.layout import RowMap
+from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
+from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
+from megatron_echo.dispatch.transports.collectives import all_to_all
+
+
+@dataclass(frozen=True)
+class _Receipt:
+    sent: RowMap
+    dtype: torch.dtype
+
+
+class AllToAllTransport(TokenTransport):
+    """``N = R * C`` rows. Results travel in the tokens' dtype and are added in the wide one."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, experts_per_rank: int, peer_capacity: float = 1.0
+    ) -> None:
+        """Set the sizes.
+
+        Args:
+            group: the expert-parallel group, R ranks.
+            experts_per_rank: G, physical experts on each rank.
+            peer_capacity: C as a part of T, in (0, 1].
+        """
+        self._group = group
+        self._experts_per_rank = experts_per_rank
+        self._peer_capacity = peer_capacity
+
+    def places(self, tokens: int) -> int:
+        """C for T tokens."""
+        return min(tokens, max(1, -(-int(tokens * self._peer_capacity * 10**6) // 10**6)))
+
+    def dispatch(self, hidden: Tensor, experts: Tensor, probs: Tensor) -> Delivery:
+        """See :class:`TokenTransport`."""
+        tokens, ranks = hidden.shape[0], self._group.size()
+        places = self.places(tokens)
+        none = ranks * self._experts_per_rank
+        owner = (experts // self._experts_per_rank).to(torch.int64)  # R where there is no expert
+        wanted = owner.new_zeros(tokens, ranks + 1).scatter_(1, owner, 1)[:, :ranks]
+        place = wanted.cumsum(0) - 1
+        first = torch.arange(ranks, device=owner.device) * places
+        row_of = torch.where((wanted > 0) & (place < places), first + place, ranks * places)
+        token = torch.arange(tokens, device=owner.device)[:, None].expand(tokens, ranks)
+        row_src = owner.new_full((ranks * places + 1,), tokens)
+        row_src = row_src.scatter_(0, row_of.reshape(-1), token.reshape(-1))[:-1]
+        send = RowMap(row_src.int(), row_of.int(), pairs_per_token=1)
+
+        padded = torch.cat((experts, experts.new_full((1, experts.shape[1]), none)))
+        sent_experts = padded.index_select(0, send.row_src)
+        receiver = torch.arange(ranks, device=owner.device).repeat_interleave(places)
+        is_his = sent_experts // self._experts_per_rank == receiver[:, None]
+        at = torch.cat((row_of, row_of.new_zeros(tokens, 1)), dim=1).gather(1, owner)
+        return Delivery(
+            hidden=all_to_all(tokens_to_rows(hidden, send), self._group),
+            experts=all_to_all(torch.where(is_his, sent_experts, none), self._group),
+            probs=all_to_all(tokens_to_rows(probs, send), self._group),
+            receipt=_Receipt(send, hidden.dtype),
+            limit=(wanted.sum(0).max(), (at == ranks * places).sum()),
+        )
+
+    def combine(self, partial: Tensor, receipt: _Receipt) -> Tensor:
+        """See :class:`TokenTransport`."""
+        back = all_to_all(partial.to(receipt.dtype), self._group)
+        return rows_to_tokens(back, receipt.sent)

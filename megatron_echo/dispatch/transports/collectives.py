@@ -1,0 +1,89 @@
+"""Differentiable collectives with static shapes, on any backend and on meta tensors.
+
+Megatron's own mappings allocate on ``torch.cuda.current_device()``, whatever the input's device.
+With one rank nothing is called and nothing copied.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Group = dist.ProcessGroup
+
+
+def _all_gather(tensor: Tensor, group: Group) -> Tensor:
+    if group.size() == 1:
+        return tensor
+    output = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(output, tensor.contiguous(), group=group)
+    return output
+
+
+def _reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
+    if group.size() == 1:
+        return tensor
+    output = tensor.new_empty(tensor.shape[0] // group.size(), *tensor.shape[1:])
+    dist.reduce_scatter_tensor(output, tensor.contiguous(), group=group)
+    return output
+
+
+def _all_to_all(tensor: Tensor, group: Group) -> Tensor:
+    if group.size() == 1:
+        return tensor
+    output = torch.empty_like(tensor)
+    dist.all_to_all_single(output, tensor.contiguous(), group=group)
+    return output
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_gather(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(grad, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grad, ctx.group), None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_to_all(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grad, ctx.group), None
+
+
+def all_gather(tensor: Tensor, group: Group) -> Tensor:
+    """``[n, ...]`` of every rank, in rank order: ``[R * n, ...]``. Backward reduce-scatters."""
+    return _AllGather.apply(tensor, group)
+
+
+def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
+    """Sum ``[R * n, ...]`` over the ranks and keep this rank's ``[n, ...]``. Backward gathers."""
+    return _ReduceScatter.apply(tensor, group)
+
+
+def all_to_all(tensor: Tensor, group: Group) -> Tensor:
+    """Exchange equal parts: ``[R * n, ...]``, part r goes to rank r. Backward is the same."""
+    return _AllToAll.apply(tensor, group)

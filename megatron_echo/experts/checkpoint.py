@@ -1,0 +1,98 @@
+"""A stack of expert weights in a distributed checkpoint, as Megatron's own experts are in it."""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedStateDict,
+    ShardedTensorFactory,
+)
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from torch import Tensor
+
+Offsets = tuple[tuple[int, int, int], ...]
+
+
+def sharded_stack(
+    weight: Tensor, key: str, ep_rank: int, ep_size: int, replica_id: ReplicaId,
+    sharded_offsets: Offsets = (), *, gated: bool = False, separate: bool = False,
+) -> ShardedTensor | ShardedTensorFactory:  # fmt: skip
+    """One object for the whole stack, so that the optimizer finds its moments by the parameter.
+
+    Args:
+        weight: the parameter ``[m, out, in]``.
+        key: ``...experts.linear_fc1.weight``, or with ``separate`` a name with ``{expert}`` in it.
+        ep_rank: this rank's place in the expert-parallel group.
+        ep_size: ranks in that group.
+        replica_id: which copy this rank holds.
+        sharded_offsets: axes in front, those of the layers.
+        gated: gate and up are two halves of ``out`` and are stored as two parts.
+        separate: a key for each expert (``singleton_local_shards``) in place of one global tensor.
+    """
+    axes, local = len(sharded_offsets), weight.shape[0]
+
+    def parts(name: str, tensor: Tensor, is_stack: bool) -> list[ShardedTensor]:
+        # The stack is one shard of the expert axis; a single expert has no such axis.
+        front = (*sharded_offsets, (axes, ep_rank, ep_size)) if is_stack else sharded_offsets
+        rows = axes + is_stack
+        names = [name] if not gated else [name, name] if is_stack else [f"{name}_w", f"{name}_v"]
+        pieces = tensor.chunk(len(names), dim=-2)
+        halves = [((rows, index, 2),) if gated and is_stack else () for index in range(len(names))]
+        return [
+            ShardedTensor.from_rank_offsets(
+                part, piece, *front, *half, replica_id=replica_id, prepend_axis_num=axes
+            )
+            for part, piece, half in zip(names, pieces, halves, strict=True)
+        ]
+
+    @torch.no_grad()
+    def build(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: Any) -> list:
+        if not separate:
+            return parts(key, tensor, True)
+        first = ep_rank * local
+        return [
+            part
+            for i in range(local)
+            for part in parts(key.format(expert=first + i), tensor[i], False)
+        ]
+
+    @torch.no_grad()
+    def merge(loaded: list) -> Tensor:
+        pieces = [torch.as_tensor(piece) for piece in loaded]
+        if not separate:
+            return torch.cat(pieces, dim=-2)
+        step = 2 if gated else 1
+        experts = [torch.cat(pieces[i : i + step], dim=0) for i in range(0, len(pieces), step)]
+        return torch.stack(experts)
+
+    if not gated and not separate:
+        return parts(key, weight, True)[0]
+    return ShardedTensorFactory(key, weight, build, merge, replica_id)
+
+
+def empty_extra_states(
+    key: str, local_key: str, ep_rank: int, experts: int, ep_size: int, replica_id: ReplicaId,
+    sharded_offsets: Offsets = (), *, separate: bool = False,
+) -> ShardedStateDict:  # fmt: skip
+    """The empty objects that Megatron's linear layers keep in a checkpoint and ask for.
+
+    Args:
+        key: ``...experts.linear_fc1._extra_state``, as in :func:`sharded_stack`.
+        local_key: prefix of the keys in this rank's dictionary; the expert's number is appended.
+        ep_rank: this rank's place in the expert-parallel group.
+        experts: m, experts on a rank.
+        ep_size: ranks in that group.
+        replica_id: which copy this rank holds.
+        sharded_offsets: axes in front.
+        separate: as in :func:`sharded_stack`.
+    """
+    states: ShardedStateDict = {}
+    for i in range(experts):
+        expert = ep_rank * experts + i
+        axis = () if separate else ((len(sharded_offsets), expert, ep_size * experts),)
+        states[f"{local_key}{i}"] = make_sharded_object_for_checkpoint(
+            None, key.format(expert=expert), (*sharded_offsets, *axis), replica_id
+        )
+    return states

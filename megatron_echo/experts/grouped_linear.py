@@ -1,0 +1,96 @@
+"""Matrix products of grouped rows with a stack of weights, with offsets on the device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm
+
+_ROW_BYTES = 16
+
+
+def grouped_product_reference(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """``rows[g] @ weights[g]`` for each group of rows, in any dtype; other rows are zero.
+
+    Args:
+        rows: ``[B, i]``.
+        weights: ``[G, i, o]``.
+        ends: int32 ``[G]``, end offset of each group.
+    """
+    output = rows.new_zeros(rows.shape[0], weights.shape[2])
+    for in_group, weight in zip(_masks(ends, rows.shape[0]), weights, strict=True):
+        product = torch.where(in_group, rows, 0) @ weight
+        output = torch.where(in_group, product, output)
+    return output
+
+
+def grouped_outer_reference(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """``left[g].T @ right[g]`` for each group of rows, in any dtype: ``[G, o, i]``."""
+    return torch.stack(
+        [
+            torch.where(in_group, left, 0).t() @ torch.where(in_group, right, 0)
+            for in_group in _masks(ends, left.shape[0])
+        ]
+    )
+
+
+def _masks(ends: Tensor, rows: int) -> list[Tensor]:
+    row = torch.arange(rows, device=ends.device)[:, None]
+    starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+    return [
+        (row >= start) & (row < end)
+        for start, end in zip(starts.unbind(), ends.unbind(), strict=True)
+    ]
+
+
+def _takes_grouped_mm(rows: Tensor, *widths: int) -> bool:
+    """Whether torch has a kernel: not for fp64, and for rows of a multiple of 16 bytes."""
+    if rows.dtype == torch.float64:
+        return False
+    return all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, ends)
+        transposed = weights.transpose(1, 2)
+        if _takes_grouped_mm(rows, *weights.shape[1:]):
+            return grouped_mm(rows, transposed, offs=ends)
+        return grouped_product_reference(rows, transposed, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weights, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        needs_rows, needs_weights, _ = ctx.needs_input_grad
+        kernel = _takes_grouped_mm(rows, *weights.shape[1:])
+        product = (
+            (lambda a, b, e: grouped_mm(a, b, offs=e)) if kernel else grouped_product_reference
+        )
+        outer = (
+            (lambda a, b, e: grouped_mm(a.t(), b, offs=e)) if kernel else grouped_outer_reference
+        )
+        to_rows = product(grad, weights, ends) if needs_rows else None
+        to_weights = outer(grad, rows, ends) if needs_weights else None
+        return to_rows, to_weights, None
+
+
+def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """``rows[g] @ weights[g].T`` for each group of rows.
+
+    Rows beyond the last end are neither read nor, with torch's kernel, written: the output holds
+    anything there. The same is true of the gradient with respect to ``rows``. The gradient of a
+    group without rows is zero.
+
+    Args:
+        rows: ``[B, i]``.
+        weights: ``[G, o, i]``, the same dtype.
+        ends: int32 ``[G]``, end offset of each group, not above B, on the device.
+
+    Returns:
+        ``[B, o]``.
+    """
+    return _GroupedLinear.apply(rows, weights, ends)

@@ -1,0 +1,165 @@
+"""The experts of one rank as one stack of weights for each projection."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor
+
+from megatron_echo.experts.activation import expert_activation, weighted_activation
+from megatron_echo.experts.checkpoint import empty_extra_states, sharded_stack
+from megatron_echo.experts.grouped_linear import grouped_linear
+
+
+class GroupedLinear(torch.nn.Module):
+    """The same projection of each expert, ``weight [m, out, in]``, without a bias."""
+
+    def __init__(
+        self, experts: int, in_features: int, out_features: int, config: TransformerConfig
+    ) -> None:
+        super().__init__()
+        on_cpu = config.use_cpu_initialization
+        self.weight = torch.nn.Parameter(
+            torch.empty(
+                (experts, out_features, in_features),
+                device="cpu" if on_cpu else torch.cuda.current_device(),
+                dtype=config.params_dtype,
+            )
+        )
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
+        # Megatron's mark of a parameter that is not shared by all data-parallel ranks.
+        shares_groups = (
+            config.expert_model_parallel_size == 1
+            and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+        )
+        setattr(self.weight, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """``[B, in]`` to ``[B, out]``; see :func:`grouped_linear`."""
+        return grouped_linear(rows, self.weight, ends)
+
+
+class WeightedActivation(torch.nn.Module):
+    """The activation times the router's probability, a module so that hooks find it by name."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self._activation = expert_activation(config)
+
+    def forward(self, hidden: Tensor, probs: Tensor) -> Tensor:
+        """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``."""
+        return weighted_activation(hidden, probs, self._activation)
+
+
+class EchoGroupedMLP(MegatronModule):
+    """The experts of this rank; takes the place of Megatron's SequentialMLP and TEGroupedMLP.
+
+    Initial weights, checkpoint keys and shapes are SequentialMLP's, so a checkpoint saved with one
+    loads with the other.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Build and initialise.
+
+        Args:
+            num_local_experts: m.
+            config: the transformer's configuration.
+            submodules: accepted for the sake of specs written for Megatron's experts; not used.
+            pg_collection: ``ep`` and ``expt_dp`` are used.
+            name: not used.
+        """
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.num_local_experts = num_local_experts
+        self._ep_rank = get_pg_rank(pg_collection.ep)
+        self._ep_size = get_pg_size(pg_collection.ep)
+        self._data_parallel_rank = get_pg_rank(pg_collection.expt_dp)
+        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
+        widths = ffn * 2 if config.gated_linear_unit else ffn
+        self.linear_fc1 = GroupedLinear(num_local_experts, hidden, widths, config)
+        self.activation = WeightedActivation(config)
+        self.linear_fc2 = GroupedLinear(num_local_experts, ffn, hidden, config)
+        if config.perform_initialization:
+            self._initialise()
+        self._register_load_state_dict_pre_hook(_forget_extra_states)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Draw the weights expert by expert, fc1 before fc2, as SequentialMLP does."""
+        for fc1, fc2 in zip(self.linear_fc1.weight, self.linear_fc2.weight, strict=True):
+            self._draw(fc1, self.config.init_method)
+            self._draw(fc2, self.config.output_layer_init_method)
+
+    def _draw(self, weight: Tensor, method: Callable[[Tensor], Any]) -> None:
+        if self.config.use_cpu_initialization:
+            master = torch.empty(weight.shape, dtype=torch.float32)
+            method(master)
+            weight.copy_(master)
+        else:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                method(weight)
+
+    def forward(
+        self, hidden_states: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Compute all experts.
+
+        Args:
+            hidden_states: ``[B, H]``, rows grouped by expert; rows beyond the sum of
+                ``tokens_per_expert`` are not read.
+            tokens_per_expert: integer ``[m]``, rows of each expert.
+            probs: ``[B]``, the router's probability of each row.
+
+        Returns:
+            ``[B, H]``, anything in the rows beyond the last expert's; and no bias.
+        """
+        counts = tokens_per_expert.to(hidden_states.device, non_blocking=True)
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = self.linear_fc1(hidden_states, ends)
+        hidden = self.activation(hidden, probs)
+        return self.linear_fc2(hidden, ends), None
+
+    def backward_dw(self) -> None:
+        """Nothing: weight gradients are computed with the others."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The state as Megatron's SequentialMLP describes it to a distributed checkpoint."""
+        separate = (metadata or {}).get("singleton_local_shards", False)
+        replica_id = (0, 0, self._data_parallel_rank)
+        state: dict[str, Any] = {}
+        for name in ("linear_fc1", "linear_fc2"):
+            key = f"{prefix}experts.{'{expert}.' if separate else ''}{name}."
+            state[f"{prefix}{name}.weight"] = sharded_stack(
+                getattr(self, name).weight, f"{key}weight", self._ep_rank, self._ep_size,
+                replica_id, sharded_offsets, separate=separate,
+                gated=name == "linear_fc1" and self.config.gated_linear_unit,
+            )  # fmt: skip
+            state |= empty_extra_states(
+                f"{key}_extra_state", f"{prefix}{name}._extra_state", self._ep_rank,
+                self.num_local_experts, self._ep_size, replica_id, sharded_offsets,
+                separate=separate,
+            )  # fmt: skip
+        return state
+
+
+def _forget_extra_states(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the empty objects of a loaded checkpoint out: nothing here has such a state."""
+    for key in [key for key in state_dict if key.startswith(prefix) and "._extra_state" in key]:
+        del state_dict[key]

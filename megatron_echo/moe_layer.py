@@ -1,0 +1,62 @@
+"""The MoE layer: route, dispatch, compute, combine, without a host read and with static shapes."""
+
+import dataclasses
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from torch import Tensor
+
+from megatron_echo.config import echo_refusal
+from megatron_echo.dispatch import EchoTokenDispatcher
+from megatron_echo.experts import EchoGroupedMLP
+
+
+class EchoMoELayer(MoELayer):
+    """Megatron's ``MoELayer`` with this package's dispatcher and experts.
+
+    A token's way: ``route`` (Megatron's router) -> ``preprocess`` (its choices as indices) ->
+    ``dispatch`` (to the ranks that compute it) -> ``routed_experts_compute`` (into rows, through
+    the experts, back into tokens) -> ``combine`` (home) -> ``postprocess`` (plus the shared
+    expert). Megatron's ``forward`` calls them in this order, as its recomputation does.
+    """
+
+    token_dispatcher: EchoTokenDispatcher
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Build the layer; the arguments are those of Megatron's.
+
+        Args:
+            config: with this package's fields, or Megatron's plain one for their defaults.
+            submodules: router and shared experts are used, experts are always ours.
+            layer_number: arrives later through ``set_layer_number``.
+            pg_collection: the process groups, Megatron's global ones by default.
+            is_mtp_layer: in a multi-token-prediction layer.
+            name: Megatron's name of this module.
+
+        Raises:
+            ValueError: a setting that the layer cannot work with, and what to do.
+        """
+        problem = echo_refusal(config)
+        if problem is not None:
+            raise ValueError(f"The ECHO MoE layer {problem}")
+        groups = pg_collection or get_default_pg_collection()
+        submodules = dataclasses.replace(submodules or MoESubmodules(None), experts=EchoGroupedMLP)
+        super().__init__(config, submodules, layer_number, groups, is_mtp_layer, name)
+        self.token_dispatcher = EchoTokenDispatcher(config, groups)
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``EchoTokenDispatcher.dispatch_preprocess``."""
+        self.token_dispatcher.training = self.training
+        return super().preprocess(hidden_states, probs, routing_map)
