@@ -38,7 +38,7 @@ def sharded_stack(
         front = (*sharded_offsets, (axes, ep_rank, ep_size)) if is_stack else sharded_offsets
         rows = axes + is_stack
         names = [name] if not gated else [name, name] if is_stack else [f"{name}_w", f"{name}_v"]
-        pieces = tensor.chunk(len(names), dim=-2)
+        pieces = tensor.chunk(2, dim=-2) if gated else (tensor,)  # the parameter itself, not a view
         halves = [((rows, index, 2),) if gated and is_stack else () for index in range(len(names))]
         return [
             ShardedTensor.from_rank_offsets(

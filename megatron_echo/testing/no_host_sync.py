@@ -1,0 +1,283 @@
+"""A tripwire for host synchronisation: code that makes the host wait for, or read, a device value.
+
+    with no_host_sync():                    # raises HostSyncError at the line that reads
+        layer(x).sum().backward()
+
+    with no_host_sync("record") as sync:    # lists them
+        layer(x).sum().backward()
+    assert sync.hits == []
+
+Every tensor counts as a device tensor, whatever its device: a CPU tensor stands for the CUDA tensor
+that it would be, so that a machine without a GPU gives the same answer. Three layers watch:
+
+* methods of ``torch.Tensor`` that hand a value to Python are patched on the class, so backward and
+  other threads are watched too (a ``TorchFunctionMode`` is off inside backward);
+* a ``TorchDispatchMode`` sees the operators: those whose result or whose output shape is data. It
+  covers the entering thread and the backward that starts there;
+* ``torch.cuda``'s waits (whatever classes stand there on entry) and ``torch.distributed``'s
+  barriers and collectives of Python objects are patched. Without CUDA they are not called.
+
+What none of them can see:
+
+* a wait inside one operator's C++ (``grouped_mm`` where it falls back to a loop on CUDA; tensors in
+  ``tensor_split``; ``histc`` without bounds) or inside a custom operator's own operators, and the
+  copy of pageable host memory by ``torch.tensor(..., device="cuda")``. The known cases that look
+  at a tensor argument are listed in ``_READING_OPS``;
+* operators called in a thread that the code itself started (patched methods are seen there);
+* names bound before entry (``from torch.cuda import synchronize``), pickling, ``data_ptr``, NCCL
+  and extensions. ``torch.cuda.set_sync_debug_mode`` on a GPU is the complement, not a substitute:
+  it misses event waits.
+
+Deliberately strict: a copy to the CPU counts even with ``non_blocking=True``, and a store through a
+boolean mask counts even if the value is a Python number (use ``torch.where``).
+"""
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_READING_OPS = (
+    *("aten.masked_fill.Tensor", "aten.masked_fill_.Tensor", "aten._linalg_check_errors.default"),
+    *("aten.index_fill.int_Tensor", "aten.index_fill_.int_Tensor"),
+)
+"""Operators without a tag whose CUDA kernels read a tensor argument on the host."""
+
+_INDEXING = ("aten.index.", "aten.index_put", "aten._index_put_impl", "aten._unsafe_index")
+_TORCH = str(Path(torch.__file__).parent) + "/"
+_OWN_FILES = (__file__, str(Path(__file__).parent.parent / "cpu_backend.py"))
+_MISSING = object()
+
+
+class Hit(NamedTuple):
+    """One place where the host reads or waits: what it did (``"Tensor.item"``), ``file:line``."""
+
+    kind: str
+    where: str
+
+
+class HostSyncError(RuntimeError):
+    """The host read a device value, or waited for the device, under :class:`no_host_sync`."""
+
+
+def _caller() -> tuple[CodeType | None, int]:
+    """Code and line of the innermost frame outside torch, the CPU backend and this file."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_TORCH) and code.co_filename not in _OWN_FILES:
+            return code, frame.f_lineno
+        frame = frame.f_back
+    return None, 0
+
+
+def _is_cpu(device: Any) -> bool:
+    return isinstance(device, str | torch.device) and str(device).split(":")[0] == "cpu"
+
+
+def _moves_to_cpu(tensor: Any, /, *args: Any, **kwargs: Any) -> bool:
+    """True if ``tensor.to(*args, **kwargs)`` names the CPU, or a CPU tensor from elsewhere."""
+    return any(
+        not tensor.is_cpu and other.is_cpu if isinstance(other, torch.Tensor) else _is_cpu(other)
+        for other in (*args, *kwargs.values())
+    )
+
+
+def _builds_from_tensors(data: Any = None, *args: Any, **kwargs: Any) -> bool:
+    """True if ``torch.tensor(data, ...)`` reads tensors in a list, or moves one to the CPU."""
+    if isinstance(data, torch.Tensor):
+        return _moves_to_cpu(data, *args, **kwargs)
+    return isinstance(data, list | tuple) and any(
+        isinstance(item, torch.Tensor) or _builds_from_tensors(item) for item in data
+    )
+
+
+_WATCHED: tuple[tuple[str, str, Callable[..., bool] | None], ...] = (
+    ("Tensor", "tolist numpy cpu item is_nonzero __array__ __contains__ __format__", None),
+    ("Tensor", "__bool__ __int__ __float__ __complex__ __index__ __repr__", None),
+    ("Tensor", "to", _moves_to_cpu),
+    ("Tensor", "new_tensor", lambda self, *args, **kwargs: _builds_from_tensors(*args, **kwargs)),
+    ("torch", "tensor as_tensor asarray", _builds_from_tensors),
+    ("torch.accelerator", "synchronize", None),
+    ("torch.cuda", "synchronize", None),
+    ("torch.cuda.Event", "synchronize query", None),
+    ("torch.cuda.Stream", "synchronize query", None),
+    ("torch.distributed", "barrier monitored_barrier all_gather_object gather_object", None),
+    ("torch.distributed", "broadcast_object_list scatter_object_list", None),
+    ("torch.distributed", "send_object_list recv_object_list", None),
+)
+"""Where, which names, and which of their calls read (``None``: all)."""
+
+
+def _reads_on_host(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """True if the operator needs a device value on the host, or waits for a copy."""
+    name = str(func)
+    if name in _READING_OPS or torch.Tag.data_dependent_output in func.tags:
+        return True
+    if name.startswith(_INDEXING):  # tagged whatever the index; only a mask becomes a list
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if name == "aten.copy_.default":
+        blocking = not kwargs.get("non_blocking", args[2:] == (True,))
+        return blocking and args[0].is_cpu != args[1].is_cpu
+    if name == "aten._to_copy.default":
+        device = kwargs.get("device") or args[0].device
+        return not kwargs.get("non_blocking") and _is_cpu(device) != args[0].is_cpu
+    if name == "aten.repeat_interleave.Tensor" and kwargs.get("output_size") is not None:
+        return False
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
+class _Operators(TorchDispatchMode):
+    """Reports operators that read on the host; what one operator calls inside is not dispatched."""
+
+    def __init__(self, report: Callable[[str], object]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _reads_on_host(func, args, kwargs or {}):
+            self._report(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+class no_host_sync:
+    """Watch for host synchronisation within a ``with`` block, forward and backward.
+
+    What a reported call itself calls is not reported again. Contexts nest (each sees everything
+    inside it) and everything patched is put back on exit, innermost context first.
+
+    Args:
+        mode: ``"raise"`` raises :class:`HostSyncError` where it happens, and once more at the end
+            of the block if something swallowed it (another thread, a broad ``except``);
+            ``"record"`` only fills :attr:`hits`.
+        allow: code that reads on purpose, as ``"end/of/file.py:function"`` (the plain or the
+            qualified name). It is matched with the innermost frame outside torch, only.
+
+    Attributes:
+        hits: a list of :class:`Hit`, in order.
+    """
+
+    def __init__(
+        self, mode: Literal["raise", "record"] = "raise", allow: Collection[str] = ()
+    ) -> None:
+        if mode not in ("raise", "record"):
+            raise ValueError(f"no_host_sync has no mode {mode!r}. Use 'raise' or 'record'.")
+        if isinstance(allow, str) or not all(":" in entry for entry in allow):
+            raise ValueError(
+                f"allow={allow!r} is not a collection of 'file:function'. "
+                "Write for example allow=['capture.py:read_routing']."
+            )
+        self.hits: list[Hit] = []
+        self._earlier_hits = 0
+        self._raises = mode == "raise"
+        self._allow = [tuple(entry.rsplit(":", 1)) for entry in allow]
+        self._undo: contextlib.ExitStack | None = None
+        self._thread = threading.local()
+
+    def __enter__(self) -> Self:
+        if self._undo is not None:
+            raise RuntimeError(
+                "This no_host_sync is already active. Make another one for the inner block."
+            )
+        with contextlib.ExitStack() as stack:
+            for path, names, reads in _WATCHED:
+                parts = [part for part in path.split(".") if part != "torch"]
+                owner = functools.reduce(getattr, parts, torch)
+                for name in names.split():
+                    if hasattr(owner, name):
+                        watch = self._watch(getattr(owner, name), f"{path}.{name}", reads)
+                        _replace(stack, owner, name, watch)
+            one_hot = self._watch_one_hot(torch.nn.functional.one_hot)
+            _replace(stack, torch.nn.functional, "one_hot", one_hot)
+            stack.enter_context(_Operators(self._report))
+            self._undo = stack.pop_all()
+        self._earlier_hits = len(self.hits)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        assert self._undo is not None
+        undo, self._undo = self._undo, None
+        undo.close()
+        swallowed = self.hits[self._earlier_hits :]
+        if self._raises and swallowed and kind is None:
+            raise HostSyncError(
+                f"{len(swallowed)} host synchronisation(s) were raised but swallowed: {swallowed}. "
+                "Keep the values on the device, or let HostSyncError through."
+            )
+
+    def _watch(self, original: Callable, kind: str, reads: Callable[..., bool] | None) -> Callable:
+        """``original``, reporting its calls, or those for which ``reads`` is true."""
+        # Without CUDA a wait is not called, unless it is an outer context's watch.
+        is_wait = kind.startswith(("torch.cuda", "torch.accelerator"))
+        needs_cuda = is_wait and not hasattr(original, "_host_sync")
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if reads is not None and not reads(*args, **kwargs):
+                return original(*args, **kwargs)
+            self._report(kind)
+            if needs_cuda and not torch.accelerator.is_available():
+                return kind.endswith("query") or None
+            with self._unreported():
+                return original(*args, **kwargs)
+
+        vars(watched)["_host_sync"] = kind
+        return watched
+
+    def _watch_one_hot(self, original: Callable) -> Callable:
+        """``one_hot``, which reads the number of classes; the check of a given one is the CPU's."""
+
+        def one_hot(input: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+            if num_classes == -1:
+                self._report("torch.nn.functional.one_hot")
+            with self._unreported():
+                return original(input, num_classes)
+
+        return one_hot
+
+    @contextlib.contextmanager
+    def _unreported(self) -> Iterator[None]:
+        """Report nothing in this thread: what happens is part of a call that was judged."""
+        depth = getattr(self._thread, "depth", 0)
+        self._thread.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._thread.depth = depth
+
+    def _report(self, kind: str) -> None:
+        if getattr(self._thread, "depth", 0):
+            return
+        code, line = _caller()
+        file, function = (code.co_filename, code.co_qualname) if code else ("unknown", "unknown")
+        if any(
+            file.endswith(suffix) and name in (function, function.rpartition(".")[2])
+            for suffix, name in self._allow
+        ):
+            return
+        self.hits.append(Hit(kind, f"{file}:{line}"))
+        if self._raises:
+            raise HostSyncError(
+                f"{kind} at {file}:{line} makes the host wait for a device value. Keep the value "
+                f"on the device, or, if the host is meant to read it there, pass "
+                f'no_host_sync(allow=["{Path(file).name}:{function}"]).'
+            )
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set ``owner.name`` until the stack closes; an inherited attribute is deleted again."""
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    if before is _MISSING:
+        stack.callback(delattr, owner, name)
+    else:
+        stack.callback(setattr, owner, name, before)

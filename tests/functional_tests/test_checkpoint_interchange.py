@@ -1,0 +1,79 @@
+"""A run goes on with the other layer: Megatron's experts to ours and back, by flags only."""
+
+from pathlib import Path
+from typing import Any
+
+import launch
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+from megatron_echo.observe.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("single_rank")  # Megatron's checkpoint reader wants a group
+OURS = {"moe_enable_echo": True, "moe_num_echo_experts": 0}
+LAYERS: dict[str, dict[str, Any]] = {"stock": {}, "ours": OURS}
+
+
+def keys_and_shapes(folder: Path, iteration: int) -> dict[str, tuple[int, ...] | None]:
+    """Every key of a checkpoint with its global shape; None for an object."""
+    where = str(folder / f"iter_{iteration:07d}")
+    return {
+        key: item.global_shape if isinstance(item, ShardedTensor) else None
+        for key, item in load_sharded_metadata(where).items()
+    }
+
+
+def train(
+    flags: dict[str, Any], ranks: int, folder: Path, load: Path | None = None, **changes: Any
+) -> list[dict]:
+    """Train to ``train_iters``, save there, and return the metrics of each step."""
+    changes |= {"load": load} if load is not None else {}
+    argv = launch.tiny_model(**{**flags, **changes}, save=folder / "ckpt", run_dir=folder)
+    launch.run(argv, ranks).check()
+    return read_metrics(folder)
+
+
+@pytest.mark.parametrize("first", LAYERS)
+@pytest.mark.parametrize("ep_size", [2, 1])
+def test_a_run_goes_on_with_the_other_layer(
+    first: str, ep_size: int, tmp_path: Path, text_flags: dict
+) -> None:
+    """Saved at EP=2 by one layer, continued by both: the same curve and the same checkpoint.
+
+    At the same expert-parallel size Adam's moments go with the weights; Megatron itself cannot
+    reshard them to another one, so there the weights alone are loaded, by both.
+    """
+    second = "ours" if first == "stock" else "stock"
+    flags = {**text_flags, "train_iters": 8, "save_interval": 4}
+    saved = tmp_path / "saved"
+    train(flags, 2, saved, expert_model_parallel_size=2, exit_interval=4, **LAYERS[first])
+    options: dict[str, Any] = {"expert_model_parallel_size": ep_size}
+    if ep_size != 2:
+        options |= {"no_load_optim": True, "no_load_rng": True}
+    curves = {}
+    for name in (first, second):
+        lines = train(flags, ep_size, tmp_path / name, saved / "ckpt", **options, **LAYERS[name])
+        curves[name] = [(line["lm loss"], line["grad-norm"]) for line in lines]
+        assert [line["iteration"] for line in lines] == [5, 6, 7, 8]
+    for theirs, ours in zip(curves[first], curves[second], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert keys_and_shapes(tmp_path / first / "ckpt", 8) == keys_and_shapes(
+        tmp_path / second / "ckpt", 8
+    )
+
+
+def test_the_same_initial_weights(tmp_path: Path, text_flags: dict) -> None:
+    """Before the first step, with two EP ranks: the same keys, shapes and bits."""
+    tensors = {}
+    for name, layer in LAYERS.items():
+        folder = tmp_path / name
+        flags = {**text_flags, "lr": 0.0, "weight_decay": 0.0, "save_interval": 1}
+        train(flags, 2, folder, expert_model_parallel_size=2, train_iters=1, **layer)
+        content = dist_checkpointing.load_plain_tensors(str(folder / "ckpt" / "iter_0000001"))
+        tensors[name] = {key: value for key, value in content.items() if key.startswith("decoder")}
+    assert tensors["stock"].keys() == tensors["ours"].keys()
+    for key, value in tensors["stock"].items():
+        assert torch.equal(value, tensors["ours"][key]), key
