@@ -14,6 +14,7 @@ elsewhere and hold in every thread (``benchmarks/cpu_backend_overhead.py`` measu
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import logging
@@ -35,6 +36,9 @@ from megatron_echo.cuda_stand_ins import DefaultGenerator, Event, Stream
 _PREFIX = "[megatron_echo.cpu_backend]"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _MISSING = object()
+_MALLOC_DEFAULTS = {-1: 128 << 10, -3: 128 << 10}
+"""glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD with their defaults."""
+_MALLOC_KEEP = 1 << 30
 
 
 class _PatchList:
@@ -315,6 +319,25 @@ def _disable_dynamo() -> None:
         _patches.on_undo(lambda: setattr(dynamo, "disable", False))
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of any size, as CUDA's caching allocator does.
+
+    By default a block above 32 MiB goes back to the kernel when it is freed, and its next user
+    pays for getting each page zeroed again: up to a tenth of a step with large layers.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    for parameter in _MALLOC_DEFAULTS:
+        mallopt(parameter, _MALLOC_KEEP)
+
+    def restore() -> None:
+        for item in _MALLOC_DEFAULTS.items():
+            mallopt(*item)
+
+    _patches.on_undo(restore)
+
+
 def _refuse_broken_cuda() -> None:
     """Do not train on the CPU because of a broken driver or a forgotten request for GPUs."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -365,6 +388,7 @@ def enable(verbose: bool = True) -> bool:
         _patch_streams()
         _patch_random()
         _patch_factories()
+        _keep_freed_memory()
         _patches.set(
             torch.distributed,
             "all_to_all_single",

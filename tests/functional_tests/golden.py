@@ -35,6 +35,8 @@ class Case:
     model_args: dict[str, Any]
     env_vars: dict[str, str]
     metrics: tuple[str, ...]
+    twin: str | None = None
+    """A case whose curves this one must follow too."""
 
     @property
     def golden_file(self) -> Path:
@@ -61,6 +63,7 @@ def load_case(name: str) -> Case:
         model_args={**common["MODEL_ARGS"], **config["MODEL_ARGS"]},
         env_vars={k: str(v) for k, v in config.get("ENV_VARS", {}).items()},
         metrics=tuple(config.get("METRICS", common["METRICS"])),
+        twin=config.get("TWIN"),
     )
 
 
