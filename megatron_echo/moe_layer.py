@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
-from megatron_echo.config import echo_refusal
+from megatron_echo.compatibility import config_refusal
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.experts import EchoGroupedMLP
 
@@ -46,7 +46,7 @@ class EchoMoELayer(MoELayer):
         Raises:
             ValueError: a setting that the layer cannot work with, and what to do.
         """
-        problem = echo_refusal(config)
+        problem = config_refusal(config)
         if problem is not None:
             raise ValueError(f"The ECHO MoE layer {problem}")
         groups = pg_collection or get_default_pg_collection()

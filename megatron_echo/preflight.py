@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.arguments import refuse_heterogeneous_layers
+from megatron_echo.compatibility import argument_refusal
 from megatron_echo.config import nearest_multiples
 
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
@@ -140,6 +141,9 @@ def _check_unsupported(args: Namespace) -> None:
                 "out, or add --spec megatron_echo.layer_specs gpt_moe_block_spec to Megatron's "
                 "own pretrain_gpt.py."
             )
+    problem = argument_refusal(args) if args.moe_enable_echo else None
+    if problem is not None:
+        raise ValueError(f"--moe-enable-echo {problem}")
     modules = set(args.recompute_modules or ())
     without_output = sorted(modules & _NEED_TRANSFORMER_ENGINE)
     if without_output and not (cpu_backend.is_enabled() or environment.HAVE_TRANSFORMER_ENGINE):

@@ -148,18 +148,21 @@ def test_other_layouts_train(flags: dict, nprocs: int, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_any_megatron_script_runs_under_the_cpu_backend(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["gpt_moe_block_spec", "gpt_moe_layer_spec"])
+def test_any_megatron_script_takes_our_layer(spec: str, tmp_path: Path) -> None:
     """A script that knows nothing of this package, with ``-m megatron_echo.cpu_backend``.
 
-    Our specs reach it through ``--spec``, and its losses equal those of ``pretrain_gpt_moe.py``.
+    Our layer reaches it through ``--spec``, and its losses equal those of
+    ``pretrain_gpt_moe.py --moe-enable-echo``.
     """
     common = {"expert_model_parallel_size": 2, "train_iters": 3}
     stock = launch.tiny_model(**common, tensorboard_dir=tmp_path / "stock")
-    spec = ["--spec", "megatron_echo.layer_specs", "gpt_moe_block_spec"]
-    result = launch.torchrun([*stock, *spec], 2, STOCK_SCRIPT, module="megatron_echo.cpu_backend")
-    result.check()
+    words = [*stock, "--spec", "megatron_echo.layer_specs", spec]
+    result = launch.torchrun(words, 2, STOCK_SCRIPT, module="megatron_echo.cpu_backend").check()
     assert result.output.count("CUDA entry points now run on the CPU") == 1
-    launch.run(launch.tiny_model(**common, tensorboard_dir=tmp_path / "ours"), 2).check()
+    echo = {"moe_enable_echo": True, "moe_num_echo_experts": 0}
+    ours = launch.tiny_model(**common, **echo, tensorboard_dir=tmp_path / "ours")
+    launch.run(ours, 2).check()
     metrics = ("lm loss", "grad-norm")
     assert read_tensorboard(tmp_path / "stock", metrics) == read_tensorboard(
         tmp_path / "ours", metrics

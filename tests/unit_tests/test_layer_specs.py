@@ -1,20 +1,39 @@
 import functools
 
 import pytest
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayerSubmodules,
+)
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_echo.layer_specs import gpt_moe_block_spec, gpt_mtp_block_spec, replace_modules
+from megatron_echo.config import EchoTransformerConfig
+from megatron_echo.layer_specs import (
+    gpt_moe_block_spec,
+    gpt_moe_layer_spec,
+    gpt_mtp_block_spec,
+    moe_module_spec,
+    replace_modules,
+)
 from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
+from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig
+from megatron_echo.moe_layer import EchoMoELayer
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 
-def model_config(**fields: object) -> GPTModelConfig:
+def model_config(**fields: object) -> EchoGPTModelConfig:
     settings = {
         "num_layers": 3,
         "hidden_size": 8,
@@ -26,7 +45,7 @@ def model_config(**fields: object) -> GPTModelConfig:
         "add_bias_linear": False,
         **fields,
     }
-    return GPTModelConfig(transformer=TransformerConfig(**settings), vocab_size=16)
+    return EchoGPTModelConfig(transformer=TransformerConfig(**settings), vocab_size=16)
 
 
 def test_local_modules_stand_where_stock_ones_refuse() -> None:
@@ -70,3 +89,82 @@ def test_replacing_copies_and_reaches_every_kind_of_spec() -> None:
     partial = functools.partial(dict, inner=ModuleSpec(module=WrappedTorchNorm))
     replaced = replace_modules([partial], {WrappedTorchNorm: LocalNorm})[0]
     assert replaced.keywords["inner"].module is LocalNorm
+
+
+@pytest.mark.parametrize(
+    ("enabled", "expected"), [(True, [EchoMoELayer] * 3), (False, [MoELayer] * 3)]
+)
+def test_decoder_and_mtp_have_the_layer_that_the_flag_asks_for(
+    enabled: bool, expected: list[type]
+) -> None:
+    """Two MoE layers of three in the decoder, one in the MTP block; nothing in between."""
+    model_parallel_cuda_manual_seed(1)
+    settings = vars(model_config(mtp_num_layers=1).transformer)
+    fields = {name: settings[name] for name in (
+        "num_layers", "hidden_size", "num_attention_heads", "num_moe_experts", "moe_layer_freq",
+        "transformer_impl", "normalization", "add_bias_linear", "mtp_num_layers",
+    )}  # fmt: skip
+    config = EchoGPTModelConfig(
+        transformer=EchoTransformerConfig(
+            **fields, moe_enable_echo=enabled, moe_num_echo_experts=0
+        ),
+        vocab_size=16, seq_length=8, should_pad_vocab=False,
+    )  # fmt: skip
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = EchoGPTModelBuilder(config).build_model(groups)
+    found = [(name, type(m)) for name, m in model.named_modules() if isinstance(m, MoELayer)]
+    assert [kind for _, kind in found] == expected
+    assert sum("mtp" in name for name, _ in found) == 1
+
+
+def test_a_hybrid_model_takes_the_layer() -> None:
+    """Attention and MoE layers in turn, as the pattern says."""
+    model_parallel_cuda_manual_seed(1)
+    base = model_config(num_layers=4, moe_layer_freq=1)
+    attention = gpt_moe_block_spec(base).layer_specs[0]
+    moe = ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=LocalNorm,
+            mlp=moe_module_spec(base.transformer),
+            mlp_bda=attention.submodules.mlp_bda,
+        ),
+    )
+    only_attention = ModuleSpec(
+        module=attention.module,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LocalNorm,
+            self_attention=attention.submodules.self_attention,
+            self_attn_bda=attention.submodules.self_attn_bda,
+        ),
+    )
+    stack = ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(attention_layer=only_attention, moe_layer=moe),
+    )
+    model = HybridModel(
+        base.transformer,
+        stack,
+        vocab_size=16,
+        max_sequence_length=8,
+        hybrid_layer_pattern="*E*E",
+        post_process=False,  # the final norm is Transformer Engine's
+    )
+    assert sum(isinstance(module, EchoMoELayer) for module in model.modules()) == 2
+    tokens = torch.arange(8)[None]
+    model(tokens, tokens, attention_mask=None).sum().backward()
+    assert all(
+        m.experts.linear_fc1.weight.grad.any()
+        for m in model.modules()
+        if isinstance(m, EchoMoELayer)
+    )
+
+
+def test_what_a_spec_would_drop_silently_is_refused() -> None:
+    """Dense layers with a single layer spec; MTP layers with Megatron's own builder."""
+    frequent = model_config().transformer
+    with pytest.raises(ValueError, match=r"--moe-layer-freq \[0, 1, 1\] has no effect"):
+        gpt_moe_layer_spec.module(frequent)
+    transformer = model_config(mtp_num_layers=1).transformer
+    with pytest.raises(ValueError, match="--mtp-num-layers 1 with --spec"):
+        gpt_moe_block_spec(GPTModelConfig(transformer=transformer, vocab_size=16))

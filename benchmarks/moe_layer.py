@@ -1,0 +1,290 @@
+"""The MoE layer against Megatron's own: time and bytes kept for backward, layer and training run.
+
+    python benchmarks/moe_layer.py [--output benchmarks/results/moe_layer] [--quick] [--no-training]
+
+Two gloo ranks on a CPU (widths divided by eight), one rank on a GPU. Both layers of a pair run in
+the same process and take turns; the training runs (the shape of the main job, a real
+``pretrain()``) take turns as whole processes. ``balanced`` forces each expert to get the same
+number of tokens, with a receive capacity of 1.0; ``natural`` is the router's own choice with the
+default capacity. Times are medians; only the ratios of one run compare.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from megatron_echo import cpu_backend, environment  # noqa: E402
+
+cpu_backend.enable(verbose=False)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_echo.observe.metrics import read_metrics  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer's sizes: hidden, expert ffn, experts, top-k, tokens of a rank."""
+
+    hidden: int
+    ffn: int
+    experts: int
+    topk: int
+    tokens: int
+
+
+def shapes(on_gpu: bool) -> dict[str, Shape]:
+    """The models' layers; on one GPU DeepSeek-V3 has the experts of one rank of EP=8."""
+    if on_gpu:
+        return {
+            "Mixtral-8x7B": Shape(4096, 14336, 8, 2, 4096),
+            "Qwen3-30B-A3B": Shape(2048, 768, 128, 8, 4096),
+            "DeepSeek-V3": Shape(7168, 2048, 32, 8, 4096),
+        }
+    return {
+        "Mixtral-8x7B / 8": Shape(512, 1792, 8, 2, 512),
+        "Qwen3-30B-A3B / 8": Shape(256, 96, 128, 8, 512),
+        "DeepSeek-V3 / 8": Shape(896, 256, 32, 8, 256),
+    }
+
+
+def build(shape: Shape, dtype: torch.dtype, ours: bool, capacity: float | None) -> torch.nn.Module:
+    """One MoE layer, Megatron's all-gather one or ours, with the same weights."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_echo.config import EchoTransformerConfig
+    from megatron_echo.layer_specs import moe_module_spec
+
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    config = EchoTransformerConfig(
+        num_layers=1, hidden_size=shape.hidden, num_attention_heads=4, ffn_hidden_size=shape.ffn,
+        moe_ffn_hidden_size=shape.ffn, num_moe_experts=shape.experts, moe_router_topk=shape.topk,
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+        moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
+        transformer_impl="local", bf16=dtype == torch.bfloat16, params_dtype=dtype,
+        moe_enable_echo=ours, moe_num_echo_experts=0, moe_received_token_capacity=capacity,
+    )  # fmt: skip
+    spec = moe_module_spec if ours else _stock_spec(get_moe_module_spec)
+    layer = spec(config)(config=config, pg_collection=None)
+    layer.set_layer_number(1)
+    return layer.to(torch.cuda.current_device()) if torch.cuda.is_available() else layer
+
+
+def _stock_spec(get_spec: Any) -> Any:
+    return lambda config: get_spec(use_te=False, num_experts=config.num_moe_experts)
+
+
+def forced_routing(stock: Any) -> Any:
+    """``TopKRouter.routing`` with the tokens going round the experts; its own work is still done."""
+
+    def routing(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _, chosen = stock(self, logits, *args, **kwargs)
+        tokens, experts = chosen.shape
+        pair = torch.arange(tokens * self.topk, device=chosen.device).view(tokens, self.topk)
+        forced = torch.zeros_like(chosen).scatter_(1, pair % experts, True)
+        probs = torch.softmax(logits.view(tokens, experts), dim=1, dtype=torch.float32)
+        return torch.where(forced, probs, 0), forced
+
+    return routing
+
+
+def saved_bytes(layer: torch.nn.Module, hidden: Tensor) -> int:
+    """Bytes that one forward pass keeps for backward, each storage once; weights left out."""
+    known = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), hidden)}
+    kept: dict[int, int] = {}
+    held = []  # storages stay alive, so that an address is not used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(hidden)
+    return sum(kept.values())
+
+
+def step(layer: torch.nn.Module, hidden: Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    for parameter in layer.parameters():
+        parameter.grad = None
+    torch.cuda.synchronize()
+    dist.barrier()
+    begin = time.perf_counter()
+    output, _ = layer(hidden)
+    output.sum().backward()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def compare_layers(shape: Shape, dtype: torch.dtype, balanced: bool, rounds: int) -> dict[str, Any]:
+    """Medians over alternating passes, and the kept bytes."""
+    layers = {
+        name: build(shape, dtype, name == "ours", 1.0 if balanced and name == "ours" else None)
+        for name in ("stock", "ours")
+    }
+    device = next(layers["ours"].parameters()).device
+    hidden = torch.randn(shape.tokens, 1, shape.hidden, dtype=dtype, device=device)
+    hidden.requires_grad_()
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        if balanced:
+            routing = forced_routing(type(layer.router).routing)
+            layer.router.routing = functools.partial(routing, layer.router)
+        step(layer, hidden)
+    for _ in range(rounds):
+        for name, layer in layers.items():
+            seconds[name].append(step(layer, hidden))
+    kept = {name: saved_bytes(layer, hidden) for name, layer in layers.items()}
+    ratio = statistics.median(o / s for o, s in zip(seconds["ours"], seconds["stock"], strict=True))
+    return {
+        **{f"{name} ms": statistics.median(seconds[name]) * 1e3 for name in layers},
+        "time ratio": ratio,
+        **{f"{name} kept MiB": kept[name] / 2**20 for name in layers},
+        "kept ratio": kept["ours"] / kept["stock"],
+    }
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One rank of the layer benchmark; rank 0 writes the rows."""
+    from megatron.core import parallel_state
+
+    on_gpu = not cpu_backend.is_enabled()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    torch.set_num_threads(1)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    rows = []
+    for name, shape in shapes(on_gpu).items():
+        for routing in ("balanced", "natural"):
+            result = compare_layers(shape, dtype, routing == "balanced", args.rounds)
+            rows.append({"layer": name, "routing": routing, **result})
+    if dist.get_rank() == 0:
+        args.worker.write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def torchrun(script: Path, ranks: int, words: list[str]) -> None:
+    """Start a script on this machine's ranks and wait for it.
+
+    Raises:
+        RuntimeError: it failed; the end of its output is in the message.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(script), *words]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-4000:]}")
+
+
+VARIANTS = {
+    "stock": [],
+    "ours": "--moe-enable-echo --moe-num-echo-experts 0".split(),
+}
+
+
+def training_iterations(variant: str, balanced: bool, iterations: int) -> list[float]:
+    """Seconds of each iteration of one training run in the shape of the main job."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = f"""
+            --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256
+            --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope
+            --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0
+            --hidden-dropout 0 --untie-embeddings-and-output-weights --num-experts 8
+            --moe-router-topk 2 --moe-ffn-hidden-size 128 --micro-batch-size 8
+            --moe-token-dispatcher-type allgather
+            --global-batch-size 16 --train-iters {iterations} --lr 4e-3 --mock-data
+            --tokenizer-type NullTokenizer --vocab-size 256 --num-workers 0 --log-interval 1
+            --eval-iters 0 --expert-model-parallel-size 2 --run-dir {folder}
+        """.split()
+        words += VARIANTS[variant]
+        if balanced:
+            words += ["--moe-router-load-balancing-type", "none"]
+            words += ["--moe-received-token-capacity", "1.0"] if variant == "ours" else []
+        script = ROOT / ("benchmarks/balanced_pretrain.py" if balanced else "pretrain_gpt_moe.py")
+        torchrun(script, 2, words)
+        return [line["iteration-time"] for line in read_metrics(folder)][4:]
+
+
+def compare_training(balanced: bool, runs: int, iterations: int) -> dict[str, Any]:
+    """Medians of whole training runs that take turns."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
+    for turn in range(runs):
+        for name in list(VARIANTS)[:: 1 if turn % 2 == 0 else -1]:
+            seconds[name].append(training_iterations(name, balanced, iterations))
+    medians = {name: [statistics.median(run) for run in seconds[name]] for name in VARIANTS}
+    ratios = [o / s for o, s in zip(medians["ours"], medians["stock"], strict=True)]
+    return {
+        **{f"{name} ms": statistics.median(medians[name]) * 1e3 for name in VARIANTS},
+        "time ratio": statistics.median(ratios),
+    }
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown; a missing cell is a dash."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [row.get(column, "-") for column in columns]
+        lines.append(
+            "| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "moe_layer")
+    parser.add_argument("--quick", action="store_true", help="few rounds, to try the script out")
+    parser.add_argument("--no-training", action="store_true", help="the layers only")
+    parser.add_argument("--rounds", type=int, default=31, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    on_gpu = not cpu_backend.is_enabled()
+    rounds = 3 if args.quick else args.rounds
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "rows.json"
+        words = ["--worker", str(result), "--rounds", str(rounds)]
+        torchrun(Path(__file__), 1 if on_gpu else 2, words)
+        rows = json.loads(result.read_text())
+    if not args.no_training and not on_gpu:
+        for routing in ("balanced", "natural"):
+            runs, iterations = (1, 8) if args.quick else (5, 30)
+            measured = compare_training(routing == "balanced", runs, iterations)
+            rows.append({"layer": "training run, main job", "routing": routing, **measured})
+    where = f"{environment.device_name()}, {'1 rank' if on_gpu else '2 ranks, one thread each'}"
+    text = f"{where}; stock: all-gather dispatcher, SequentialMLP\n\n{as_table(rows)}\n"
+    print(text)
+    args.output.with_suffix(".md").write_text(text)
+    record = {"machine": where, "versions": environment.versions(), "rows": rows}
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

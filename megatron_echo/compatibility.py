@@ -1,0 +1,142 @@
+"""What the MoE layer of this package cannot work with, and what to do instead.
+
+``tests/functional_tests/flag_table.py`` tries each row and makes ``docs/flags.md`` of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+_CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda c: c.num_moe_experts is None,
+        "needs a mixture of experts. Give --num-experts, or leave the flag out.",
+    ),
+    (
+        lambda c: c.moe_expert_capacity_factor is not None,
+        "is dropless, but --moe-expert-capacity-factor {config.moe_expert_capacity_factor} drops "
+        "tokens. Leave one of the two out.",
+    ),
+    (
+        lambda c: c.expert_tensor_parallel_size > 1,
+        "keeps whole experts on a rank, but --expert-tensor-parallel-size is "
+        "{config.expert_tensor_parallel_size}. Use --expert-tensor-parallel-size 1.",
+    ),
+    (
+        lambda c: c.fp8 or c.fp4,
+        "computes experts in bf16, fp16 or fp32. Leave --fp8-format and --fp4-format out.",
+    ),
+    (
+        lambda c: c.add_bias_linear,
+        "has experts without biases. Use --disable-bias-linear.",
+    ),
+    (
+        lambda c: c.moe_latent_size is not None,
+        "has no latent projections. Leave --moe-latent-size out.",
+    ),
+    (
+        lambda c: c.moe_apply_probs_on_input,
+        "applies probabilities inside the activation. Leave --moe-apply-probs-on-input out.",
+    ),
+    (
+        lambda c: c.moe_router_padding_for_quantization,
+        "pads rows by itself. Leave --moe-router-padding-for-quantization out and use "
+        "--moe-echo-row-alignment.",
+    ),
+    (
+        lambda c: c.moe_shared_expert_overlap,
+        "does not overlap the shared expert with communication. Leave "
+        "--moe-shared-expert-overlap out.",
+    ),
+    (
+        lambda c: c.overlap_moe_expert_parallel_comm,
+        "keeps one dispatch in flight. Leave --overlap-moe-expert-parallel-comm out.",
+    ),
+    (
+        lambda c: c.delay_wgrad_compute or c.overlap_dispatch_backward_with_experts_wgrad,
+        "computes weight gradients with the other gradients. Leave --delay-wgrad-compute and "
+        "--overlap-dispatch-backward-with-experts-wgrad out.",
+    ),
+    (
+        lambda c: c.use_transformer_engine_op_fuser,
+        "has its own experts. Leave --use-transformer-engine-op-fuser out.",
+    ),
+    (
+        lambda c: c.moe_mlp_glu_interleave_size is not None,
+        "keeps gate and up projections apart. Leave --moe-mlp-glu-interleave-size out.",
+    ),
+    (
+        lambda c: c.variable_seq_lengths,
+        "has static shapes, but the sequence length varies between microbatches. Leave "
+        "--variable-seq-lengths out.",
+    ),
+    (
+        lambda c: c.recompute_granularity == "selective" and "moe_act" in c.recompute_modules,
+        "recomputes the activation in backward anyway. Take moe_act out of --recompute-modules.",
+    ),
+    (
+        lambda c: c.cuda_graph_impl in ("local", "transformer_engine"),
+        "is not captured layer by layer. Leave --cuda-graph-impl {config.cuda_graph_impl} out.",
+    ),
+    (
+        lambda c: c.transformer_impl == "inference_optimized",
+        "is a training layer. Use --transformer-impl transformer_engine or local.",
+    ),
+    (
+        lambda c: c.use_cpu_initialization and c.expert_model_parallel_size > 1,
+        "needs different experts on each rank, but --use-cpu-initialization makes them the same. "
+        "Leave it out.",
+    ),
+    (
+        lambda c: c.fine_grained_activation_offloading,
+        "does not offload its activations. Leave --fine-grained-activation-offloading out.",
+    ),
+    (
+        lambda c: "sinkhorn" in c.moe_router_load_balancing_type,
+        "never reads the device, but sinkhorn routing does so in a loop. Use another "
+        "--moe-router-load-balancing-type.",
+    ),
+)
+
+_ARGUMENTS: tuple[tuple[str, str], ...] = (
+    (
+        "use_torch_fsdp2",
+        "keeps its experts whole. Leave --use-torch-fsdp2 out and use --use-distributed-optimizer.",
+    ),
+    (
+        "use_megatron_fsdp",
+        "keeps its experts whole. Leave --use-megatron-fsdp out and use "
+        "--use-distributed-optimizer.",
+    ),
+    (
+        "moe_use_upcycling",
+        "cannot be built from a dense checkpoint. Upcycle with Megatron's own layer, save, and "
+        "load that checkpoint.",
+    ),
+    (
+        "delay_wgrad_compute",
+        "computes weight gradients with the other gradients. Leave --delay-wgrad-compute out.",
+    ),
+    (
+        "fine_grained_activation_offloading",
+        "does not offload its activations. Leave --fine-grained-activation-offloading out.",
+    ),
+)
+
+
+def config_refusal(config: Any) -> str | None:
+    """What in a transformer configuration the layer of this package cannot work with, or None.
+
+    The words follow the flag that turns the layer on: what is wrong, then what to do.
+    """
+    for refused, reason in _CONFIG:
+        if refused(config):
+            return reason.format(config=config)
+    return None
+
+
+def argument_refusal(args: Any) -> str | None:
+    """The same for settings that stand on the command line only, from Megatron's namespace."""
+    for name, reason in _ARGUMENTS:
+        if getattr(args, name, None):
+            return reason
+    return None

@@ -1,0 +1,152 @@
+"""The table of ``docs/flags.md``: which of Megatron's settings the MoE layer works with.
+
+    python tests/functional_tests/flag_table.py      # writes docs/flags.md
+
+``test_flag_table.py`` runs every row.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE = ROOT / "docs" / "flags.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One setting: its flags, and the words of the refusal, or None where it works."""
+
+    setting: str
+    flags: dict[str, Any]
+    refusal: str | None = None
+    ranks: int = 2
+    note: str = ""
+
+
+SHARED = {"moe_shared_expert_intermediate_size": 64}
+SELECTIVE = {"recompute_granularity": "selective"}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+ROWS = (
+    Row("tensor and sequence parallelism, whole experts",
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+         "expert_tensor_parallel_size": 1}),
+    Row("expert-tensor parallelism",
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+         "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},
+        "Use --expert-tensor-parallel-size 1."),
+    Row("pipeline parallelism", {"pipeline_model_parallel_size": 2}, ranks=4),
+    Row("context parallelism", {"context_parallel_size": 2}),
+    Row("either dispatcher flag of Megatron", {"moe_token_dispatcher_type": "alltoall"},
+        note="ours takes its place: --moe-echo-token-transport"),
+    Row("--moe-grouped-gemm", {"moe_grouped_gemm": True}, note="our experts always are"),
+    Row("distributed optimizer, both overlaps",
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
+         "overlap_param_gather": True}),
+    Row("bf16", {"bf16": True}),
+    Row("fp16", {"fp16": True}),
+    Row("router in fp64", {"moe_router_dtype": "fp64"}),
+    Row("shared expert", SHARED),
+    Row("shared expert, recomputed",
+        {**SHARED, **SELECTIVE, "recompute_modules": "shared_experts"}),
+    Row("multi-token prediction", {"mtp_num_layers": 1}),
+    Row("dense layers between", {"moe_layer_freq": 2}),
+    Row("full recomputation", FULL),
+    Row("MoE layer recomputed", {**SELECTIVE, "recompute_modules": "moe"}),
+    Row("sigmoid router with expert bias",
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}),
+    Row("group-limited routing", {"moe_router_num_groups": 2, "moe_router_group_topk": 1}),
+    Row("squared ReLU", {"swiglu": None, "squared_relu": True}),
+    Row("loss per token", {"calculate_per_token_loss": True}),
+    Row("balanced routing by force", {"moe_router_force_load_balancing": True}),
+    Row("documents packed in a sequence",
+        {"reset_position_ids": True, "reset_attention_mask": True}),
+    Row("whole-step CUDA graph, warm-up only",
+        {"cuda_graph_impl": "full_iteration", "no_check_for_nan_in_loss_and_grad": True,
+         "cuda_graph_warmup_steps": 100, "te_rng_tracker": True}, note="capture: not tried yet"),
+    Row("asynchronous saving", {"async_save": True, "save": "{folder}", "save_interval": 1}),
+    Row("no experts", {"num_experts": None, "expert_model_parallel_size": None},
+        "needs a mixture of experts. Give --num-experts, or leave the flag out."),
+    Row("expert capacity",
+        {"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"},
+        "is dropless, but --moe-expert-capacity-factor 1.0 drops tokens."),
+    Row("expert capacity with padding to it",
+        {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True,
+         "moe_token_dispatcher_type": "alltoall"},
+        "is dropless, but --moe-expert-capacity-factor 1.0 drops tokens."),
+    Row("fp8", {"fp8_format": "hybrid"}, "transformer-engine>=1.7.0 supports MoE FP8",
+        note="with Transformer Engine our own refusal: experts in bf16, fp16 or fp32"),
+    Row("fp4", {"fp4_format": "e2m1"}, "--fp4-format requires Transformer Engine",
+        note="with Transformer Engine our own refusal"),
+    Row("experts with biases", {"disable_bias_linear": None}, "has experts without biases."),
+    Row("latent MoE", {"moe_latent_size": 32}, "has no latent projections."),
+    Row("interleaved gate and up projections", {"moe_mlp_glu_interleave_size": 32},
+        "keeps gate and up projections apart."),
+    Row("probabilities on the input",
+        {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
+        "applies probabilities inside the activation."),
+    Row("shared expert overlapped",
+        {**SHARED, "moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "alltoall"},
+        "does not overlap the shared expert with communication."),
+    Row("EP-communication overlap",
+        {"overlap_moe_expert_parallel_comm": True, "moe_token_dispatcher_type": "alltoall",
+         "bf16": True}, "keeps one dispatch in flight."),
+    Row("delayed weight gradients", {"delay_wgrad_compute": True},
+        "computes weight gradients with the other gradients."),
+    Row("Transformer Engine's op fuser", {"use_transformer_engine_op_fuser": True},
+        "has its own experts."),
+    Row("activation recomputed alone",
+        {**SELECTIVE, "recompute_modules": "moe_act", "moe_grouped_gemm": True},
+        "recomputes the activation in backward anyway."),
+    Row("CUDA graphs of single layers", {"cuda_graph_impl": "local"},
+        "is not captured layer by layer."),
+    Row("sinkhorn routing",
+        {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 1},
+        "never reads the device, but sinkhorn routing does so in a loop."),
+    Row("torch FSDP2", {"use_torch_fsdp2": True}, "keeps its experts whole."),
+    Row("Megatron FSDP", {"use_megatron_fsdp": True}, "keeps its experts whole."),
+    Row("upcycling", {"moe_use_upcycling": True}, "cannot be built from a dense checkpoint."),
+    Row("initialisation on the CPU", {"use_cpu_initialization": True},
+        "gives every expert-parallel rank the same experts."),
+    Row("fine-grained offloading",
+        {"fine_grained_activation_offloading": True, "offload_modules": "moe_act"},
+        "does not offload its activations."),
+    Row("sequences of several lengths", {"sft": True},
+        "--sft is not supported by pretrain_gpt_moe.py."),
+    Row("dropping at capacity 0.8",
+        {"moe_received_token_capacity": 0.8, "moe_echo_overflow": "drop"}),
+)  # fmt: skip
+
+
+def render() -> str:
+    """``docs/flags.md``."""
+    lines = [
+        "# Megatron's settings with `--moe-enable-echo`",
+        "",
+        "Made by `python tests/functional_tests/flag_table.py`; a test runs every row, on gloo "
+        "ranks of a CPU and without Transformer Engine.",
+        "",
+        "| setting | flags | |",
+        "|---|---|---|",
+    ]
+    for row in ROWS:
+        words = " ".join(
+            f"without --{name.replace('_', '-')}"
+            if value is None
+            else "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+            for name, value in row.flags.items()
+        )
+        verdict = "works" if row.refusal is None else f"refused: {row.refusal}"
+        verdict += f" ({row.note})" if row.note else ""
+        lines.append(f"| {row.setting} | `{words.replace('{folder}', 'DIR')}` | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
+    sys.stdout.write(f"{PAGE.relative_to(ROOT)} written\n")

@@ -1,0 +1,36 @@
+"""Every row of ``docs/flags.md``, run."""
+
+from pathlib import Path
+
+import flag_table
+import launch
+import pytest
+
+from megatron_echo.observe.metrics import read_metrics
+
+BASE = {
+    "expert_model_parallel_size": 2,
+    "train_iters": 2,
+    "moe_enable_echo": True,
+    "moe_num_echo_experts": 0,
+}
+
+
+@pytest.mark.parametrize("row", flag_table.ROWS, ids=lambda row: row.setting)
+def test_row(row: flag_table.Row, tmp_path: Path) -> None:
+    """It trains, or it is refused in the words of the table before anything starts."""
+    flags = {**BASE, **row.flags, "run_dir": tmp_path / "run"}
+    if flags.get("save"):
+        flags["save"] = tmp_path / "ckpt"
+    result = launch.run(launch.tiny_model(**flags), row.ranks)
+    if row.refusal is None:
+        result.check()
+        assert len(read_metrics(tmp_path / "run")) == 2
+    else:
+        assert set(result.codes) == {2}, result.output[-3000:]
+        assert row.refusal in result.output
+        assert "Traceback" not in result.output
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert flag_table.PAGE.read_text() == flag_table.render()
