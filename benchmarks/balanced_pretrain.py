@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import pretrain_gpt_moe  # noqa: E402  (turns the CPU backend on)
+import pretrain_gpt_moe  # noqa: E402  (turns the CPU backend on: before Megatron)
+
+# isort: split
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from moe_layer import forced_routing  # noqa: E402
 

@@ -92,7 +92,7 @@ def _stock_spec(get_spec: Any) -> Any:
 
 
 def forced_routing(stock: Any) -> Any:
-    """``TopKRouter.routing`` with the tokens going round the experts; its own work is still done."""
+    """``TopKRouter.routing`` with the tokens going round the experts, its own work still done."""
 
     def routing(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         _, chosen = stock(self, logits, *args, **kwargs)
@@ -146,7 +146,7 @@ def compare_layers(shape: Shape, dtype: torch.dtype, balanced: bool, rounds: int
     hidden = torch.randn(shape.tokens, 1, shape.hidden, dtype=dtype, device=device)
     hidden.requires_grad_()
     seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for name, layer in layers.items():
+    for layer in layers.values():
         if balanced:
             routing = forced_routing(type(layer.router).routing)
             layer.router.routing = functools.partial(routing, layer.router)
@@ -201,7 +201,7 @@ def torchrun(script: Path, ranks: int, words: list[str]) -> None:
 
 VARIANTS = {
     "stock": [],
-    "ours": "--moe-enable-echo --moe-num-echo-experts 0".split(),
+    "ours": ["--moe-enable-echo", "--moe-num-echo-experts", "0"],
 }
 
 
@@ -257,7 +257,9 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "moe_layer")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "moe_layer"
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds, to try the script out")
     parser.add_argument("--no-training", action="store_true", help="the layers only")
     parser.add_argument("--rounds", type=int, default=31, help=argparse.SUPPRESS)

@@ -1,0 +1,196 @@
+"""How far our layer is from its reference, in the main job: step by step, and free-running.
+
+    python benchmarks/same_mathematics.py [--steps 50] [--output results/same_mathematics]
+
+Step by step, each step starts from the reference's parameters (``step_by_step.py``). Free-running,
+rounding differences grow by themselves, so the reference is also compared with itself under
+another instruction set. Writes ``.json`` and ``.png``.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from build_corpus import build_corpus  # noqa: E402
+from main_job import training_flags  # noqa: E402
+
+from megatron_echo import environment  # noqa: E402
+from megatron_echo.observe.metrics import read_metrics  # noqa: E402
+
+OTHER_ROUNDING = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+TOLERANCE = 1e-5
+FREE_STEPS = 15
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared with what: flags of the reference, and of ours beyond them."""
+
+    name: str
+    flags: str
+    ours: dict[str, Any]
+    ranks: int = 2
+
+
+LAYER = {"moe_enable_echo": True, "moe_num_echo_experts": 0}
+COMPARISONS = (Comparison("sync-free layer against stock, EP=2", "", LAYER),)
+
+
+def torchrun(script: str, ranks: int, words: list[str], settings: dict[str, str]) -> None:
+    """Run a script on some ranks.
+
+    Raises:
+        RuntimeError: it failed; the end of its output is in the message.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(ROOT / script), *words]
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(
+        command,
+        env={**os.environ, **fixed, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-4000:]}")
+
+
+def job(comparison: Comparison, corpus: Path, folder: Path, steps: int) -> list[str]:
+    """The main job's flags, without evaluation and saving."""
+    words = training_flags(corpus, folder, 10**9)
+    for name in (
+        "--save",
+        "--save-interval",
+        "--tensorboard-dir",
+        "--eval-iters",
+        "--log-interval",
+    ):
+        at = words.index(name)
+        del words[at : at + 2]
+    words += ["--eval-iters", "0", "--log-interval", "1", "--train-iters", str(steps)]
+    return words + comparison.flags.split()
+
+
+def as_flags(fields: dict[str, Any]) -> list[str]:
+    """Configuration fields as command-line words."""
+    words: list[str] = []
+    for name, value in fields.items():
+        words.append("--" + name.replace("_", "-"))
+        words += [] if value is True else [str(value)]
+    return words
+
+
+def step_by_step(comparison: Comparison, corpus: Path, steps: int) -> list[dict[str, float]]:
+    """Differences of loss and gradients at each step."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lines.jsonl"
+        settings = {
+            "STEP_BY_STEP_FIELDS": json.dumps(comparison.ours),
+            "STEP_BY_STEP_FILE": str(file),
+        }
+        words = job(comparison, corpus, Path(folder), steps)
+        torchrun("benchmarks/step_by_step.py", comparison.ranks, words, settings)
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def free_running(comparison: Comparison, corpus: Path, steps: int) -> dict[str, list[float]]:
+    """Relative difference of the loss at each step: ours, and the reference's own rounding."""
+    curves = {}
+    for name, extra, settings in (
+        ("reference", [], {}),
+        ("ours", as_flags(comparison.ours), {}),
+        ("reference, other rounding", [], OTHER_ROUNDING),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            words = job(comparison, corpus, Path(folder), steps) + extra
+            torchrun("pretrain_gpt_moe.py", comparison.ranks, words, settings)
+            curves[name] = [line["lm loss"] for line in read_metrics(folder)]
+    reference = curves.pop("reference")
+    return {
+        name: [abs(a / b - 1) for a, b in zip(curve, reference, strict=True)]
+        for name, curve in curves.items()
+    }
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """One panel a comparison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(results), figsize=(7 * len(results), 4.5), layout="constrained", squeeze=False
+    )
+    for result, axis in zip(results, axes[0], strict=True):
+        stepwise = result["step by step"]
+        for name, curve, style in (
+            ("free-running: ours against the reference", result["free"]["ours"], "-"),
+            ("free-running: the reference against itself, other rounding",
+             result["free"]["reference, other rounding"], "--"),
+            ("step by step: loss", [line["loss"] for line in stepwise], "-"),
+            ("step by step: worst gradient", [line["grad"] for line in stepwise], "-"),
+        ):  # fmt: skip
+            axis.plot(range(1, len(curve) + 1), [max(v, 1e-12) for v in curve], style, label=name)
+        axis.axhline(TOLERANCE, color="grey", linewidth=0.8)
+        axis.set(yscale="log", xlabel="step", title=result["name"], ylim=(5e-13, None))
+        axis.set_ylabel("relative difference (0 drawn at 1e-12)")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    default = ROOT / "benchmarks" / "results" / "same_mathematics"
+    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--steps", type=int, default=50)
+    args = parser.parse_args()
+    corpus = ROOT / "runs" / "corpus"
+    build_corpus(corpus, Path(sysconfig.get_path("stdlib")))
+    results = []
+    for comparison in COMPARISONS:
+        stepwise = step_by_step(comparison, corpus, args.steps)
+        free = free_running(comparison, corpus, args.steps)
+        ours, own = free["ours"], free["reference, other rounding"]
+        worst = {key: max(line[key] for line in stepwise) for key in ("loss", "grad")}
+        holds = (
+            max(worst.values()) <= TOLERANCE
+            and max(ours[:FREE_STEPS]) <= TOLERANCE
+            and max(ours) <= max(max(own), TOLERANCE)
+        )
+        print(
+            f"{comparison.name}: {args.steps} steps, worst loss {worst['loss']:.1e}, worst "
+            f"gradient {worst['grad']:.1e}; free-running {max(ours[:FREE_STEPS]):.1e} over "
+            f"{FREE_STEPS} steps, {max(ours):.1e} over all (the reference under other rounding "
+            f"{max(own):.1e}): "
+            f"{'holds' if holds else 'DOES NOT HOLD'}",
+            flush=True,
+        )
+        results.append(
+            {"name": comparison.name, "holds": holds, "step by step": stepwise, "free": free}
+        )
+    record = {
+        "machine": environment.device_name(),
+        "versions": environment.versions(),
+        "results": results,
+    }
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(results, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
