@@ -56,6 +56,11 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
     return chosen.scatter_(1, place, expert)[:, :topk].int()
 
 
+def _millionths(part: Tensor, whole: int) -> Tensor:
+    """``part / whole`` in millionths, rounded up."""
+    return (part * MILLION + whole - 1) // max(whole, 1)
+
+
 @dataclass(frozen=True)
 class _Call:
     """What one forward pass hands from stage to stage; replaced, never changed."""
@@ -144,10 +149,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         delivery = self._transport.dispatch(hidden_states, call.experts, probs)
         self._call = replace(call, experts=delivery.experts, receipt=delivery.receipt)
         if delivery.limit is not None and self.training:
-            most, dropped = delivery.limit
+            most, cut = delivery.limit
             tokens = hidden_states.shape[0]
-            part = (most * MILLION + tokens - 1) // tokens
-            self._record(torch.zeros_like(part), part, dropped)
+            part, rows = _millionths(most, tokens), _millionths(cut, tokens * self._topk)
+            self._overflow.record_wire(part, rows, cut, torch.is_grad_enabled())
         return delivery.hidden, delivery.probs
 
     def dispatch_postprocess(
@@ -169,10 +174,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         )
         self._call = replace(call, experts=call.experts.new_empty(0), rows=layout.rows)
         if self.training:
-            pairs = tokens * self._topk
             padding = self.num_groups * (self._alignment - 1)
-            need = ((layout.need - padding).clamp(min=0) * MILLION + pairs - 1) // pairs
-            self._record(need, torch.zeros_like(need), layout.dropped)
+            need = _millionths((layout.need - padding).clamp(min=0), tokens * self._topk)
+            # Recomputation runs the forward pass twice, once of them without gradients.
+            self._overflow.record_rows(need, layout.dropped, torch.is_grad_enabled())
         ends = layout.ends.to(torch.int64)
         in_buffer = torch.diff(ends, prepend=ends.new_zeros(1))
         rows = tokens_to_rows(hidden_states, layout.rows)
@@ -197,8 +202,3 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     def _current(self) -> _Call:
         assert self._call is not None, "dispatch_preprocess has not been called"
         return self._call
-
-    def _record(self, capacity: Tensor, peer_capacity: Tensor, dropped: Tensor) -> None:
-        # Recomputation runs the forward pass twice, once of them without gradients.
-        counted = dropped if torch.is_grad_enabled() else torch.zeros_like(dropped)
-        self._overflow.record(capacity, peer_capacity, dropped > 0, counted)

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
+from megatron_echo.config import echo_setting
+
 MILLION = 10**6
 
 
@@ -29,41 +31,58 @@ class OverflowCheck:
         dropped: pairs dropped since the start, over all ranks, with the policy ``drop``.
     """
 
-    def __init__(self, policy: str, finalize: Any) -> None:
+    def __init__(self, policy: str, is_auto: bool, finalize: Any) -> None:
         self._policy = policy
+        self._is_auto = is_auto
         self._finalize = finalize
-        self._seen: Tensor | None = None  # capacity and peer capacity in millionths, over, dropped
+        self._seen: Tensor | None = None
         self.dropped = 0
 
     @classmethod
     def of(cls, config: Any) -> "OverflowCheck":
         """The check of a model, from its ``TransformerConfig``; installed on first use."""
         if not isinstance(config.finalize_model_grads_func, cls):
-            policy = getattr(config, "moe_echo_overflow", "raise")
-            finalize = config.finalize_model_grads_func or finalize_model_grads
-            config.finalize_model_grads_func = cls(policy, finalize)
+            config.finalize_model_grads_func = cls(
+                echo_setting(config, "moe_echo_overflow"),
+                echo_setting(config, "moe_received_token_capacity") is None,
+                config.finalize_model_grads_func or finalize_model_grads,
+            )
         return config.finalize_model_grads_func
 
     def __deepcopy__(self, memo: dict) -> "OverflowCheck":
         return self  # Megatron copies configurations for some layers; the model stays one
 
     @torch.no_grad()
-    def record(
-        self, capacity: Tensor, peer_capacity: Tensor, over: Tensor, dropped: Tensor
-    ) -> None:
-        """Add what one layer saw. Nothing is read.
+    def record_rows(self, need: Tensor, dropped: Tensor, counts: bool) -> None:
+        """Add what one layer's receive buffer saw. Nothing is read.
 
         Args:
-            capacity: int64 scalar, the capacity that would have sufficed, in millionths.
-            peer_capacity: the same for one peer's part of an all-to-all.
-            over: bool scalar, something did not fit.
-            dropped: int64 scalar, pairs dropped; a recomputation adds 0.
+            need: int64 scalar, the capacity that would have sufficed, in millionths.
+            dropped: int64 scalar, pairs without a row.
+            counts: False in the half of a recomputation that is not counted.
         """
-        if self._seen is None or self._seen.device != over.device:
-            self._seen = torch.zeros(4, dtype=torch.int64, device=over.device)
-        seen = torch.stack((capacity, peer_capacity, over.to(torch.int64), dropped))
-        self._seen[:3] = torch.maximum(self._seen[:3], seen[:3])
-        self._seen[3] += seen[3]
+        zero = torch.zeros_like(need)
+        self._add(torch.stack((need, (dropped > 0).to(torch.int64), zero, zero)), dropped, counts)
+
+    @torch.no_grad()
+    def record_wire(self, need: Tensor, cut: Tensor, dropped: Tensor, counts: bool) -> None:
+        """Add what one layer's all-to-all saw. Nothing is read.
+
+        Args:
+            need: int64 scalar, the peer capacity that would have sufficed, in millionths.
+            cut: int64 scalar, receive capacity that the pairs cut off would take, in millionths.
+            dropped: int64 scalar, those pairs.
+            counts: as for :meth:`record_rows`.
+        """
+        zero = torch.zeros_like(need)
+        self._add(torch.stack((zero, zero, torch.where(cut > 0, need, 0), cut)), dropped, counts)
+
+    def _add(self, highest: Tensor, dropped: Tensor, counts: bool) -> None:
+        if self._seen is None or self._seen.device != dropped.device:
+            self._seen = torch.zeros(5, dtype=torch.int64, device=dropped.device)
+        self._seen[:4] = torch.maximum(self._seen[:4], highest)
+        if counts:
+            self._seen[4] += dropped
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Finish the gradients, then raise or count."""
@@ -77,38 +96,37 @@ class OverflowCheck:
         Raises:
             MoEOverflowError: something did not fit on some rank, and the policy is ``raise``.
         """
-        seen = self._seen
-        if seen is None:
+        if self._seen is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            seen = torch.zeros(4, dtype=torch.int64, device=device)
-        elif seen.is_meta:
-            return
-        total = seen.clone()
+            self._seen = torch.zeros(5, dtype=torch.int64, device=device)
+        if self._seen.is_meta:
+            return  # shapes only: there is nothing to read
+        total = self._seen.clone()
         if dist.is_initialized():
             dist.all_reduce(total[:3], op=dist.ReduceOp.MAX)
             dist.all_reduce(total[3:], op=dist.ReduceOp.SUM)
-        seen.zero_()
-        capacity, peer_capacity, over, dropped = total.tolist()
-        if over and self._policy == "raise":
-            raise MoEOverflowError(_message(capacity, peer_capacity, dropped))
+        self._seen.zero_()
+        rows, rows_over, peer, cut, dropped = total.tolist()
+        # What the wire cut off might all have been for the fullest rank.
+        rows = rows + cut if rows_over or (peer and not self._is_auto) else 0
+        if (rows_over or peer) and self._policy == "raise":
+            raise MoEOverflowError(_message(dropped, _advice(rows, peer)))
         if dropped:
             self.dropped += dropped
-            _log(dropped, self.dropped, _advice(capacity, peer_capacity))
+            _log(dropped, self.dropped, _advice(rows, peer))
 
 
-def _message(capacity: int, peer_capacity: int, dropped: int) -> str:
+def _message(dropped: int, advice: str) -> str:
     return (
-        f"{dropped} token-expert pairs of this step had no row in a MoE layer's receive buffer. "
-        f"Use {_advice(capacity, peer_capacity)}, or --moe-echo-overflow drop to train without "
-        "such pairs. Weights, optimizer state and checkpoints are as they were before the step."
+        f"Token-expert pairs of this step ({dropped}) had no row in a MoE layer's receive buffer. "
+        f"Use {advice}, or --moe-echo-overflow drop to train without such pairs. Weights, "
+        "optimizer state and checkpoints are as they were before the step."
     )
 
 
-def _advice(capacity: int, peer_capacity: int) -> str:
-    words = f"--moe-received-token-capacity {_rounded_up(capacity)} or more"
-    if peer_capacity:
-        words += f" and --moe-echo-peer-capacity {_rounded_up(peer_capacity)} or more"
-    return words
+def _advice(rows: int, peer: int) -> str:
+    needs = (("--moe-received-token-capacity", rows), ("--moe-echo-peer-capacity", peer))
+    return " and ".join(f"{flag} {_rounded_up(need)} or more" for flag, need in needs if need)
 
 
 def _rounded_up(millionths: int) -> str:
@@ -119,6 +137,6 @@ def _log(dropped: int, in_total: int, advice: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(
             f"WARNING: {dropped} token-expert pairs dropped in this step, {in_total} since the "
-            f"start; {advice} would have kept them.",
+            f"start. Use {advice} to keep such pairs.",
             flush=True,
         )

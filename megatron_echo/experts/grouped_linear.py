@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
@@ -45,10 +46,18 @@ def _masks(ends: Tensor, rows: int) -> list[Tensor]:
 
 
 def _takes_grouped_mm(rows: Tensor, *widths: int) -> bool:
-    """Whether torch has a kernel: not for fp64, and for rows of a multiple of 16 bytes."""
-    if rows.dtype == torch.float64:
-        return False
-    return all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
+    """Whether torch has a kernel that does not read the offsets on the host.
+
+    On CUDA that is bf16 from Hopper on: elsewhere ``grouped_mm`` copies them. Rows must be
+    multiples of 16 bytes.
+    """
+    if rows.is_cpu:
+        has_kernel = rows.dtype != torch.float64
+    else:
+        has_kernel = rows.dtype == torch.bfloat16
+        if rows.is_cuda and not isinstance(rows, FakeTensor):
+            has_kernel &= torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    return has_kernel and all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
 
 
 class _GroupedLinear(torch.autograd.Function):

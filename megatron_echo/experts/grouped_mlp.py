@@ -122,14 +122,13 @@ class EchoGroupedMLP(MegatronModule):
         Args:
             hidden_states: ``[B, H]``, rows grouped by expert; rows beyond the sum of
                 ``tokens_per_expert`` are not read.
-            tokens_per_expert: integer ``[m]``, rows of each expert.
+            tokens_per_expert: integer ``[m]``, rows of each expert, on the rows' device.
             probs: ``[B]``, the router's probability of each row.
 
         Returns:
             ``[B, H]``, anything in the rows beyond the last expert's; and no bias.
         """
-        counts = tokens_per_expert.to(hidden_states.device, non_blocking=True)
-        ends = counts.cumsum(0).to(torch.int32)
+        ends = tokens_per_expert.cumsum(0).to(torch.int32)
         hidden = self.linear_fc1(hidden_states, ends)
         hidden = self.activation(hidden, probs)
         return self.linear_fc2(hidden, ends), None

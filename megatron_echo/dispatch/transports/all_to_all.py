@@ -61,12 +61,10 @@ class AllToAllTransport(TokenTransport):
 
         padded = torch.cat((experts, experts.new_full((1, experts.shape[1]), none)))
         sent_experts = padded.index_select(0, send.row_src)
-        receiver = torch.arange(ranks, device=owner.device).repeat_interleave(places)
-        is_his = sent_experts // self._experts_per_rank == receiver[:, None]
         at = torch.cat((row_of, row_of.new_zeros(tokens, 1)), dim=1).gather(1, owner)
         return Delivery(
             hidden=all_to_all(tokens_to_rows(hidden, send), self._group),
-            experts=all_to_all(torch.where(is_his, sent_experts, none), self._group),
+            experts=all_to_all(sent_experts, self._group),
             probs=all_to_all(tokens_to_rows(probs, send), self._group),
             receipt=_Receipt(send, hidden.dtype),
             limit=(wanted.sum(0).max(), (at == ranks * places).sum()),

@@ -1,0 +1,185 @@
+"""The activation with the probability inside, against the same formula under plain autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_echo.experts.activation import expert_activation, weighted_activation
+
+ROWS, WIDTH = 7, 6
+Formula = Callable[[Tensor], Tensor]
+
+
+def halves(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden[:, : hidden.shape[1] // 2], hidden[:, hidden.shape[1] // 2 :]
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    gate, up = halves(hidden)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def geglu(hidden: Tensor) -> Tensor:
+    gate, up = halves(hidden)
+    return gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up
+
+
+def gelu(hidden: Tensor) -> Tensor:
+    return hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+
+
+def relu_squared(hidden: Tensor) -> Tensor:
+    return torch.where(hidden > 0, hidden * hidden, torch.zeros_like(hidden))
+
+
+def clamped_swiglu(hidden: Tensor) -> Tensor:
+    gate, up = halves(hidden)
+    limit = torch.tensor(0.7, dtype=hidden.dtype)
+    gate, up = torch.minimum(gate, limit), torch.minimum(torch.maximum(up, -limit), limit)
+    return gate * torch.sigmoid(gate) * up
+
+
+def offset_swiglu(hidden: Tensor) -> Tensor:
+    gate, up = halves(hidden)
+    return gate * torch.sigmoid(gate) * (up + 1.0)
+
+
+def gpt_oss(hidden: Tensor) -> Tensor:
+    gate, up = halves(hidden)
+    limit = torch.tensor(0.7, dtype=hidden.dtype)
+    gate, up = torch.minimum(gate, limit), torch.minimum(torch.maximum(up, -limit), limit)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1.0)
+
+
+KINDS: dict[str, tuple[Formula, dict[str, Any]]] = {
+    "swiglu": (swiglu, {"activation_func": F.silu}),
+    "geglu": (geglu, {"activation_func": F.gelu}),
+    "gelu": (gelu, {"activation_func": F.gelu, "gated_linear_unit": False}),
+    "squared relu": (relu_squared, {"activation_func": squared_relu, "gated_linear_unit": False}),
+    "clamped": (clamped_swiglu, {"activation_func": F.silu, "activation_func_clamp_value": 0.7}),
+    "offset": (offset_swiglu, {"activation_func": F.silu, "glu_linear_offset": 1.0}),
+    "clamped, offset": (
+        gpt_oss,
+        {
+            "activation_func": quick_gelu,
+            "activation_func_clamp_value": 0.7,
+            "glu_linear_offset": 1.0,
+        },
+    ),
+}
+
+
+def activation(kind: str) -> Formula:
+    fields = {"gated_linear_unit": True, **KINDS[kind][1]}
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, add_bias_linear=False, **fields
+    )
+    return expert_activation(config)
+
+
+def inputs(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden, probabilities (one of them 0) and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    gated = KINDS[kind][1].get("gated_linear_unit", True)
+    shapes = (ROWS, 2 * WIDTH if gated else WIDTH), (ROWS,), (ROWS, WIDTH)
+    hidden, probs, grad = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    probs = probs.abs()
+    probs[2] = 0
+    return hidden.to(dtype).requires_grad_(), probs.requires_grad_(), grad.to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients(kind: str) -> None:
+    hidden, probs, grad = inputs(kind)
+    output = weighted_activation(hidden, probs, activation(kind))
+    expected = KINDS[kind][0](hidden) * probs[:, None]
+    torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-14)
+    actual_grads = torch.autograd.grad(output, (hidden, probs), grad)
+    expected_grads = torch.autograd.grad(expected, (hidden, probs), grad)
+    torch.testing.assert_close(actual_grads, expected_grads, rtol=1e-12, atol=1e-13)
+    assert (output[2] == 0).all()
+    assert actual_grads[1][2] != 0  # a probability of 0 has a gradient all the same
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", "clamped, offset"])
+def test_gradcheck(kind: str) -> None:
+    hidden, probs, _ = inputs(kind)
+    function = activation(kind)
+    assert torch.autograd.gradcheck(
+        lambda a, b: weighted_activation(a, b, function), (hidden, probs)
+    )
+
+
+@pytest.mark.parametrize("kind", ["clamped", "clamped, offset"])
+def test_the_clamp_is_reached(kind: str) -> None:
+    """Some of the test's values are beyond it on every side; no gradient goes through those."""
+    hidden, probs, grad = inputs(kind)
+    gate, up = halves(hidden.detach())
+    beyond = torch.cat((gate > 0.7, up.abs() > 0.7), dim=1)
+    assert (gate > 0.7).any()
+    assert (gate < -0.7).any()
+    assert (up > 0.7).any()
+    assert (up < -0.7).any()
+    output = weighted_activation(hidden, probs, activation(kind))
+    (to_hidden,) = torch.autograd.grad(output, hidden, grad)
+    assert (to_hidden[beyond] == 0).all()
+    others = to_hidden[probs.detach() > 0][~beyond[probs.detach() > 0]]
+    assert (others != 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes(kind: str, dtype: torch.dtype) -> None:
+    """The product is taken in the probability's dtype and cast once; gradients keep theirs."""
+    hidden, _, grad = inputs(kind, dtype)
+    probs = inputs(kind)[1].detach().float().requires_grad_()
+    function = activation(kind)
+    output = weighted_activation(hidden, probs, function)
+    assert output.dtype == dtype
+    exact = (function(hidden).float() * probs[:, None]).to(dtype)
+    assert torch.equal(output, exact)
+    to_hidden, to_probs = torch.autograd.grad(output, (hidden, probs), grad)
+    assert (to_hidden.dtype, to_probs.dtype) == (dtype, torch.float32)
+    terms = function(hidden).double() * grad.double()
+    expected = terms.sum(1)
+    tolerance = WIDTH * torch.finfo(torch.float32).eps
+    assert ((to_probs.double() - expected).abs() <= tolerance * terms.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_rows_stay_alone(kind: str) -> None:
+    """What a grouped product leaves in a row does not reach another row, forward or backward."""
+    hidden, probs, grad = inputs(kind)
+    clean = weighted_activation(hidden, probs, activation(kind))
+    clean_grads = torch.autograd.grad(clean, (hidden, probs), grad)
+    with torch.no_grad():
+        hidden[5:] = float("nan")
+    output = weighted_activation(hidden, probs, activation(kind))
+    grads = torch.autograd.grad(output, (hidden, probs), grad)
+    for now, before in zip((output, *grads), (clean, *clean_grads), strict=True):
+        assert torch.equal(now[:5], before[:5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_inputs_are_kept(kind: str) -> None:
+    hidden, probs, grad = inputs(kind)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = weighted_activation(hidden, probs, activation(kind))
+    assert [t.data_ptr() for t in saved] == [hidden.data_ptr(), probs.data_ptr()]
+    output.backward(grad)
+    assert hidden.grad is not None
+    assert probs.grad is not None
