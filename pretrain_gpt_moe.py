@@ -293,11 +293,6 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the checks that read files run there only
             report(error)
         raise SystemExit(2) from error
-    if args.moe_enable_echo:
-        print_rank_0(
-            "WARNING: this version makes no clones yet: --moe-enable-echo runs the sync-free "
-            "layer with every expert on its own rank."
-        )
     if args.run_dir is not None:
         if args.rank == 0:
             write_run_record(args.run_dir, args, command)

@@ -82,8 +82,6 @@ def _check_num_echo_experts(value: int | None, config: Any) -> str | None:
     if value % ranks:
         choice = nearest_multiples(value, ranks)
         return f"is not divisible by the expert-parallel size {ranks}. Use {choice}."
-    if value > 0:
-        return "asks for clones, which this version does not make yet. Use 0."
     return None
 
 
@@ -98,6 +96,17 @@ def _check_peer_capacity(value: float, config: Any) -> str | None:
         return "is not above 0 and up to 1. Use 1.0 for a part that is never over-full."
     if value < 1 and config.moe_echo_token_transport != "all_to_all":
         return "belongs to --moe-echo-token-transport all_to_all. Leave one of the two out."
+    return None
+
+
+def _check_tolerance(value: float, config: Any) -> str | None:
+    return None if 0 <= value <= 100 else "is not between 0 and 100. Use 0.02 for 2 %."
+
+
+def _check_ranks_per_node(value: int | None, config: Any) -> str | None:
+    ranks = config.expert_model_parallel_size
+    if value is not None and (value < 1 or ranks % value):
+        return f"does not divide the expert-parallel size {ranks}. Use a divisor, or leave it out."
     return None
 
 
@@ -118,9 +127,9 @@ class EchoConfigMixin:
     )
     moe_num_echo_experts: int | None = flag(
         None,
-        "Slots for cloned experts, in total over the expert-parallel group. 0, and until clones "
-        "are made the default too, is the layer without clones: free of host synchronisation, "
-        "static in shape.",
+        "Slots for cloned experts, in total over the expert-parallel group. The default, "
+        "--num-experts, gives each rank as many slots as it has experts of its own, with which "
+        "balance is always possible and nothing can overflow. 0 is the layer without clones.",
         group="echo",
         check=_check_num_echo_experts,
         metavar="N",
@@ -166,11 +175,59 @@ class EchoConfigMixin:
         metavar="N",
     )
 
+    moe_echo_tolerance: float = flag(
+        0.02,
+        "How far above the mean a rank's load may be, 0.02 for 2 %. Saves clones.",
+        group="echo",
+        check=_check_tolerance,
+        metavar="X",
+    )
+    moe_echo_min_tokens_per_clone: int = flag(
+        0,
+        "Clones with fewer tokens are given up where their home can compute them within the bound.",
+        group="echo",
+        check=lambda value, _: "is negative. Use 0 or more." if value < 0 else None,
+        metavar="N",
+    )
+    moe_echo_ranks_per_node: int | None = flag(
+        None,
+        "Expert-parallel ranks that share a node: clones then stay inside it where balance allows "
+        "that, and tokens stay in their node where they can.",
+        group="echo",
+        check=_check_ranks_per_node,
+        metavar="N",
+    )
+    moe_echo_planner_backend: str = flag(
+        "auto",
+        "What plans: torch operations, one Triton kernel, or by device.",
+        group="echo",
+        choices=("auto", "torch", "triton"),
+    )
+    moe_echo_recompute_expert_dispatch: bool = flag(
+        True,
+        "Bring clones again in backward. Without it each layer call keeps a copy of its clones "
+        "until its backward pass: more memory, one exchange less.",
+        group="echo",
+    )
+    moe_echo_expert_dispatcher_type: str = flag(
+        "collective",
+        "How weights of clones travel. collective: static exchanges, one for each slot.",
+        group="echo",
+        choices=("collective",),
+    )
+    moe_echo_force_skew: float = flag(
+        0.0,
+        "For tests and benchmarks: adds a fixed Zipf bias with this exponent to the router's "
+        "logits, in another order in each layer, so that the routing is skewed and still learns.",
+        group="echo",
+        check=lambda value, _: "is negative. Use 0 or more." if value < 0 else None,
+        metavar="ALPHA",
+    )
+
     @property
     def num_echo_slots_per_rank(self) -> int:
-        """Clone slots S on each expert-parallel rank."""
-        config = typing.cast(Any, self)
-        return (self.moe_num_echo_experts or 0) // config.expert_model_parallel_size
+        """Clone slots S on each expert-parallel rank; 0 with echo off or a single rank."""
+        return num_clone_slots(self) if self.moe_enable_echo else 0
 
     def validate_echo(self) -> None:
         """Check every field of this package on a finished configuration.
@@ -196,7 +253,16 @@ def echo_setting(config: Any, name: str) -> Any:
     """A setting of this package, its default where the configuration is Megatron's plain one."""
     if isinstance(config, EchoConfigMixin):
         return getattr(config, name)
-    return 0 if name == "num_echo_slots_per_rank" else getattr(EchoConfigMixin, name)
+    return getattr(EchoConfigMixin, name)
+
+
+def num_clone_slots(config: Any) -> int:
+    """Clone slots S on each expert-parallel rank with our layer; none on a single rank."""
+    ranks = config.expert_model_parallel_size
+    if ranks == 1 or config.num_moe_experts is None:
+        return 0
+    total = echo_setting(config, "moe_num_echo_experts")
+    return (config.num_moe_experts if total is None else total) // ranks
 
 
 def _spelled(name: str, value: Any) -> str:

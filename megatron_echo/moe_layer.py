@@ -1,4 +1,4 @@
-"""The MoE layer: route, dispatch, compute, combine, without a host read and with static shapes."""
+"""The MoE layer: route, plan, dispatch, compute, combine; no host read, static shapes."""
 
 import dataclasses
 
@@ -9,14 +9,16 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
 from megatron_echo.compatibility import config_refusal
+from megatron_echo.config import echo_setting
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.experts import EchoGroupedMLP
+from megatron_echo.routing.router import SkewedRouter
 
 
 class EchoMoELayer(MoELayer):
     """Megatron's ``MoELayer`` with this package's dispatcher and experts.
 
-    A token's way: ``route`` (Megatron's router) -> ``preprocess`` (its choices as indices) ->
+    A token's way: ``route`` (Megatron's router) -> ``preprocess`` (plan the clones) ->
     ``dispatch`` (to the ranks that compute it) -> ``routed_experts_compute`` (into rows, through
     the experts, back into tokens) -> ``combine`` (home) -> ``postprocess`` (plus the shared
     expert). Megatron's ``forward`` calls them in this order, as its recomputation does.
@@ -51,12 +53,32 @@ class EchoMoELayer(MoELayer):
             raise ValueError(f"The ECHO MoE layer {problem}")
         groups = pg_collection or get_default_pg_collection()
         submodules = dataclasses.replace(submodules or MoESubmodules(None), experts=EchoGroupedMLP)
+        if echo_setting(config, "moe_echo_force_skew") > 0:
+            submodules = dataclasses.replace(submodules, router=SkewedRouter)
         super().__init__(config, submodules, layer_number, groups, is_mtp_layer, name)
         self.token_dispatcher = EchoTokenDispatcher(config, groups)
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See ``EchoTokenDispatcher.dispatch_preprocess``."""
+        """Plan the clones and say which copy of an expert computes each token.
+
+        See ``EchoTokenDispatcher.dispatch_preprocess``.
+        """
         self.token_dispatcher.training = self.training
         return super().preprocess(hidden_states, probs, routing_map)
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Into rows, through home experts and clones, and back into tokens.
+
+        Args:
+            hidden_states: ``[N, H]``, what ``dispatch`` delivered.
+            probs: ``[N, K]``.
+
+        Returns:
+            ``[N, H]`` in the wide dtype, and no bias.
+        """
+        dispatcher = self.token_dispatcher
+        rows, row_counts, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)
+        output, _ = self.experts(rows, row_counts, row_probs, dispatcher.clones)
+        return dispatcher.combine_preprocess(output), None

@@ -10,12 +10,14 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.config import echo_setting
+from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
 from megatron_echo.dispatch.overflow import MILLION, OverflowCheck
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
+from megatron_echo.dispatch.reroute import Clones, home_experts, physical_experts
 from megatron_echo.dispatch.transports import AllGatherTransport, AllToAllTransport, TokenTransport
-from megatron_echo.planner.balance import balance_bound
+from megatron_echo.dispatch.transports.collectives import all_gather
+from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
 
 
 class _CompactProbs(torch.autograd.Function):
@@ -68,6 +70,7 @@ class _Call:
     shape: torch.Size
     dtype: torch.dtype
     experts: Tensor
+    plan: ClonePlan | None = None
     receipt: Any = None
     rows: RowMap | None = None
 
@@ -91,11 +94,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         super().__init__(config=config, pg_collection=pg_collection)
         self._topk = config.moe_router_topk
         self._experts = config.num_moe_experts
-        self._slots = echo_setting(config, "num_echo_slots_per_rank")
+        self._slots = num_clone_slots(config)
         self.num_groups = self._experts // self.ep_size + self._slots
         self._alignment = echo_setting(config, "moe_echo_row_alignment")
         self._capacity = echo_setting(config, "moe_received_token_capacity")
-        self._tolerance = 0.0
+        self._tolerance = echo_setting(config, "moe_echo_tolerance")
+        self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")
+        self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
+        self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
         self._transport = self._make_transport()
         self._overflow = OverflowCheck.of(config)
         self._call: _Call | None = None
@@ -111,11 +117,11 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """Rows of the receive buffer for T tokens on each rank."""
         most = self.ep_size * tokens * min(self._topk, self.num_groups)
         rows = most
-        if self.training and self._capacity is not None:
-            rows = -(-round(self._capacity * MILLION) * tokens * self._topk // MILLION)
-        elif self.training and self._slots * self.ep_size >= self._experts:
+        if self._capacity is None and self._slots * self.ep_size >= self._experts:
             total = tokens * self._topk * self.ep_size
             rows = balance_bound(total, self.ep_size, self._tolerance)
+        elif self._capacity is not None and self.training:
+            rows = -(-round(self._capacity * MILLION) * tokens * self._topk // MILLION)
         return round_rows(
             min(rows, most) + self.num_groups * (self._alignment - 1), self._alignment
         )
@@ -134,14 +140,35 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
         """
         experts = compact_routing(routing_map, self._topk)
-        self._call = _Call(hidden_states.shape, hidden_states.dtype, self._physical(experts))
+        plan = self._plan(experts) if self._slots > 0 else None
+        if plan is None:
+            physical = home_experts(experts, self._experts // self.ep_size, 0)
+        else:
+            physical = physical_experts(experts, plan, self.ep_rank)
+        self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         return hidden, _CompactProbs.apply(probs, experts)
 
-    def _physical(self, experts: Tensor) -> Tensor:
-        """Ids of the groups, G on each rank, that compute these logical experts."""
-        per_rank = self._experts // self.ep_size
-        return experts + experts // per_rank * self._slots
+    @torch.no_grad()
+    def _plan(self, experts: Tensor) -> ClonePlan:
+        """Count this rank's pairs, gather the counts, and plan: the same bits on every rank."""
+        flat = experts.reshape(-1).to(torch.int64)
+        local = flat.new_zeros(self._experts + 1).scatter_add_(0, flat, torch.ones_like(flat))
+        counts = all_gather(local[None, : self._experts], self.ep_group)
+        plan = self._planner(
+            counts, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node
+        )
+        if self.training and torch.is_grad_enabled():
+            self._overflow.statistics.record(plan.load_before, plan.load_after, plan.num_clones)
+        return plan
+
+    @property
+    def clones(self) -> Clones | None:
+        """The clones of the call in progress, None if the layer makes none."""
+        plan = self._current().plan
+        if plan is None:
+            return None
+        return Clones(plan.slot_expert, self._experts // self.ep_size, self.ep_group)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Bring the tokens to the ranks that compute them: ``[N, H]`` and ``[N, K]``."""

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from megatron_echo.config import echo_setting
+from megatron_echo.config import echo_setting, num_clone_slots
+from megatron_echo.observe.statistics import StepStatistics
 
 MILLION = 10**6
 
@@ -29,9 +30,12 @@ class OverflowCheck:
 
     Attributes:
         dropped: pairs dropped since the start, over all ranks, with the policy ``drop``.
+        statistics: what the planner did, published here too.
     """
 
-    def __init__(self, policy: str, is_auto: bool, finalize: Any) -> None:
+    def __init__(self, policy: str, is_auto: bool, has_clones: bool, finalize: Any) -> None:
+        self.statistics = StepStatistics()
+        self._has_clones = has_clones
         self._policy = policy
         self._is_auto = is_auto
         self._finalize = finalize
@@ -45,6 +49,7 @@ class OverflowCheck:
             config.finalize_model_grads_func = cls(
                 echo_setting(config, "moe_echo_overflow"),
                 echo_setting(config, "moe_received_token_capacity") is None,
+                num_clone_slots(config) > 0,
                 config.finalize_model_grads_func or finalize_model_grads,
             )
         return config.finalize_model_grads_func
@@ -88,7 +93,17 @@ class OverflowCheck:
         """Finish the gradients, then raise or count."""
         result = self._finalize(*args, **kwargs)
         self.check()
+        if self._has_clones:
+            self._publish()
         return result
+
+    def _publish(self) -> None:
+        from megatron.training import global_vars  # absent where only Megatron-Core is used
+
+        if global_vars._GLOBAL_ARGS is not None:
+            writer = global_vars.get_tensorboard_writer()
+            writers = (writer,) if writer is not None else ()
+            self.statistics.publish(global_vars.get_args(), writers)
 
     def check(self) -> None:
         """Read the record of this step on all ranks and forget it.

@@ -60,14 +60,25 @@ def _takes_grouped_mm(rows: Tensor, *widths: int) -> bool:
     return has_kernel and all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
 
 
+def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """``rows[g] @ weights[g]``; see :func:`grouped_product_reference`, without its zeros."""
+    if _takes_grouped_mm(rows, *weights.shape[1:]):
+        return grouped_mm(rows, weights, offs=ends)
+    return grouped_product_reference(rows, weights, ends)
+
+
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """``left[g].T @ right[g]``; see :func:`grouped_outer_reference`."""
+    if _takes_grouped_mm(left, left.shape[1], right.shape[1]):
+        return grouped_mm(left.t(), right, offs=ends)
+    return grouped_outer_reference(left, right, ends)
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, ends)
-        transposed = weights.transpose(1, 2)
-        if _takes_grouped_mm(rows, *weights.shape[1:]):
-            return grouped_mm(rows, transposed, offs=ends)
-        return grouped_product_reference(rows, transposed, ends)
+        return grouped_product(rows, weights.transpose(1, 2), ends)
 
     @staticmethod
     @once_differentiable
@@ -75,15 +86,8 @@ class _GroupedLinear(torch.autograd.Function):
         rows, weights, ends = ctx.saved_tensors
         grad = grad.contiguous()
         needs_rows, needs_weights, _ = ctx.needs_input_grad
-        kernel = _takes_grouped_mm(rows, *weights.shape[1:])
-        product = (
-            (lambda a, b, e: grouped_mm(a, b, offs=e)) if kernel else grouped_product_reference
-        )
-        outer = (
-            (lambda a, b, e: grouped_mm(a.t(), b, offs=e)) if kernel else grouped_outer_reference
-        )
-        to_rows = product(grad, weights, ends) if needs_rows else None
-        to_weights = outer(grad, rows, ends) if needs_weights else None
+        to_rows = grouped_product(grad, weights, ends) if needs_rows else None
+        to_weights = grouped_outer(grad, rows, ends) if needs_weights else None
         return to_rows, to_weights, None
 
 

@@ -14,8 +14,11 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
+from megatron_echo.config import echo_setting
+from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 from megatron_echo.experts.checkpoint import empty_extra_states, sharded_stack
+from megatron_echo.experts.clones import WeightPool, cloned_linear
 from megatron_echo.experts.grouped_linear import grouped_linear
 
 
@@ -42,9 +45,18 @@ class GroupedLinear(torch.nn.Module):
         )
         setattr(self.weight, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """``[B, in]`` to ``[B, out]``; see :func:`grouped_linear`."""
-        return grouped_linear(rows, self.weight, ends)
+        self._pool = WeightPool.of(config)
+        self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
+
+    def forward(self, rows: Tensor, ends: Tensor, clones: Clones | None = None) -> Tensor:
+        """``[B, in]`` to ``[B, out]``; see :func:`grouped_linear` and :func:`cloned_linear`.
+
+        The clones are brought here, in the forward pass of the module that owns the weights:
+        Megatron's parameter all-gather is waited for before it.
+        """
+        if clones is None:
+            return grouped_linear(rows, self.weight, ends)
+        return cloned_linear(rows, self.weight, ends, clones, self._pool, self._keeps_clones)
 
 
 class WeightedActivation(torch.nn.Module):
@@ -115,23 +127,29 @@ class EchoGroupedMLP(MegatronModule):
                 method(weight)
 
     def forward(
-        self, hidden_states: Tensor, tokens_per_expert: Tensor, probs: Tensor
+        self,
+        hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        probs: Tensor,
+        clones: Clones | None = None,
     ) -> tuple[Tensor, None]:
-        """Compute all experts.
+        """Compute all experts, and the clones of other ranks' experts.
 
         Args:
             hidden_states: ``[B, H]``, rows grouped by expert; rows beyond the sum of
                 ``tokens_per_expert`` are not read.
-            tokens_per_expert: integer ``[m]``, rows of each expert, on the rows' device.
+            tokens_per_expert: integer ``[m]``, with clones ``[m + S]``, rows of each expert and
+                slot, on the rows' device.
             probs: ``[B]``, the router's probability of each row.
+            clones: which experts sit in the slots.
 
         Returns:
             ``[B, H]``, anything in the rows beyond the last expert's; and no bias.
         """
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
-        hidden = self.linear_fc1(hidden_states, ends)
+        hidden = self.linear_fc1(hidden_states, ends, clones)
         hidden = self.activation(hidden, probs)
-        return self.linear_fc2(hidden, ends), None
+        return self.linear_fc2(hidden, ends, clones), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are computed with the others."""

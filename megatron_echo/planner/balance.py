@@ -12,6 +12,9 @@ Tokens are moved from ranks above the bound ("donors", by their home experts) to
 Ties go to the lower index everywhere, so the same counts give the same bits on every device.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -116,6 +119,24 @@ def plan_clones(
         tensors = plan_tensors(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
         return ClonePlan(counts=counts, ranks_per_node=ranks_per_node, **tensors)
     return plan_clones_reference(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
+
+
+def planner_backend(name: str) -> Callable[..., ClonePlan]:
+    """``plan_clones`` with a fixed implementation: ``torch``, ``triton``, or ``auto`` by device."""
+    if name == "auto":
+        return plan_clones
+    if name == "torch":
+        return plan_clones_reference
+
+    def plan(counts: Tensor, *settings: Any) -> ClonePlan:
+        if not counts.is_cuda:
+            raise ValueError(
+                f"--moe-echo-planner-backend {name} needs a GPU, and the counts are on "
+                f"{counts.device}. Use auto or torch."
+            )
+        return plan_clones(counts, *settings)
+
+    return plan
 
 
 def plan_clones_reference(

@@ -30,7 +30,8 @@ def _reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     return output
 
 
-def _all_to_all(tensor: Tensor, group: Group) -> Tensor:
+def exchange(tensor: Tensor, group: Group) -> Tensor:
+    """All-to-all of equal parts, without gradients: part r of ``[R * n, ...]`` goes to rank r."""
     if group.size() == 1:
         return tensor
     output = torch.empty_like(tensor)
@@ -66,12 +67,12 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return _all_to_all(tensor, group)
+        return exchange(tensor, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(grad, ctx.group), None
+        return exchange(grad, ctx.group), None
 
 
 def all_gather(tensor: Tensor, group: Group) -> Tensor:

@@ -1,0 +1,72 @@
+"""From logical to physical experts: which copy of an expert computes each token."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_echo.planner import ClonePlan
+
+
+@dataclass(frozen=True)
+class Clones:
+    """The clones of one layer call: which experts sit in which slots.
+
+    Attributes:
+        slot_expert: int64 ``[R, S]``, the expert in each slot of each rank, -1 if unused.
+        experts_per_rank: m; expert e lives on rank ``e // m``.
+        group: the expert-parallel group.
+    """
+
+    slot_expert: Tensor
+    experts_per_rank: int
+    group: dist.ProcessGroup
+
+
+def home_experts(experts: Tensor, per_rank: int, num_slots: int) -> Tensor:
+    """Physical ids without clones: expert ``e`` is group ``e % m`` of rank ``e // m``.
+
+    Args:
+        experts: integer, logical ids; E stands for no expert and becomes ``R * (m + S)``.
+        per_rank: m.
+        num_slots: S.
+    """
+    return experts + experts // per_rank * num_slots
+
+
+def physical_experts(experts: Tensor, plan: ClonePlan, rank: int) -> Tensor:
+    """Send each pair to its expert's home or to one of its clones, as the plan splits them.
+
+    An expert's pairs are counted in the order of (token, k); the first go to the lowest rank that
+    gets some, and so on. Probabilities stay where they are.
+
+    Args:
+        experts: int32 ``[T, K]``, logical ids in ``[0, E]``; E stands for no expert. Their
+            histogram is ``plan.counts[rank]``.
+        plan: the plan made from it.
+        rank: this source rank.
+
+    Returns:
+        int32 ``[T, K]``, ``rank * (m + S) + group``; ``R * (m + S)`` for no expert.
+    """
+    ranks, num_experts = plan.counts.shape
+    slots = plan.slot_expert.shape[1]
+    per_rank = num_experts // ranks
+    groups = per_rank + slots
+    # Group of expert e on rank r: its home group, or its slot there.
+    expert = torch.where(plan.slot_expert < 0, num_experts, plan.slot_expert)
+    slot = torch.arange(per_rank, groups, device=expert.device).expand(ranks, slots)
+    group = expert.new_zeros(ranks, num_experts + 1).scatter_(1, expert, slot)[:, :num_experts]
+    ids = torch.arange(num_experts, device=expert.device)
+    owner = torch.arange(ranks, device=expert.device)[:, None]
+    group = torch.where(ids // per_rank == owner, ids % per_rank, group)
+    cell_id = (owner * groups + group).t().reshape(-1)
+    cell_id = torch.cat((cell_id, cell_id.new_full((1,), ranks * groups)))
+    # Pairs in the order of experts fall into the cells [E, R] of the split, one after the other.
+    ends = plan.split_for(rank).reshape(-1).cumsum(0)
+    flat = experts.reshape(-1)
+    order = flat.argsort(stable=True)
+    cell = torch.searchsorted(ends, torch.arange(flat.numel(), device=flat.device), right=True)
+    physical = torch.empty_like(order).scatter_(0, order, cell_id.index_select(0, cell))
+    return physical.view(experts.shape).int()
