@@ -145,6 +145,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             physical = home_experts(experts, self._experts // self.ep_size, 0)
         else:
             physical = physical_experts(experts, plan, self.ep_rank)
+            if self.training and torch.is_grad_enabled():  # not in the uncounted half
+                statistics = self._overflow.statistics
+                statistics.record(plan.load_before, plan.load_after, plan.num_clones)
         self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         return hidden, _CompactProbs.apply(probs, experts)
@@ -155,12 +158,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         flat = experts.reshape(-1).to(torch.int64)
         local = flat.new_zeros(self._experts + 1).scatter_add_(0, flat, torch.ones_like(flat))
         counts = all_gather(local[None, : self._experts], self.ep_group)
-        plan = self._planner(
+        return self._planner(
             counts, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node
         )
-        if self.training and torch.is_grad_enabled():
-            self._overflow.statistics.record(plan.load_before, plan.load_after, plan.num_clones)
-        return plan
 
     @property
     def clones(self) -> Clones | None:

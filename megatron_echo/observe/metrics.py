@@ -68,6 +68,7 @@ class MetricsWriter:
         self._last: tuple[int | None, float] = (None, 0.0)
         self._tensorboard = tensorboard
         self._line: dict[str, Any] = {}
+        self._early: dict[str, tuple[int, Any]] = {}
         self._line_start = 0
         self._broken = False
         atexit.register(self.write_line)
@@ -80,6 +81,9 @@ class MetricsWriter:
             return
         try:
             if self._line.get("iteration") != global_step:
+                if tag.startswith("moe_echo/"):  # written before the optimizer step
+                    self._early[tag] = (global_step, _as_json(scalar_value))
+                    return
                 if tag not in _FIRST_TAGS and " validation" not in tag:
                     return  # the MoE losses pass in iterations that are not logged as well
                 self._begin_line(global_step, is_validation=" validation" in tag)
@@ -90,7 +94,8 @@ class MetricsWriter:
     def _begin_line(self, iteration: int, is_validation: bool) -> None:
         self.write_line()
         is_first = not self._line
-        self._line = {"iteration": iteration}
+        early = {tag: value for tag, (step, value) in self._early.items() if step == iteration}
+        self._line = {"iteration": iteration, **early}
         if is_first:
             self._resume_file(iteration, is_validation)
         elif self.path.exists():
