@@ -1,4 +1,4 @@
-"""Step time of ``pretrain_gpt_moe.py`` on one GPU in bf16, per token dispatcher.
+"""Step time of ``pretrain_gpt_moe.py`` on one GPU in bf16, Megatron's layer and ours.
 
     python benchmarks/gpu_training_step.py --output results.json [--tiny]
 
@@ -24,13 +24,21 @@ from megatron_echo.observe.metrics import read_metrics  # noqa: E402
 WARM_UP_ITERATIONS = 5
 
 
-def flags(dispatcher: str, tiny: bool, iterations: int, folder: Path) -> list[str]:
+VARIANTS = {
+    "allgather": "--moe-token-dispatcher-type allgather",
+    "alltoall": "--moe-token-dispatcher-type alltoall",
+    "sync-free": "--moe-enable-echo --moe-received-token-capacity 1.0",
+}
+"""One rank computes everything: a capacity of 1.0 is exact."""
+
+
+def flags(variant: str, tiny: bool, iterations: int, folder: Path) -> list[str]:
     """The command line of one run, mock data."""
     hidden, ffn, layers, sequence, batch = (64, 64, 2, 64, 2) if tiny else (2048, 1408, 4, 4096, 2)
     text = f"""
         --num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn}
         --num-attention-heads {max(4, hidden // 128)} --num-experts 16 --moe-router-topk 4
-        --moe-token-dispatcher-type {dispatcher} --moe-ffn-hidden-size {ffn}
+        {VARIANTS[variant]} --moe-ffn-hidden-size {ffn}
         --seq-length {sequence} --max-position-embeddings {sequence}
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
         --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights
@@ -42,10 +50,10 @@ def flags(dispatcher: str, tiny: bool, iterations: int, folder: Path) -> list[st
     return text.split()
 
 
-def measure(dispatcher: str, tiny: bool, iterations: int) -> dict[str, float]:
+def measure(variant: str, tiny: bool, iterations: int) -> dict[str, float]:
     """Median seconds an iteration, tokens a second, peak bytes on the device."""
     with tempfile.TemporaryDirectory() as folder:
-        words = flags(dispatcher, tiny, iterations, Path(folder))
+        words = flags(variant, tiny, iterations, Path(folder))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "1", str(ROOT / "pretrain_gpt_moe.py"), *words]
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -72,8 +80,8 @@ def main() -> None:
     if not (args.tiny or torch.cuda.is_available()):
         parser.error("there is no CUDA device. --tiny tries the script out on a CPU.")
     results = {
-        f"training step, {dispatcher}": measure(dispatcher, args.tiny, args.iterations)
-        for dispatcher in ("allgather", "alltoall")
+        f"training step, {variant}": measure(variant, args.tiny, args.iterations)
+        for variant in VARIANTS
     }
     for name, result in results.items():
         print(

@@ -43,7 +43,18 @@ class Comparison:
 
 
 LAYER = {"moe_enable_echo": True, "moe_num_echo_experts": 0}
-COMPARISONS = (Comparison("sync-free layer against stock, EP=2", "", LAYER),)
+SKEWED = "--moe-enable-echo --moe-num-echo-experts 0 --moe-echo-force-skew 1.0"
+CLONES = {"moe_num_echo_experts": 8, "moe_echo_tolerance": 0.0}
+COMPARISONS = (
+    Comparison("sync-free layer against stock, EP=2", "", LAYER),
+    Comparison("clones against none, skew 1.0, EP=2", SKEWED, CLONES),
+    Comparison(
+        "clones against none, skew 1.0, EP=4",
+        f"{SKEWED} --expert-model-parallel-size 4 --micro-batch-size 4",
+        CLONES,
+        ranks=4,
+    ),
+)
 
 
 def torchrun(script: str, ranks: int, words: list[str], settings: dict[str, str]) -> None:
@@ -158,11 +169,13 @@ def main() -> None:
     default = ROOT / "benchmarks" / "results" / "same_mathematics"
     parser.add_argument("--output", type=Path, default=default)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of comparisons, from 0")
     args = parser.parse_args()
     corpus = ROOT / "runs" / "corpus"
     build_corpus(corpus, Path(sysconfig.get_path("stdlib")))
     results = []
-    for comparison in COMPARISONS:
+    chosen = args.only if args.only is not None else range(len(COMPARISONS))
+    for comparison in (COMPARISONS[number] for number in chosen):
         stepwise = step_by_step(comparison, corpus, args.steps)
         free = free_running(comparison, corpus, args.steps)
         ours, own = free["ours"], free["reference, other rounding"]

@@ -120,8 +120,9 @@ class EchoConfigMixin:
 
     moe_enable_echo: bool = flag(
         False,
-        "Clone the hottest experts of each layer and microbatch onto ranks that have room (ECHO), "
-        "so that every expert-parallel rank computes the same number of tokens.",
+        "The MoE layer of this package: no host synchronisation, static shapes, and the hottest "
+        "experts of each layer and microbatch cloned onto ranks that have room (ECHO), so that "
+        "every expert-parallel rank computes the same number of tokens.",
         group="echo",
         check=_check_enable_echo,
     )

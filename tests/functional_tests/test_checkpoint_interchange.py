@@ -13,8 +13,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron_echo.observe.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("single_rank")  # Megatron's checkpoint reader wants a group
-OURS = {"moe_enable_echo": True, "moe_num_echo_experts": 0}
-LAYERS: dict[str, dict[str, Any]] = {"stock": {}, "ours": OURS}
+LAYERS: dict[str, dict[str, Any]] = {"stock": {}, "ours": {"moe_enable_echo": True}}
 
 
 def keys_and_shapes(folder: Path, iteration: int) -> dict[str, tuple[int, ...] | None]:

@@ -8,12 +8,7 @@ import pytest
 
 from megatron_echo.observe.metrics import read_metrics
 
-BASE = {
-    "expert_model_parallel_size": 2,
-    "train_iters": 2,
-    "moe_enable_echo": True,
-    "moe_num_echo_experts": 0,
-}
+BASE = {"expert_model_parallel_size": 2, "train_iters": 2, "moe_enable_echo": True}
 
 
 @pytest.mark.parametrize("row", flag_table.ROWS, ids=lambda row: row.setting)

@@ -16,15 +16,44 @@ MOE = {**BASE, "num_moe_experts": 8, "expert_model_parallel_size": 4, "add_bias_
 
 @pytest.mark.parametrize("config_class", [EchoTransformerConfig, EchoMLATransformerConfig])
 def test_fields_on_both_bases(config_class: type) -> None:
-    config = config_class(**MOE, moe_enable_echo=True, moe_num_echo_experts=0)
+    config = config_class(**MOE, moe_enable_echo=True, moe_num_echo_experts=4)
     assert config.moe_enable_echo
-    assert config.num_echo_slots_per_rank == 0
+    assert config.num_echo_slots_per_rank == 1
     base = MLATransformerConfig if config_class is EchoMLATransformerConfig else TransformerConfig
     assert isinstance(config, base)
 
 
+def test_slots_default_to_the_experts_of_a_rank() -> None:
+    assert EchoTransformerConfig(**MOE, moe_enable_echo=True).num_echo_slots_per_rank == 2
+    assert EchoTransformerConfig(**MOE).num_echo_slots_per_rank == 0
+    zero = EchoTransformerConfig(**MOE, moe_enable_echo=True, moe_num_echo_experts=0)
+    assert zero.num_echo_slots_per_rank == 0
+    alone = {**MOE, "expert_model_parallel_size": 1}
+    assert EchoTransformerConfig(**alone, moe_enable_echo=True).num_echo_slots_per_rank == 0
+
+
 @pytest.mark.parametrize(
-    ("value", "advice"), [(30, "Use 28 or 32."), (3, "Use 4."), (8, "Use 0."), (-4, "negative")]
+    ("field", "value", "advice"),
+    [
+        ("moe_received_token_capacity", 0.0, "Use 1.0 for perfect balance"),
+        ("moe_echo_peer_capacity", 1.5, "above 0 and up to 1"),
+        ("moe_echo_peer_capacity", 0.5, "belongs to --moe-echo-token-transport all_to_all"),
+        ("moe_echo_overflow", "ignore", "Use raise or drop."),
+        ("moe_echo_row_alignment", 0, "is below 1"),
+        ("moe_echo_tolerance", -0.1, "between 0 and 100"),
+        ("moe_echo_min_tokens_per_clone", -1, "is negative"),
+        ("moe_echo_ranks_per_node", 3, "does not divide the expert-parallel size 4"),
+        ("moe_echo_force_skew", -1.0, "is negative"),
+    ],
+)
+def test_a_bad_value_names_the_flag_and_a_choice(field: str, value: object, advice: str) -> None:
+    with pytest.raises(ValueError, match=flag_name(field)) as error:
+        EchoTransformerConfig(**MOE, moe_enable_echo=True, **{field: value})
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"), [(30, "Use 28 or 32."), (3, "Use 4."), (-4, "negative")]
 )
 def test_a_bad_number_of_slots_names_flag_value_and_choice(value: int, advice: str) -> None:
     with pytest.raises(ValueError, match="--moe-num-echo-experts") as error:
