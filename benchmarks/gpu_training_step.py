@@ -7,17 +7,16 @@
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from processes import torchrun  # noqa: E402
 
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
 
@@ -54,12 +53,7 @@ def measure(variant: str, tiny: bool, iterations: int) -> dict[str, float]:
     """Median seconds an iteration, tokens a second, peak bytes on the device."""
     with tempfile.TemporaryDirectory() as folder:
         words = flags(variant, tiny, iterations, Path(folder))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "1", str(ROOT / "pretrain_gpt_moe.py"), *words]
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-4000:]}")
+        torchrun(ROOT / "pretrain_gpt_moe.py", 1, words)
         lines = read_metrics(folder)[WARM_UP_ITERATIONS:]
     seconds = statistics.median(line["iteration-time"] for line in lines)
     batch, sequence = (words[words.index(f) + 1] for f in ("--global-batch-size", "--seq-length"))

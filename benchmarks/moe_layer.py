@@ -12,9 +12,7 @@ default capacity. Times are medians; only the ratios of one run compare.
 import argparse
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from megatron_echo import cpu_backend, environment  # noqa: E402
 
@@ -31,6 +29,7 @@ cpu_backend.enable(verbose=False)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from processes import torchrun  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
@@ -183,29 +182,21 @@ def worker(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def torchrun(script: Path, ranks: int, words: list[str]) -> None:
-    """Start a script on this machine's ranks and wait for it.
-
-    Raises:
-        RuntimeError: it failed; the end of its output is in the message.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(script), *words]
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(
-        command, env={**os.environ, **settings}, capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-4000:]}")
-
-
-VARIANTS = {
-    "stock": [],
-    "ours": ["--moe-enable-echo", "--moe-num-echo-experts", "0"],
+LAYER = "--moe-enable-echo --moe-num-echo-experts 0"
+NO_LOSS = "--moe-router-load-balancing-type none"
+TRAININGS = {
+    "balanced": (NO_LOSS, f"{NO_LOSS} {LAYER} --moe-received-token-capacity 1.0"),
+    "natural": ("", LAYER),
+    "natural, ours with clones": ("", "--moe-enable-echo"),
+    "skew 1.0, clones (ours) against none (stock)": (
+        f"{LAYER} --moe-echo-force-skew 1.0",
+        "--moe-enable-echo --moe-echo-force-skew 1.0",
+    ),
 }
+"""Pairs of training runs: flags of the one in the columns of stock, and of ours."""
 
 
-def training_iterations(variant: str, balanced: bool, iterations: int) -> list[float]:
+def training_iterations(flags: str, balanced: bool, iterations: int) -> list[float]:
     """Seconds of each iteration of one training run in the shape of the main job."""
     with tempfile.TemporaryDirectory() as folder:
         words = f"""
@@ -217,27 +208,24 @@ def training_iterations(variant: str, balanced: bool, iterations: int) -> list[f
             --moe-token-dispatcher-type allgather
             --global-batch-size 16 --train-iters {iterations} --lr 4e-3 --mock-data
             --tokenizer-type NullTokenizer --vocab-size 256 --num-workers 0 --log-interval 1
-            --eval-iters 0 --expert-model-parallel-size 2 --run-dir {folder}
+            --eval-iters 0 --expert-model-parallel-size 2 --run-dir {folder} {flags}
         """.split()
-        words += VARIANTS[variant]
-        if balanced:
-            words += ["--moe-router-load-balancing-type", "none"]
-            words += ["--moe-received-token-capacity", "1.0"] if variant == "ours" else []
         script = ROOT / ("benchmarks/balanced_pretrain.py" if balanced else "pretrain_gpt_moe.py")
         torchrun(script, 2, words)
         return [line["iteration-time"] for line in read_metrics(folder)][4:]
 
 
-def compare_training(balanced: bool, runs: int, iterations: int) -> dict[str, Any]:
+def compare_training(routing: str, runs: int, iterations: int) -> dict[str, Any]:
     """Medians of whole training runs that take turns."""
-    seconds: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
+    sides = dict(zip(("stock", "ours"), TRAININGS[routing], strict=True))
+    medians: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(runs):
-        for name in list(VARIANTS)[:: 1 if turn % 2 == 0 else -1]:
-            seconds[name].append(training_iterations(name, balanced, iterations))
-    medians = {name: [statistics.median(run) for run in seconds[name]] for name in VARIANTS}
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            seconds = training_iterations(sides[name], routing == "balanced", iterations)
+            medians[name].append(statistics.median(seconds))
     ratios = [o / s for o, s in zip(medians["ours"], medians["stock"], strict=True)]
     return {
-        **{f"{name} ms": statistics.median(medians[name]) * 1e3 for name in VARIANTS},
+        **{f"{name} ms": statistics.median(medians[name]) * 1e3 for name in sides},
         "time ratio": statistics.median(ratios),
     }
 
@@ -276,15 +264,16 @@ def main() -> None:
         torchrun(Path(__file__), 1 if on_gpu else 2, words)
         rows = json.loads(result.read_text())
     if not args.no_training and not on_gpu:
-        for routing in ("balanced", "natural"):
-            runs, iterations = (1, 8) if args.quick else (5, 30)
-            measured = compare_training(routing == "balanced", runs, iterations)
+        for routing in TRAININGS:
+            runs, iterations = (1, 8) if args.quick else (3, 24)
+            measured = compare_training(routing, runs, iterations)
             rows.append({"layer": "training run, main job", "routing": routing, **measured})
     where = f"{environment.device_name()}, {'1 rank' if on_gpu else '2 ranks, one thread each'}"
     text = f"{where}; stock: all-gather dispatcher, SequentialMLP\n\n{as_table(rows)}\n"
     print(text)
     args.output.with_suffix(".md").write_text(text)
-    record = {"machine": where, "versions": environment.versions(), "rows": rows}
+    figures = {f"{row.pop('layer')}, {row.pop('routing')}": row for row in rows}
+    record = {"machine": where, "versions": environment.versions(), **figures}
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -9,8 +9,6 @@ another instruction set. Writes ``.json`` and ``.png``.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -19,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 from build_corpus import build_corpus  # noqa: E402
 from main_job import training_flags  # noqa: E402
+from processes import torchrun  # noqa: E402
 
 from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
@@ -55,26 +54,6 @@ COMPARISONS = (
         ranks=4,
     ),
 )
-
-
-def torchrun(script: str, ranks: int, words: list[str], settings: dict[str, str]) -> None:
-    """Run a script on some ranks.
-
-    Raises:
-        RuntimeError: it failed; the end of its output is in the message.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(ROOT / script), *words]
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(
-        command,
-        env={**os.environ, **fixed, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-4000:]}")
 
 
 def job(comparison: Comparison, corpus: Path, folder: Path, steps: int) -> list[str]:
@@ -111,7 +90,7 @@ def step_by_step(comparison: Comparison, corpus: Path, steps: int) -> list[dict[
             "STEP_BY_STEP_FILE": str(file),
         }
         words = job(comparison, corpus, Path(folder), steps)
-        torchrun("benchmarks/step_by_step.py", comparison.ranks, words, settings)
+        torchrun(ROOT / "benchmarks/step_by_step.py", comparison.ranks, words, settings)
         return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -125,7 +104,7 @@ def free_running(comparison: Comparison, corpus: Path, steps: int) -> dict[str, 
     ):
         with tempfile.TemporaryDirectory() as folder:
             words = job(comparison, corpus, Path(folder), steps) + extra
-            torchrun("pretrain_gpt_moe.py", comparison.ranks, words, settings)
+            torchrun(ROOT / "pretrain_gpt_moe.py", comparison.ranks, words, settings)
             curves[name] = [line["lm loss"] for line in read_metrics(folder)]
     reference = curves.pop("reference")
     return {

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from megatron_echo import environment  # noqa: E402
 
-BENCHMARKS = ("gpu_planner.py", "gpu_permute.py", "gpu_training_step.py")
+BENCHMARKS = ("gpu_planner.py", "gpu_permute.py", "moe_layer.py", "gpu_training_step.py")
 TEST_SECONDS, BENCHMARK_SECONDS = 240, 220
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|errors?)")
 

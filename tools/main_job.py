@@ -30,6 +30,11 @@ SEQ_LENGTH = 256
 GLOBAL_BATCH_SIZE = 16
 TRAIN_ITERS = 200
 CLEARLY_BELOW = 0.8
+ROUTED, PLACED, CLONES = (
+    "moe_echo/overload_routed",
+    "moe_echo/overload_placed",
+    "moe_echo/clones",
+)
 ITERATION = re.compile(
     r"iteration +(\d+)/ *(\d+) .*elapsed time per iteration \(ms\): ([\d.]+) .*lm loss: (\S+)"
 )
@@ -113,7 +118,7 @@ def run_training(flags: Sequence[str], log: Path) -> None:
 
 
 def plot_losses(metrics: list[dict], unigram: float, held_out: float | None, path: Path) -> None:
-    """Save the loss curve with the unigram entropy as a line to beat."""
+    """Save the loss curve, with the unigram entropy as a line to beat, and the ranks' balance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +126,20 @@ def plot_losses(metrics: list[dict], unigram: float, held_out: float | None, pat
 
     steps = [line["iteration"] for line in metrics if "lm loss" in line]
     losses = [line["lm loss"] for line in metrics if "lm loss" in line]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    balance = [line for line in metrics if ROUTED in line]
+    figure, panels = pyplot.subplots(
+        1, 2 if balance else 1, figsize=(12 if balance else 7, 4), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    axes = panels[0, 0]
+    if balance:
+        load = panels[0, 1]
+        at = [line["iteration"] for line in balance]
+        load.plot(at, [line[ROUTED] for line in balance], color="tab:orange", label="as routed")
+        load.plot(at, [line[PLACED] for line in balance], color="tab:green", label="as computed")
+        load.set(xlabel="iteration", ylabel="fullest rank / mean", title="Load of the ranks")
+        load.grid(alpha=0.3)
+        load.legend()
     axes.plot(steps, losses, color="tab:blue", label="training")
     axes.axhline(unigram, color="tab:gray", linestyle="--", label="unigram entropy, held-out")
     if held_out is not None:
@@ -150,7 +168,8 @@ def main() -> None:
     )
     run_dir = runs / time.strftime("train-%Y%m%d-%H%M%S")
     held_out_tokens = corpus["heldout"]["tokens"]
-    flags = [*training_flags(runs / "corpus", run_dir, held_out_tokens), *sys.argv[1:]]
+    flags = training_flags(runs / "corpus", run_dir, held_out_tokens)
+    flags += ["--moe-enable-echo", *sys.argv[1:]]
     run_dir = Path(last_value(flags, "--run-dir"))
     run_dir.mkdir(parents=True, exist_ok=True)
     where = f"{num_processes()} GPU(s)" if torch.cuda.is_available() else "the CPU, 2 processes"
@@ -169,6 +188,14 @@ def main() -> None:
     if held_out is not None:
         print(
             f"  held-out loss    {held_out:.3f} nats; unigram entropy of those bytes {unigram:.3f}"
+        )
+    if balance := [line for line in trained if ROUTED in line]:
+        routed, placed, clones = (
+            sum(line[name] for line in balance) / len(balance) for name in (ROUTED, PLACED, CLONES)
+        )
+        print(
+            f"  fullest rank     {routed:.3f} x the mean as routed, {placed:.3f} x as computed "
+            f"({clones:.1f} clones a layer and microbatch)"
         )
     print(f"  speed            {tokens / seconds:,.0f} tokens/s (median iteration {seconds:.3f} s)")
     print(f"  loss plot        {plot}")

@@ -81,7 +81,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     Rows of the receive buffer: ``--moe-received-token-capacity`` times ``T * K`` (1.0 is perfect
     balance), plus what the row alignment may add, rounded up to one of a few sizes. ``auto`` never
     overflows: the planner's bound with at least E / R clone slots on a rank, or else the most that
-    routing can bring. Evaluation always takes the latter: nothing of it is kept for backward.
+    routing can bring. Evaluation takes the latter too, whatever was given: nothing is kept there.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:

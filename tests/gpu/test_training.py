@@ -37,6 +37,14 @@ def test_one_gpu_in_bf16(dispatcher: str, tmp_path: Path) -> None:
     assert record["flags"]["distributed_backend"] == "nccl"
 
 
+def test_our_layer_on_one_gpu(tmp_path: Path) -> None:
+    """The same curve as Megatron's layer, within what bf16 allows."""
+    stock = train(tmp_path / "stock", moe_token_dispatcher_type="allgather")
+    ours = train(tmp_path / "ours", moe_enable_echo=True)
+    expected = [line["lm loss"] for line in stock]
+    assert [line["lm loss"] for line in ours] == pytest.approx(expected, rel=1e-2)
+
+
 def test_two_gpus_with_nccl(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
