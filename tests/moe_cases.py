@@ -69,6 +69,7 @@ def layer_config(ranks: int, topk: int, dtype: torch.dtype, **fields: Any) -> Ec
         "moe_router_topk": topk,
         "moe_router_pre_softmax": True,
         "expert_model_parallel_size": ranks,
+        "moe_num_echo_experts": 0,
         "add_bias_linear": False,
         "gated_linear_unit": True,
         "activation_func": F.silu,

@@ -42,7 +42,8 @@ class WeightPool:
         shape = (weight.shape[0] + slots, *weight.shape[1:])
         key = (shape, weight.dtype, weight.device)
         if key not in self._stacks:
-            self._stacks[key] = weight.new_empty(shape)
+            with torch.inference_mode(False):  # evaluation may come first
+                self._stacks[key] = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         return self._stacks[key]
 
     @property

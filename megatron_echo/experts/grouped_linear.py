@@ -51,11 +51,12 @@ def _takes_grouped_mm(rows: Tensor, *widths: int) -> bool:
     On CUDA that is bf16 from Hopper on: elsewhere ``grouped_mm`` copies them. Rows must be
     multiples of 16 bytes.
     """
-    if rows.is_cpu:
+    is_fake = isinstance(rows, FakeTensor)
+    if rows.is_cpu and not is_fake:
         has_kernel = rows.dtype != torch.float64
     else:
-        has_kernel = rows.dtype == torch.bfloat16
-        if rows.is_cuda and not isinstance(rows, FakeTensor):
+        has_kernel = rows.dtype == torch.bfloat16  # also all that the operator's shape rule knows
+        if rows.is_cuda and not is_fake:
             has_kernel &= torch.cuda.get_device_capability(rows.device) >= (9, 0)
     return has_kernel and all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
 

@@ -1,0 +1,610 @@
+"""EchoMoELayer with cloned experts over all ranks; the argument names a check.
+
+A check is a function ``check_...`` below, built on those of the layer without clones.
+"""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from moe_cases import HIDDEN, ForcedRouter, experts_for, forced, layer_config
+from torch import Tensor
+from unit_tests.workers.moe_layer import (
+    BATCH,
+    RESULTS,
+    SEQUENCE,
+    TOKENS,
+    TRANSPORTS,
+    Problem,
+    build,
+    dense,
+    errors,
+    fill_uninitialized_memory,
+    forward,
+    gathered,
+    problem,
+    report,
+    run,
+    run_quietly,
+    same_bits,
+)
+
+from megatron_echo import cpu_backend
+from megatron_echo.dispatch.layout import round_rows
+from megatron_echo.dispatch.overflow import OverflowCheck
+from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.experts import clones as clones_module
+from megatron_echo.experts.clones import WeightPool
+from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.planner import balance_bound
+from megatron_echo.testing import no_host_sync
+
+KINDS = ("hot", "random", "empty", "balanced", "padding", "idle rank")
+PARAMETERS = ("dfc1", "dfc2")
+
+
+def case_of(kind: str, topk: int, dtype: torch.dtype, seed: int = 0) -> Problem:
+    """A problem; ``idle rank``: the last rank has no tokens, the others are hot."""
+    case = problem("hot" if kind == "idle rank" else kind, topk, dtype, seed)
+    if kind != "idle rank":
+        return case
+    chosen = case.chosen.clone()
+    chosen[-TOKENS:] = False
+    return replace(case, chosen=chosen, probs=torch.where(chosen, case.probs, 0))
+
+
+def all_slots() -> list[int]:
+    """S: 1, 2, and as many as a rank has experts."""
+    ranks = dist.get_world_size()
+    return sorted({1, 2, experts_for(ranks) // ranks})
+
+
+def cloned(topk: int, dtype: torch.dtype, slots: int | None = None, **fields: Any) -> EchoMoELayer:
+    """A layer with S slots on each rank, by default as many as experts."""
+    ranks = dist.get_world_size()
+    slots = experts_for(ranks) // ranks if slots is None else slots
+    settings = {"moe_num_echo_experts": slots * ranks, "moe_echo_tolerance": 0.0, **fields}
+    return build(topk, dtype, **settings)
+
+
+def plain(topk: int, dtype: torch.dtype, **fields: Any) -> EchoMoELayer:
+    return build(topk, dtype, moe_num_echo_experts=0, **fields)
+
+
+@contextlib.contextmanager
+def watched(layer: EchoMoELayer) -> Iterator[list[tuple[int, Clones | None]]]:
+    """Rows that the experts compute, and the clones, of each call."""
+    seen: list[tuple[int, Clones | None]] = []
+
+    def note(_: Any, args: tuple) -> None:
+        seen.append((int(args[1].sum()), args[3]))
+
+    hook = layer.experts.register_forward_pre_hook(note)
+    yield seen
+    hook.remove()
+
+
+def with_clones_somewhere(layer: EchoMoELayer, case: Problem) -> Tensor:
+    """Which experts have clones, bool ``[E]``; the hot routings must make some."""
+    with watched(layer) as seen:
+        run(layer, case)
+    ((_, clones),) = seen
+    assert clones is not None
+    experts = torch.zeros(layer.config.num_moe_experts + 1, dtype=torch.bool)
+    experts[clones.slot_expert.flatten()] = True
+    return experts[:-1]
+
+
+def against(
+    dtype: torch.dtype, limit: float, kinds: tuple[str, ...], topk: int, many: int = 1
+) -> None:
+    """Each routing and number of slots with so many of the eight other combinations, in turn."""
+    worst = dict.fromkeys(RESULTS, 0.0)
+    most_clones = 0
+    variants = itertools.cycle(itertools.product((0.0, 0.02), TRANSPORTS, (True, False)))
+    for kind in kinds:
+        case = case_of(kind, topk, dtype)
+        oracle = dense(plain(topk, dtype), case)
+        unmoved = {
+            wire: run(plain(topk, dtype, moe_echo_token_transport=wire), case)
+            for wire in TRANSPORTS
+        }
+        for slots, _ in itertools.product(all_slots(), range(many)):
+            tolerance, wire, again = next(variants)
+            layer = cloned(
+                topk, dtype, slots, moe_echo_tolerance=tolerance, moe_echo_token_transport=wire,
+                moe_echo_recompute_expert_dispatch=again, moe_echo_row_alignment=4 if again else 1,
+            )  # fmt: skip
+            with watched(layer) as seen:
+                result = run(layer, case)
+            ((_, clones),) = seen
+            assert clones is not None
+            most_clones = max(most_clones, int((clones.slot_expert >= 0).sum()))
+            for expected in (oracle, unmoved[wire]):
+                expected = {name: tensor.double() for name, tensor in expected.items()}
+                found = errors(result, expected)
+                assert max(found.values()) <= limit, (kind, slots, tolerance, wire, again, found)
+                worst = {name: max(worst[name], found[name]) for name in RESULTS}
+            OverflowCheck.of(layer.config).check()
+    assert most_clones >= dist.get_world_size() - 1
+    report(f"worst errors in {dtype}", {name: f"{value:.1e}" for name, value in worst.items()})
+
+
+def check_dense_fp64() -> None:
+    against(torch.float64, 1e-12, KINDS, 2, 2 if dist.get_world_size() == 3 else 1)
+
+
+def check_dense_fp32() -> None:
+    against(torch.float32, 1e-5, ("hot", "random", "idle rank"), 2)
+
+
+def check_dense_topk() -> None:
+    """One expert for each token, and three."""
+    for topk in (1, 3):
+        against(torch.float64, 1e-12, ("hot", "padding"), topk)
+
+
+def check_balance() -> None:
+    """With E / R slots no rank computes more rows than the bound, and the buffer is that size."""
+    ranks = dist.get_world_size()
+    variants = itertools.cycle([*itertools.product(TRANSPORTS, (1, 3))][::-1] + [("all_gather", 2)])
+    for kind, tolerance in itertools.product(KINDS, (0.0, 0.02)):
+        wire, topk = next(variants)
+        case = case_of(kind, topk, torch.float32)
+        layer = cloned(
+            topk, torch.float32, moe_echo_tolerance=tolerance, moe_echo_token_transport=wire
+        )
+        with watched(layer) as seen:
+            run(layer, case)
+        ((rows, _),) = seen
+        total = int(case.chosen.sum())
+        assert rows <= balance_bound(total, ranks, tolerance), (kind, rows, total)
+        if tolerance == 0:
+            assert rows <= -(-total // ranks)
+        every = torch.tensor(rows)
+        dist.all_reduce(every)
+        assert every == total  # nothing is dropped
+        budget = balance_bound(TOKENS * topk * ranks, ranks, tolerance)
+        assert layer.token_dispatcher.buffer_rows(TOKENS) == round_rows(budget)
+        check = OverflowCheck.of(layer.config)
+        check.check()
+        assert check.dropped == 0
+
+
+def check_unmoved_experts() -> None:
+    """Experts without clones have the gradients of the layer without clones, bit by bit."""
+    seen = 0
+    wires = itertools.cycle(TRANSPORTS)
+    for kind, slots in itertools.product(("hot", "random"), all_slots()):
+        case, wire = case_of(kind, 2, torch.float32), next(wires)
+        fields: dict[str, Any] = {"moe_echo_token_transport": wire}
+        without = run(plain(2, torch.float32, **fields), case)
+        layer = cloned(2, torch.float32, slots, **fields)
+        moved = with_clones_somewhere(layer, case).chunk(dist.get_world_size())[dist.get_rank()]
+        found = run(layer, case)
+        seen += int(moved.sum())
+        for name in PARAMETERS:
+            assert torch.equal(found[name][~moved], without[name][~moved]), (name, kind, slots)
+    total = torch.tensor(seen)
+    dist.all_reduce(total)
+    assert total > 0
+
+
+def layers_of(number: int, topk: int, dtype: torch.dtype, **fields: Any) -> list[EchoMoELayer]:
+    """Layers that share one configuration."""
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    config = layer_config(dist.get_world_size(), topk, dtype, **fields)
+    return [EchoMoELayer(config) for _ in range(number)]
+
+
+def spoil(layer: EchoMoELayer) -> None:
+    """Fill the pool with NaN."""
+    with torch.no_grad():
+        for stack in WeightPool.of(layer.config).stacks:
+            stack.fill_(float("nan"))
+
+
+def two_layers_twice(layers: list[EchoMoELayer], spoiling: bool) -> list[Tensor]:
+    """Two microbatches, forward of both before backward of both: outputs and gradients."""
+    cases = [case_of("hot", 2, torch.float32, 1), case_of("random", 2, torch.float32, 2)]
+    hiddens, outputs, routes = [], [], []
+    for layer in layers:
+        layer.zero_grad()
+    for case in cases:
+        mine = case.mine()
+        hidden = mine.hidden.reshape(SEQUENCE, BATCH, HIDDEN).clone().requires_grad_()
+        hiddens.append(hidden)
+        for index, layer in enumerate(layers):
+            probs = mine.probs.clone().requires_grad_()
+            routes.append(probs)
+            # The second layer has another routing than the first.
+            shift = index * 3
+            hidden, _ = forced(layer, probs.roll(shift, 1), mine.chosen.roll(shift, 1))(hidden)
+            if spoiling:
+                spoil(layer)
+                hidden.register_hook(lambda grad, layer=layer: spoil(layer))
+        outputs.append(hidden)
+    for case, output in zip(cases, outputs, strict=True):
+        output.backward(case.mine().weight.view_as(output))
+        if spoiling:
+            spoil(layers[0])
+    weights = [parameter.grad for layer in layers for parameter in layer.experts.parameters()]
+    grads = [leaf.grad for leaf in (*hiddens, *routes)] + weights
+    return [*outputs, *(grad.clone() for grad in grads if grad is not None)]
+
+
+def check_pool() -> None:
+    """The pool may be anything between two uses, and does not grow with the layers."""
+    for slots, again in zip([*all_slots(), 1], (True, False, True, False), strict=True):
+        fields: dict[str, Any] = {
+            "moe_num_echo_experts": slots * dist.get_world_size(),
+            "moe_echo_recompute_expert_dispatch": again,
+        }
+        layers = layers_of(2, 2, torch.float32, **fields)
+        pool = WeightPool.of(layers[0].config)
+        assert pool is WeightPool.of(layers[1].config)
+        clean = two_layers_twice(layers, False)
+        nbytes = pool.nbytes
+        assert nbytes > 0
+        assert len(clean) == 2 + 2 + 4 + 4
+        spoiled = two_layers_twice(layers, True)
+        for number, (left, right) in enumerate(zip(spoiled, clean, strict=True)):
+            assert torch.equal(left, right), (slots, again, number)
+        assert pool.nbytes == nbytes
+        if slots == 2:
+            many = layers_of(8, 2, torch.float32, **fields)
+            two_layers_twice(many, False)
+            assert WeightPool.of(many[0].config).nbytes == nbytes
+        experts = layers[0].num_local_experts
+        sizes = sum(weight[0].nbytes for weight in layers[0].experts.parameters())
+        assert nbytes == (experts + slots) * sizes
+
+
+def check_no_host_sync() -> None:
+    """Forward and backward read nothing on the host."""
+    variants = itertools.cycle(itertools.product(TRANSPORTS, ("hot", "padding"), (True, False)))
+    for dtype, slots, _ in itertools.product(
+        (torch.float64, torch.bfloat16), all_slots(), range(2)
+    ):
+        wire, kind, again = next(variants)
+        layer = cloned(
+            2, dtype, slots, moe_echo_token_transport=wire,
+            moe_echo_recompute_expert_dispatch=again,
+            moe_echo_tolerance=0.02 if again else 0.0,
+        )  # fmt: skip
+        case = case_of(kind, 2, dtype)
+        with no_host_sync("raise") as sync:
+            run_quietly(layer, case)
+        assert sync.hits == []
+
+
+def checkpointed(layer: EchoMoELayer, case: Problem, reentrant: bool) -> dict[str, Tensor]:
+    """:func:`run` with the whole layer recomputed; the routing is not differentiated through."""
+    mine = case.mine()
+    hidden = mine.hidden.reshape(SEQUENCE, BATCH, HIDDEN).clone().requires_grad_()
+    layer.experts.zero_grad()
+    output = torch.utils.checkpoint.checkpoint(
+        lambda tensor: layer(tensor)[0], hidden, use_reentrant=reentrant, preserve_rng_state=False
+    )
+    output.backward(mine.weight.view_as(output))
+    fc1, fc2 = layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight
+    results = {"output": output.detach(), "dx": hidden.grad, "dfc1": fc1.grad, "dfc2": fc2.grad}
+    assert all(tensor is not None for tensor in results.values())
+    for name in ("output", "dx"):
+        results[name] = results[name].view(TOKENS, HIDDEN)
+    return results
+
+
+def check_gradient_hooks() -> None:
+    """What watches a parameter fires once a backward pass, with the whole gradient."""
+    for (kind, again), mode in itertools.product(
+        (("hot", True), ("idle rank", False)), ("plain", "reentrant", "not reentrant")
+    ):
+        case = case_of(kind, 2, torch.float32)
+        expected = run(plain(2, torch.float32), case)
+        layer = cloned(2, torch.float32, moe_echo_recompute_expert_dispatch=again)
+        fired: dict[int, list[Tensor]] = {}
+
+        def note(parameter: Tensor, fired: dict[int, list[Tensor]] = fired) -> None:
+            assert parameter.grad is not None
+            fired.setdefault(id(parameter), []).append(parameter.grad.clone())
+
+        parameters = [layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(note)
+        for step in (1, 2):
+            if mode == "plain":
+                found = run(layer, case)
+            else:
+                mine = case.mine()
+                forced(layer, mine.probs.clone().requires_grad_(), mine.chosen)
+                found = checkpointed(layer, case, mode == "reentrant")
+            for name, parameter in zip(PARAMETERS, parameters, strict=True):
+                snapshots = fired[id(parameter)]
+                assert len(snapshots) == step, (mode, len(snapshots))
+                assert torch.equal(snapshots[-1], found[name])
+                scale = expected[name].abs().max().clamp(min=1)
+                assert (found[name] - expected[name]).abs().max() <= 1e-5 * scale
+
+
+def check_data_parallel() -> None:
+    """Megatron's DDP: the main gradient is whole when the parameter is reported ready."""
+    for again, mode in itertools.product((True, False), ("plain", "reentrant")):
+        case, mine = case_of("hot", 2, torch.float32), case_of("hot", 2, torch.float32).mine()
+        layer = cloned(2, torch.float32, moe_echo_recompute_expert_dispatch=again)
+        settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=1)
+        forced(layer, mine.probs.clone().requires_grad_(), mine.chosen)
+        model = DistributedDataParallel(layer.config, settings, layer)
+        ready: list[tuple[int, Tensor]] = []
+        original = _ParamAndGradBucketGroup.register_grad_ready
+
+        def note(
+            self: Any, param: Any, *args: Any, ready: list = ready, original: Any = original,
+            **kwargs: Any,
+        ) -> None:  # fmt: skip
+            ready.append((id(param), param.main_grad.clone()))
+            original(self, param, *args, **kwargs)
+
+        with mock.patch.object(_ParamAndGradBucketGroup, "register_grad_ready", note):
+            model.zero_grad_buffer()
+            hidden = mine.hidden.reshape(SEQUENCE, BATCH, HIDDEN).clone().requires_grad_()
+            if mode == "plain":
+                output, _ = model(hidden)
+            else:
+                output = torch.utils.checkpoint.checkpoint(
+                    lambda tensor, model=model: model(tensor)[0], hidden,
+                    use_reentrant=True, preserve_rng_state=False,
+                )  # fmt: skip
+            output.backward(mine.weight.view_as(output))
+            model.finish_grad_sync()
+        expected = run(plain(2, torch.float32), case)
+        parameters = [layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight]
+        assert len(ready) == len(parameters), len(ready)
+        for name, parameter in zip(PARAMETERS, parameters, strict=True):
+            ((_, snapshot),) = [pair for pair in ready if pair[0] == id(parameter)]
+            final: Tensor = parameter.main_grad
+            # Only scaled since, by one over the data-parallel size.
+            assert torch.equal(snapshot / dist.get_world_size(), final), (name, mode)
+            scale = expected[name].abs().max().clamp(min=1)
+            assert (snapshot - expected[name]).abs().max() <= 1e-5 * scale
+
+
+def check_nan_weights() -> None:
+    """NaN in the weights of one expert, cloned or not, reaches the tokens that go there only."""
+    ranks = dist.get_world_size()
+    variants = itertools.cycle(itertools.product(TRANSPORTS, (True, False)))
+    for kind, slots, dtype in itertools.product(
+        ("hot", "padding"), all_slots(), (torch.float64, torch.float32)
+    ):
+        case = case_of(kind, 2, dtype)
+        wire, again = next(variants)
+        fields: dict[str, Any] = {
+            "moe_echo_token_transport": wire,
+            "moe_echo_recompute_expert_dispatch": again,
+        }
+        clean = run(cloned(2, dtype, slots, **fields), case)
+        for broken in (0, experts_for(ranks) - 2):
+            layer = cloned(2, dtype, slots, **fields)
+            local = broken - dist.get_rank() * layer.num_local_experts
+            if 0 <= local < layer.num_local_experts:
+                with torch.no_grad():
+                    layer.experts.linear_fc1.weight[local] = float("nan")
+                    layer.experts.linear_fc2.weight[local] = float("nan")
+            found = run(layer, case)
+            touched = case.mine().chosen[:, broken]
+            for name in ("output", "dx", "dprobs"):
+                assert torch.equal(found[name][~touched], clean[name][~touched]), (name, kind)
+            assert found["output"][touched].isnan().all()
+            others = torch.arange(layer.num_local_experts) != local
+            for name in PARAMETERS:
+                assert torch.equal(found[name][others], clean[name][others]), (name, kind, slots)
+
+
+def check_unused_slots() -> None:
+    """NaN in the slots without an expert changes nothing."""
+    original, filled = clones_module.push_weights, 0
+
+    def push(weight: Tensor, clones: Clones, stack: Tensor) -> Tensor:
+        nonlocal filled
+        stack = original(weight, clones, stack)
+        unused = clones.slot_expert[dist.get_rank()] < 0
+        stack[clones.experts_per_rank :][unused] = float("nan")
+        filled += int(unused.sum())
+        return stack
+
+    keeps = itertools.cycle((True, False))
+    for dtype, kind, slots in itertools.product(
+        (torch.float64, torch.float32), ("hot", "random"), all_slots()
+    ):
+        case, again = case_of(kind, 2, dtype), next(keeps)
+        fields: dict[str, Any] = {"moe_echo_recompute_expert_dispatch": again}
+        clean = run(cloned(2, dtype, slots, **fields), case)
+        with mock.patch.object(clones_module, "push_weights", push):
+            same_bits(run(cloned(2, dtype, slots, **fields), case), clean)
+    assert filled > 0
+
+
+def check_same_bits() -> None:
+    """Twice the same; and the same when every uninitialised tensor is full of NaN."""
+    variants = itertools.cycle(itertools.product(("hot", "padding"), TRANSPORTS))
+    for dtype, slots in itertools.product(
+        (torch.float64, torch.float32, torch.bfloat16), all_slots()
+    ):
+        kind, wire = next(variants)
+        fields: dict[str, Any] = {
+            "moe_echo_token_transport": wire,
+            "moe_echo_recompute_expert_dispatch": slots != 2,
+        }
+        layer, case = cloned(2, dtype, slots, **fields), case_of(kind, 2, dtype)
+        first = run(layer, case)
+        same_bits(run(layer, case), first)
+        torch.use_deterministic_algorithms(True)
+        try:
+            fill_uninitialized_memory(False)
+            unfilled = run(layer, case)
+            fill_uninitialized_memory(True)
+            assert torch.empty(3).isnan().all()
+            same_bits(run(cloned(2, dtype, slots, **fields), case), unfilled)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        same_bits(unfilled, first)
+
+
+def check_bf16() -> None:
+    """Gradients of the weights are as near to fp64 as without clones."""
+    worst = 0.0
+    for kind, slots in itertools.product(("hot", "random"), all_slots()):
+        squares = torch.zeros(2, 2, dtype=torch.float64)  # with and without; fc1 and fc2
+        for seed in range(2):
+            case = case_of(kind, 2, torch.bfloat16, seed)
+            without = plain(2, torch.bfloat16)
+            exact = dense(without, case)
+            runs = (run(cloned(2, torch.bfloat16, slots), case), run(without, case))
+            for row, found in enumerate(runs):
+                for column, name in enumerate(PARAMETERS):
+                    squares[row, column] += (found[name].double() - exact[name]).square().sum()
+        dist.all_reduce(squares)
+        ratio = (squares[0] / squares[1]).sqrt()
+        assert (ratio <= 1.05).all(), (kind, slots, ratio)
+        worst = max(worst, float(ratio.max()))
+    report("bf16", {"worst error over that without clones": f"{worst:.3f}"})
+
+
+def inference(layer: EchoMoELayer, case: Problem, tokens: int = TOKENS) -> Tensor:
+    """The output for the first tokens of each rank."""
+    mine = case.mine()
+    hidden = mine.hidden[:tokens].view(-1, BATCH, HIDDEN)
+    output, _ = forced(layer, mine.probs[:tokens], mine.chosen[:tokens])(hidden)
+    return output.view(tokens, HIDDEN).detach()
+
+
+def check_evaluation() -> None:
+    """Evaluation between training steps, without gradients, and with other numbers of tokens."""
+    wires = itertools.cycle(TRANSPORTS)
+    for kind, slots in itertools.product(("hot", "idle rank"), all_slots()):
+        case, wire = case_of(kind, 2, torch.float64), next(wires)
+        fields: dict[str, Any] = {"moe_echo_token_transport": wire}
+        layer = cloned(2, torch.float64, slots, **fields)
+        without = plain(2, torch.float64, **fields)
+        first = run(layer, case)
+        for tokens in (TOKENS, 4):
+            expected = inference(without, case, tokens)
+            limit = 1e-12 * expected.abs().max().clamp(min=1)
+            for training, context in (
+                (True, torch.no_grad), (False, torch.no_grad), (False, torch.inference_mode)
+            ):  # fmt: skip
+                layer.train(training)
+                with context():
+                    found = inference(layer, case, tokens)
+                assert found.isfinite().all()
+                assert (found - expected).abs().max() <= limit, (kind, slots, tokens, training)
+        layer.train()
+        same_bits(run(layer, case), first)
+        OverflowCheck.of(layer.config).check()
+
+
+def check_inference_first() -> None:
+    """Training after the pool was made in inference mode."""
+    case = case_of("hot", 2, torch.float64)
+    layer = cloned(2, torch.float64).eval()
+    with torch.inference_mode():
+        inference(layer, case)
+    layer.train()
+    same_bits(run(layer, case), run(cloned(2, torch.float64), case))
+
+
+def check_one_rank() -> None:
+    """A single rank makes no clones, whatever the setting."""
+    assert dist.get_world_size() == 1
+    for total in (None, 0, 3, 12):
+        layer = build(2, torch.float32, moe_num_echo_experts=total)
+        case = case_of("hot", 2, torch.float32)
+        with watched(layer) as seen:
+            found = run(layer, case)
+        assert seen[0][1] is None
+        assert WeightPool.of(layer.config).nbytes == 0
+        assert WeightPool.of(layer.config).stacks == ()
+        same_bits(found, run(plain(2, torch.float32), case))
+
+
+class FlippingRouter(ForcedRouter):
+    """Answers with one routing, then with another."""
+
+    def __init__(self, first: Problem, then: Problem) -> None:
+        super().__init__(first.probs, first.chosen)
+        self.then, self.calls = then, 0
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        if self.calls == 1:
+            return self.probs, self.chosen
+        return self.then.probs, self.then.chosen
+
+
+def check_flipping_router() -> None:
+    """Recomputed with another routing, on one rank: planned again, gradients are the new one's."""
+    variants = itertools.cycle(itertools.product(TRANSPORTS, (True, False), (True, False)))
+    for slots, _ in itertools.product(all_slots(), range(3)):
+        wire, again, reentrant = next(variants)
+        first = case_of("hot", 2, torch.float64)
+        chosen, probs = first.chosen.clone(), first.probs.clone()
+        last = chosen.shape[1] - 1  # some tokens of rank 0 now prefer the last expert to the first
+        for token in range(TOKENS // 2):
+            chosen[token, [0, last]] = torch.tensor([False, True])
+            probs[token, last], probs[token, 0] = probs[token, 0], 0.0
+        then = replace(first, chosen=chosen, probs=probs)
+        layer = cloned(
+            2, torch.float64, slots, moe_echo_token_transport=wire,
+            moe_echo_recompute_expert_dispatch=again,
+        )  # fmt: skip
+        before, expected = dense(layer, first), dense(layer, then)
+        with watched(layer) as seen:
+            layer.router = FlippingRouter(first.mine(), then.mine())
+            found = checkpointed(layer, first, reentrant)
+        assert layer.router.calls == 2
+        plans = [clones.slot_expert for _, clones in seen if clones is not None]
+        assert len(plans) == 2
+        scale = gathered(before["output"]).abs().max()
+        assert (found["output"] - before["output"]).abs().max() <= 1e-12 * scale
+        for name in ("dx", *PARAMETERS):
+            assert found[name].isfinite().all()
+            limit = 1e-12 * gathered(expected[name]).abs().max()
+            assert (found[name] - expected[name]).abs().max() <= limit, (name, slots, wire)
+
+
+def check_calls_in_flight() -> None:
+    """Two forward passes of one layer before the first backward, with different clones."""
+    for wire, again in itertools.product(TRANSPORTS, (True, False)):
+        layer = cloned(
+            2, torch.float64, moe_echo_token_transport=wire,
+            moe_echo_recompute_expert_dispatch=again,
+        )  # fmt: skip
+        cases = [case_of("random", 2, torch.float64, 1), case_of("hot", 2, torch.float64, 2)]
+        expected = [run(layer, case) for case in cases]
+        finish: list[Callable[[], dict[str, Tensor]]] = [forward(layer, case) for case in cases]
+        for backward, results in zip(finish, expected, strict=True):
+            same_bits(backward(), results)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+    for name in sys.argv[1:]:
+        globals()[f"check_{name}"]()
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    cpu_backend.enable(verbose=False)
+    main()
