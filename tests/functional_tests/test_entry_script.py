@@ -160,8 +160,7 @@ def test_any_megatron_script_takes_our_layer(spec: str, tmp_path: Path) -> None:
     words = [*stock, "--spec", "megatron_echo.layer_specs", spec]
     result = launch.torchrun(words, 2, STOCK_SCRIPT, module="megatron_echo.cpu_backend").check()
     assert result.output.count("CUDA entry points now run on the CPU") == 1
-    echo = {"moe_enable_echo": True, "moe_num_echo_experts": 0}
-    ours = launch.tiny_model(**common, **echo, tensorboard_dir=tmp_path / "ours")
+    ours = launch.tiny_model(**common, moe_enable_echo=True, tensorboard_dir=tmp_path / "ours")
     launch.run(ours, 2).check()
     metrics = ("lm loss", "grad-norm")
     assert read_tensorboard(tmp_path / "stock", metrics) == read_tensorboard(
