@@ -183,3 +183,19 @@ def test_what_is_kept_for_backward(widths: tuple[int, int]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         grouped_linear(rows, weights, ends).backward(grad)
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (rows, weights, ends)]
+
+
+def test_frozen_weights() -> None:
+    """No gradient for weights that want none; that of the rows is the same."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 8, generator=generator)
+    weights = torch.randn(3, 4, 8, generator=generator)
+    ends = torch.tensor([4, 4, 12], dtype=torch.int32)
+    grads = []
+    for is_frozen in (False, True):
+        source = rows.clone().requires_grad_()
+        stack = weights.clone().requires_grad_(not is_frozen)
+        grouped_linear(source, stack, ends).square().sum().backward()
+        assert (stack.grad is None) == is_frozen
+        grads.append(source.grad)
+    assert torch.equal(*grads)
