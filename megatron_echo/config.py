@@ -110,6 +110,10 @@ def _check_ranks_per_node(value: int | None, config: Any) -> str | None:
     return None
 
 
+def _check_not_negative(value: float, config: Any) -> str | None:
+    return "is negative. Use 0 or more." if value < 0 else None
+
+
 def _check_row_alignment(value: int, config: Any) -> str | None:
     return None if value >= 1 else "is below 1. Use 1, or the multiple that a kernel wants."
 
@@ -187,7 +191,7 @@ class EchoConfigMixin:
         0,
         "Clones with fewer tokens are given up where their home can compute them within the bound.",
         group="echo",
-        check=lambda value, _: "is negative. Use 0 or more." if value < 0 else None,
+        check=_check_not_negative,
         metavar="N",
     )
     moe_echo_ranks_per_node: int | None = flag(
@@ -221,7 +225,7 @@ class EchoConfigMixin:
         "For tests and benchmarks: adds a fixed Zipf bias with this exponent to the router's "
         "logits, in another order in each layer, so that the routing is skewed and still learns.",
         group="echo",
-        check=lambda value, _: "is negative. Use 0 or more." if value < 0 else None,
+        check=_check_not_negative,
         metavar="ALPHA",
     )
 

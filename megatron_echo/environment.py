@@ -12,6 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """True for a tensor that kernels can work on: fake ones say CUDA and have no memory."""
+    return tensor.is_cuda and not isinstance(tensor, FakeTensor)
 
 
 def _find_transformer_engine() -> bool:

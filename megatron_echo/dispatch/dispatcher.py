@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import echo_setting, num_clone_slots
-from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
-from megatron_echo.dispatch.overflow import MILLION, OverflowCheck
+from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows, share_of
+from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
-from megatron_echo.dispatch.reroute import Clones, home_experts, physical_experts
+from megatron_echo.dispatch.reroute import Clones, physical_experts
 from megatron_echo.dispatch.transports import AllGatherTransport, AllToAllTransport, TokenTransport
 from megatron_echo.dispatch.transports.collectives import all_gather
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
@@ -60,7 +60,7 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
 
 def _millionths(part: Tensor, whole: int) -> Tensor:
     """``part / whole`` in millionths, rounded up."""
-    return (part * MILLION + whole - 1) // max(whole, 1)
+    return (part * 10**6 + whole - 1) // max(whole, 1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             total = tokens * self._topk * self.ep_size
             rows = balance_bound(total, self.ep_size, self._tolerance)
         elif self._capacity is not None and self.training:
-            rows = -(-round(self._capacity * MILLION) * tokens * self._topk // MILLION)
+            rows = share_of(self._capacity, tokens * self._topk)
         return round_rows(
             min(rows, most) + self.num_groups * (self._alignment - 1), self._alignment
         )
@@ -140,10 +140,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
         """
         experts = compact_routing(routing_map, self._topk)
-        plan = self._plan(experts) if self._slots > 0 else None
-        if plan is None:
-            physical = home_experts(experts, self._experts // self.ep_size, 0)
-        else:
+        plan, physical = None, experts
+        if self._slots > 0:
+            plan = self._plan(experts)
             physical = physical_experts(experts, plan, self.ep_rank)
             if self.training and torch.is_grad_enabled():  # not in the uncounted half
                 statistics = self._overflow.statistics
@@ -199,7 +198,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         layout = build_layout(
             groups, self.num_groups, self.buffer_rows(tokens), self.ep_size, self._alignment
         )
-        self._call = replace(call, experts=call.experts.new_empty(0), rows=layout.rows)
+        self._call = replace(call, rows=layout.rows)
         if self.training:
             padding = self.num_groups * (self._alignment - 1)
             need = _millionths((layout.need - padding).clamp(min=0), tokens * self._topk)

@@ -13,6 +13,11 @@ from torch import Tensor
 _STEPS = 16
 
 
+def share_of(share: float, whole: int) -> int:
+    """``ceil(share * whole)`` in integers, the share rounded to millionths once."""
+    return -(-round(share * 10**6) * whole // 10**6)
+
+
 def round_rows(rows: int, alignment: int = 1) -> int:
     """A row count rounded up to one of sixteen sizes between two powers of two.
 

@@ -1,6 +1,6 @@
 """What happens when the receive buffers are too small: known on the device, read once a step.
 
-Each layer adds what it saw to four numbers on the device. They are read where Megatron finishes
+Each layer adds what it saw to a few numbers on the device. They are read where Megatron finishes
 the gradients: after the backward passes of all microbatches and before the optimizer, on every
 rank, so that all of them raise the same error and no weight has been touched.
 """
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.observe.statistics import StepStatistics
-
-MILLION = 10**6
 
 
 class MoEOverflowError(RuntimeError):

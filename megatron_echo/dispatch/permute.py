@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.dispatch.layout import RowMap
+from megatron_echo.environment import on_gpu
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,12 +49,8 @@ def _with_null_row(source: Tensor) -> Tensor:
     return torch.cat((source, source.new_zeros(1, source.shape[1])))
 
 
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda and not isinstance(tensor, FakeTensor)
-
-
 def _take_rows(source: Tensor, index: Tensor) -> Tensor:
-    if _on_gpu(source):
+    if on_gpu(source):
         from megatron_echo.dispatch.kernels import take_rows
 
         return take_rows(source, index)
@@ -62,7 +58,7 @@ def _take_rows(source: Tensor, index: Tensor) -> Tensor:
 
 
 def _sum_rows(source: Tensor, index: Tensor) -> Tensor:
-    if _on_gpu(source):
+    if on_gpu(source):
         from megatron_echo.dispatch.kernels import sum_rows
 
         return sum_rows(source, index)

@@ -25,7 +25,7 @@ class Clones:
 
 
 def home_experts(experts: Tensor, per_rank: int, num_slots: int) -> Tensor:
-    """Physical ids without clones: expert ``e`` is group ``e % m`` of rank ``e // m``.
+    """Physical ids of the experts themselves: expert ``e`` is group ``e % m`` of rank ``e // m``.
 
     Args:
         experts: integer, logical ids; E stands for no expert and becomes ``R * (m + S)``.
@@ -54,14 +54,15 @@ def physical_experts(experts: Tensor, plan: ClonePlan, rank: int) -> Tensor:
     slots = plan.slot_expert.shape[1]
     per_rank = num_experts // ranks
     groups = per_rank + slots
-    # Group of expert e on rank r: its home group, or its slot there.
+    # Physical id of expert e on rank r: its home there, or its slot.
     expert = torch.where(plan.slot_expert < 0, num_experts, plan.slot_expert)
     slot = torch.arange(per_rank, groups, device=expert.device).expand(ranks, slots)
     group = expert.new_zeros(ranks, num_experts + 1).scatter_(1, expert, slot)[:, :num_experts]
     ids = torch.arange(num_experts, device=expert.device)
     owner = torch.arange(ranks, device=expert.device)[:, None]
-    group = torch.where(ids // per_rank == owner, ids % per_rank, group)
-    cell_id = (owner * groups + group).t().reshape(-1)
+    home = home_experts(ids, per_rank, slots)
+    cell_id = torch.where(ids // per_rank == owner, home, owner * groups + group)
+    cell_id = cell_id.t().reshape(-1)
     cell_id = torch.cat((cell_id, cell_id.new_full((1,), ranks * groups)))
     # Pairs in the order of experts fall into the cells [E, R] of the split, one after the other.
     ends = plan.split_for(rank).reshape(-1).cumsum(0)

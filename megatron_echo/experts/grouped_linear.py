@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
+from megatron_echo.environment import on_gpu
+
 _ROW_BYTES = 16
 
 
@@ -51,12 +53,11 @@ def _takes_grouped_mm(rows: Tensor, *widths: int) -> bool:
     On CUDA that is bf16 from Hopper on: elsewhere ``grouped_mm`` copies them. Rows must be
     multiples of 16 bytes.
     """
-    is_fake = isinstance(rows, FakeTensor)
-    if rows.is_cpu and not is_fake:
+    if rows.is_cpu and not isinstance(rows, FakeTensor):
         has_kernel = rows.dtype != torch.float64
     else:
         has_kernel = rows.dtype == torch.bfloat16  # also all that the operator's shape rule knows
-        if rows.is_cuda and not is_fake:
+        if on_gpu(rows):
             has_kernel &= torch.cuda.get_device_capability(rows.device) >= (9, 0)
     return has_kernel and all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
 

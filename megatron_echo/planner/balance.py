@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from megatron_echo.environment import on_gpu
 from megatron_echo.planner.plan import ClonePlan
 from megatron_echo.planner.split import check_ranks_per_node
 
@@ -112,8 +112,7 @@ def plan_clones(
         ValueError: shapes or settings that do not fit together.
     """
     _check(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)
-    on_gpu = counts.is_cuda and not isinstance(counts, FakeTensor)
-    if on_gpu and num_slots > 0 and counts.shape[0] > 1:
+    if on_gpu(counts) and num_slots > 0 and counts.shape[0] > 1:
         from megatron_echo.planner.kernels import plan_tensors
 
         tensors = plan_tensors(counts, num_slots, tolerance, min_tokens_per_clone, ranks_per_node)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.dispatch.layout import RowMap
+from megatron_echo.dispatch.layout import RowMap, share_of
 from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.collectives import all_to_all
@@ -42,7 +42,7 @@ class AllToAllTransport(TokenTransport):
 
     def places(self, tokens: int) -> int:
         """C for T tokens."""
-        return min(tokens, max(1, -(-int(tokens * self._peer_capacity * 10**6) // 10**6)))
+        return min(tokens, max(1, share_of(self._peer_capacity, tokens)))
 
     def dispatch(self, hidden: Tensor, experts: Tensor, probs: Tensor) -> Delivery:
         """See :class:`TokenTransport`."""

@@ -4,6 +4,7 @@ Megatron's own mappings allocate on ``torch.cuda.current_device()``, whatever th
 With one rank nothing is called and nothing copied.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Group = dist.ProcessGroup
+_Op = Callable[[Tensor, Group], Tensor]
 
 
 def _all_gather(tensor: Tensor, group: Group) -> Tensor:
@@ -39,52 +41,30 @@ def exchange(tensor: Tensor, group: Group) -> Tensor:
     return output
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _all_gather(tensor, group)
+class _Collective(torch.autograd.Function):
+    """A collective in forward, its adjoint in backward."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.group), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(tensor, group)
+    def forward(ctx: Any, tensor: Tensor, group: Group, there: _Op, back: _Op) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(tensor, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.group), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return exchange(tensor, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return exchange(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def all_gather(tensor: Tensor, group: Group) -> Tensor:
     """``[n, ...]`` of every rank, in rank order: ``[R * n, ...]``. Backward reduce-scatters."""
-    return _AllGather.apply(tensor, group)
+    return _Collective.apply(tensor, group, _all_gather, _reduce_scatter)
 
 
 def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     """Sum ``[R * n, ...]`` over the ranks and keep this rank's ``[n, ...]``. Backward gathers."""
-    return _ReduceScatter.apply(tensor, group)
+    return _Collective.apply(tensor, group, _reduce_scatter, _all_gather)
 
 
 def all_to_all(tensor: Tensor, group: Group) -> Tensor:
     """Exchange equal parts: ``[R * n, ...]``, part r goes to rank r. Backward is the same."""
-    return _AllToAll.apply(tensor, group)
+    return _Collective.apply(tensor, group, exchange, exchange)

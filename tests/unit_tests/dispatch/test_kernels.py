@@ -140,7 +140,7 @@ def test_forward_and_backward_through_the_kernels(
     pairs = torch.rand(24, 3, generator=generator, dtype=torch.float64)
     results: list[list[Tensor]] = []
     for on_gpu in (False, True):
-        monkeypatch.setattr(permute, "_on_gpu", lambda tensor, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(permute, "on_gpu", lambda tensor, on_gpu=on_gpu: on_gpu)
         results.append([])
         for function, given in (
             (permute.tokens_to_rows, tokens),

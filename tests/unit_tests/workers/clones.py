@@ -5,7 +5,6 @@ A check is a function ``check_...`` below, built on those of the layer without c
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -33,6 +31,7 @@ from unit_tests.workers.moe_layer import (
     fill_uninitialized_memory,
     forward,
     gathered,
+    main,
     problem,
     report,
     run,
@@ -597,14 +596,6 @@ def check_calls_in_flight() -> None:
             same_bits(backward(), results)
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
-    for name in sys.argv[1:]:
-        globals()[f"check_{name}"]()
-    dist.barrier()
-
-
 if __name__ == "__main__":
     cpu_backend.enable(verbose=False)
-    main()
+    main(globals())

@@ -504,14 +504,15 @@ def report(title: str, values: dict[str, str]) -> None:
         print(f"{title}, {dist.get_world_size()} ranks:", values, flush=True)
 
 
-def main() -> None:
+def main(checks: dict[str, Any]) -> None:
+    """Run the checks that the command line names, on all ranks together."""
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
     for name in sys.argv[1:]:
-        globals()[f"check_{name}"]()
+        checks[f"check_{name}"]()
     dist.barrier()
 
 
 if __name__ == "__main__":
     cpu_backend.enable(verbose=False)
-    main()
+    main(globals())
