@@ -68,6 +68,7 @@ from megatron_echo.arguments import (  # noqa: E402
     echo_config_from_args,
     repair_help,
 )
+from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
@@ -274,6 +275,20 @@ def model_config_from_args(args: Any) -> GPTModelConfig:
     return gpt_config_from_args(args, echo_config_from_args(args), config_class)
 
 
+def announce_kept_clones(args: Any, config: Any) -> None:
+    """Say what clones cost that are kept from forward to backward."""
+    if args.rank or not args.moe_enable_echo or config.moe_echo_recompute_expert_dispatch:
+        return
+    samples = args.micro_batch_size * args.data_parallel_size
+    batch = args.global_batch_size  # None with --step-batch-size-schedule
+    kept = kept_clone_bytes(config, batch // samples if batch is not None else None)
+    print(
+        f"[megatron_echo] --no-moe-echo-recompute-expert-dispatch keeps up to {kept / 2**20:.1f} "
+        "MiB of clones on a rank until backward",
+        flush=True,
+    )
+
+
 def report(problem: object) -> None:
     """Print an error in one line."""
     print(f"pretrain_gpt_moe.py: error: {problem}", file=sys.stderr, flush=True)
@@ -293,6 +308,7 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the checks that read files run there only
             report(error)
         raise SystemExit(2) from error
+    announce_kept_clones(args, model_config.transformer)
     if args.run_dir is not None:
         if args.rank == 0:
             write_run_record(args.run_dir, args, command)

@@ -114,6 +114,28 @@ def _check_not_negative(value: float, config: Any) -> str | None:
     return "is negative. Use 0 or more." if value < 0 else None
 
 
+def _check_expert_dispatcher(value: str, config: Any) -> str | None:
+    if value == "p2p" and config.cuda_graph_impl != "none":
+        return "reads the plan on the host, which a CUDA graph cannot. Use collective."
+    return None
+
+
+def _check_every(value: int, config: Any) -> str | None:
+    if value and config.cuda_graph_impl != "none":
+        return "adds work in some steps, which a CUDA graph cannot. Leave one of the two out."
+    return _check_not_negative(value, config)
+
+
+def _check_trace_dir(value: str | None, config: Any) -> str | None:
+    if value is not None and config.cuda_graph_impl != "none":
+        return "collects the plans in Python, which a CUDA graph skips. Leave one of the two out."
+    return None
+
+
+def _check_positive(value: int, config: Any) -> str | None:
+    return None if value >= 1 else "is below 1. Use 1 or more."
+
+
 def _check_row_alignment(value: int, config: Any) -> str | None:
     return None if value >= 1 else "is below 1. Use 1, or the multiple that a kernel wants."
 
@@ -216,9 +238,34 @@ class EchoConfigMixin:
     )
     moe_echo_expert_dispatcher_type: str = flag(
         "collective",
-        "How weights of clones travel. collective: static exchanges, one for each slot.",
+        "How weights of clones travel. collective: static exchanges, one for each slot. p2p: only "
+        "the slots in use, for which the host reads each plan; not within CUDA graphs.",
         group="echo",
-        choices=("collective",),
+        check=_check_expert_dispatcher,
+        choices=("collective", "p2p"),
+    )
+    moe_echo_check_every: int = flag(
+        0,
+        "Every so many steps compute one MoE layer again without clones and compare, and compare "
+        "the plan over the ranks; stop on a difference. 0 never does.",
+        group="echo",
+        check=_check_every,
+        metavar="N",
+    )
+    moe_echo_trace_dir: str | None = flag(
+        None,
+        "Write the routing counts of each layer and microbatch, and the plans, into this folder, "
+        "one .npz file for each traced step and pipeline stage.",
+        group="echo",
+        check=_check_trace_dir,
+        metavar="DIR",
+    )
+    moe_echo_trace_every: int = flag(
+        1,
+        "Trace every so many steps.",
+        group="echo",
+        check=_check_positive,
+        metavar="N",
     )
     moe_echo_force_skew: float = flag(
         0.0,

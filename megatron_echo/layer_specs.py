@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_echo.config import EchoConfigMixin
-from megatron_echo.dispatch.overflow import OverflowCheck
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
 from megatron_echo.moe_layer import EchoMoELayer
 
@@ -98,7 +98,7 @@ def gpt_moe_block_spec(
                 "layer into the MTP layers, whatever the spec names. Use pretrain_gpt_moe.py, or "
                 "build the model from megatron_echo.model_builder.EchoGPTModelConfig."
             )
-        OverflowCheck.of(config)  # on every rank, also where a pipeline stage has no MoE layer
+        StepEnd.of(config)  # on every rank, also where a pipeline stage has no MoE layer
     is_dense_te = config.num_moe_experts is None and _uses_transformer_engine(config)
     if config.experimental_attention_variant is not None or is_dense_te:
         return default_layer_spec(gpt_model_config, vp_stage)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron_echo.compatibility import config_refusal
 from megatron_echo.config import echo_setting
 from megatron_echo.dispatch import EchoTokenDispatcher
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.routing.router import SkewedRouter
 
@@ -56,7 +58,17 @@ class EchoMoELayer(MoELayer):
         if echo_setting(config, "moe_echo_force_skew") > 0:
             submodules = dataclasses.replace(submodules, router=SkewedRouter)
         super().__init__(config, submodules, layer_number, groups, is_mtp_layer, name)
+        self._groups = groups
         self.token_dispatcher = EchoTokenDispatcher(config, groups)
+        self._self_check = StepEnd.of(config).self_check
+        self._place = self._self_check.register()
+        self._doubted: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's number of this layer, from 1; MTP layers come after the others."""
+        super().set_layer_number(layer_number)
+        before = self.config.num_layers if self.is_mtp_layer else 0
+        self.token_dispatcher.layer_number = before + layer_number
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
@@ -66,6 +78,8 @@ class EchoMoELayer(MoELayer):
         See ``EchoTokenDispatcher.dispatch_preprocess``.
         """
         self.token_dispatcher.training = self.training
+        if self.training and self._self_check.takes(self._place):
+            self._doubted = hidden_states.detach(), probs.detach(), routing_map
         return super().preprocess(hidden_states, probs, routing_map)
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
@@ -82,3 +96,25 @@ class EchoMoELayer(MoELayer):
         rows, row_counts, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)
         output, _ = self.experts(rows, row_counts, row_probs, dispatcher.clones)
         return dispatcher.combine_preprocess(output), None
+
+    def combine(self, output: Tensor) -> Tensor:
+        """Bring the sums back to the tokens' own ranks; see ``--moe-echo-check-every``."""
+        combined = super().combine(output)
+        if self._doubted is not None:
+            expected = self._without_clones(*self._doubted)
+            plan, self._doubted = self.token_dispatcher.plan, None
+            assert plan is not None
+            dtype = self.config.params_dtype
+            self._self_check.record(combined, expected, plan, self.ep_group, dtype)
+        return combined
+
+    @torch.no_grad()
+    def _without_clones(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
+        dispatcher = EchoTokenDispatcher(self.config, self._groups, num_slots=0)
+        dispatcher.training = False  # the largest buffer, and no record
+        tokens = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
+        rows, row_counts, row_probs = dispatcher.dispatch_postprocess(
+            *dispatcher.token_dispatch(*tokens)
+        )
+        output, _ = self.experts(rows, row_counts, row_probs)
+        return dispatcher.token_combine(dispatcher.combine_preprocess(output))

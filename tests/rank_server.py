@@ -6,13 +6,15 @@ JSON job a line on standard input and answers with one JSON line::
     {"script": "pretrain_gpt_moe.py", "argv": [...], "nprocs": 2, "env": {}, "log": FILE,
      "timeout": 300}   ->   {"codes": [0, 0]}
 
-Every rank is a forked process with torchrun's environment variables; if one fails, the others
-are ended. See ``launch.py`` for the side that tests use.
+Every rank is a forked process with torchrun's environment variables; if one fails, the others get
+ten seconds to end by themselves. See ``launch.py`` for the side that tests use.
 """
 
 import atexit
+import contextlib
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -22,12 +24,16 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+GRACE_SECONDS = 10
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A free port below those that the system gives to connections, of which gloo makes many."""
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            port = random.randrange(15_000, 30_000)
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def run_rank(job: dict, rank: int, port: int) -> None:
@@ -75,13 +81,13 @@ def run_job(job: dict) -> list[int]:
     while pids:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in pids:
-            codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
-        failed = any(codes.values()) or time.monotonic() > deadline
-        if failed:
-            time.sleep(0.5)
+            code = codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+            if code:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
             for other in pids:
                 os.killpg(other, signal.SIGKILL)
-        elif pid == 0:
+        if pid == 0:
             time.sleep(0.01)
     return [codes[rank] for rank in range(job["nprocs"])]
 

@@ -7,15 +7,21 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.utils import get_pg_rank
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows, share_of
-from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.reroute import Clones, physical_experts
-from megatron_echo.dispatch.transports import AllGatherTransport, AllToAllTransport, TokenTransport
+from megatron_echo.dispatch.step_end import StepEnd
+from megatron_echo.dispatch.transports import (
+    WEIGHT_TRANSPORTS,
+    AllGatherTransport,
+    AllToAllTransport,
+    TokenTransport,
+)
 from megatron_echo.dispatch.transports.collectives import all_gather
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
 
@@ -71,6 +77,7 @@ class _Call:
     dtype: torch.dtype
     experts: Tensor
     plan: ClonePlan | None = None
+    clones: Clones | None = None
     receipt: Any = None
     rows: RowMap | None = None
 
@@ -84,18 +91,26 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     routing can bring. Evaluation takes the latter too, whatever was given: nothing is kept there.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        num_slots: int | None = None,
+    ) -> None:
         """Set up for one layer.
 
         Args:
             config: with the fields of this package, or a plain one for their defaults.
-            pg_collection: ``ep`` and ``expt_tp`` are used; the latter must have one rank.
+            pg_collection: ``ep``, ``expt_dp``, ``pp`` and ``expt_tp`` are used; the last must have
+                one rank.
+            num_slots: S, by default that of the configuration.
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self._topk = config.moe_router_topk
         self._experts = config.num_moe_experts
-        self._slots = num_clone_slots(config)
-        self.num_groups = self._experts // self.ep_size + self._slots
+        self._slots = num_clone_slots(config) if num_slots is None else num_slots
+        self._local = self._experts // self.ep_size
+        self.num_groups = self._local + self._slots
         self._alignment = echo_setting(config, "moe_echo_row_alignment")
         self._capacity = echo_setting(config, "moe_received_token_capacity")
         self._tolerance = echo_setting(config, "moe_echo_tolerance")
@@ -103,9 +118,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
         self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
         self._transport = self._make_transport()
-        self._overflow = OverflowCheck.of(config)
+        way = echo_setting(config, "moe_echo_expert_dispatcher_type")
+        self._weights = WEIGHT_TRANSPORTS[way](self.ep_group, self._local)
+        self._step_end = StepEnd.of(config)
+        self._is_traced = self.ep_rank == 0 and get_pg_rank(pg_collection.expt_dp) == 0
+        self._stage = get_pg_rank(pg_collection.pp)
         self._call: _Call | None = None
         self.training = True  # follows the layer's
+        self.layer_number = 0  # as well
 
     def _make_transport(self) -> TokenTransport:
         if echo_setting(self.config, "moe_echo_token_transport") == "all_gather":
@@ -140,16 +160,22 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
         """
         experts = compact_routing(routing_map, self._topk)
-        plan, physical = None, experts
+        plan, clones, physical = None, None, experts
         if self._slots > 0:
             plan = self._plan(experts)
+            announced = self._weights.announce(plan.slot_expert)
+            clones = Clones(plan.slot_expert, self._local, self._weights, announced)
             physical = physical_experts(experts, plan, self.ep_rank)
             if self.training and torch.is_grad_enabled():  # not in the uncounted half
-                statistics = self._overflow.statistics
-                statistics.record(plan.load_before, plan.load_after, plan.num_clones)
-        self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan)
+                self._observe(plan)
+        self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan, clones)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         return hidden, _CompactProbs.apply(probs, experts)
+
+    def _observe(self, plan: ClonePlan) -> None:
+        self._step_end.statistics.record(plan)
+        if self._is_traced and self._step_end.trace.is_on:
+            self._step_end.trace.record(self.layer_number, self._stage, plan)
 
     @torch.no_grad()
     def _plan(self, experts: Tensor) -> ClonePlan:
@@ -162,12 +188,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         )
 
     @property
+    def plan(self) -> ClonePlan | None:
+        """The plan of the call in progress, None if the layer makes no clones."""
+        return self._current().plan
+
+    @property
     def clones(self) -> Clones | None:
         """The clones of the call in progress, None if the layer makes none."""
-        plan = self._current().plan
-        if plan is None:
-            return None
-        return Clones(plan.slot_expert, self._experts // self.ep_size, self.ep_group)
+        return self._current().clones
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Bring the tokens to the ranks that compute them: ``[N, H]`` and ``[N, K]``."""
@@ -178,7 +206,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             most, cut = delivery.limit
             tokens = hidden_states.shape[0]
             part, rows = _millionths(most, tokens), _millionths(cut, tokens * self._topk)
-            self._overflow.record_wire(part, rows, cut, torch.is_grad_enabled())
+            self._step_end.overflow.record_wire(part, rows, cut, torch.is_grad_enabled())
         return delivery.hidden, delivery.probs
 
     def dispatch_postprocess(
@@ -203,7 +231,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             padding = self.num_groups * (self._alignment - 1)
             need = _millionths((layout.need - padding).clamp(min=0), tokens * self._topk)
             # Recomputation runs the forward pass twice, once of them without gradients.
-            self._overflow.record_rows(need, layout.dropped, torch.is_grad_enabled())
+            self._step_end.overflow.record_rows(need, layout.dropped, torch.is_grad_enabled())
         ends = layout.ends.to(torch.int64)
         in_buffer = torch.diff(ends, prepend=ends.new_zeros(1))
         rows = tokens_to_rows(hidden_states, layout.rows)

@@ -1,20 +1,15 @@
 """What happens when the receive buffers are too small: known on the device, read once a step.
 
-Each layer adds what it saw to a few numbers on the device. They are read where Megatron finishes
-the gradients: after the backward passes of all microbatches and before the optimizer, on every
-rank, so that all of them raise the same error and no weight has been touched.
+Each layer adds what it saw to a few numbers on the device. They are read at the end of the step
+(``step_end.py``), on every rank, so that all of them raise the same error before any weight has
+been touched.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
-
-from megatron_echo.config import echo_setting, num_clone_slots
-from megatron_echo.observe.statistics import StepStatistics
 
 
 class MoEOverflowError(RuntimeError):
@@ -22,38 +17,23 @@ class MoEOverflowError(RuntimeError):
 
 
 class OverflowCheck:
-    """Stands in for ``config.finalize_model_grads_func`` and reads the layers' record after it.
-
-    One object for a model: :meth:`of` finds or installs it, on every rank of the job.
+    """The record of one model's layers, kept on the device until the end of the step.
 
     Attributes:
         dropped: pairs dropped since the start, over all ranks, with the policy ``drop``.
-        statistics: what the planner did, published here too.
     """
 
-    def __init__(self, policy: str, is_auto: bool, has_clones: bool, finalize: Any) -> None:
-        self.statistics = StepStatistics()
-        self._has_clones = has_clones
+    def __init__(self, policy: str, is_auto: bool) -> None:
+        """Set the policy.
+
+        Args:
+            policy: ``raise`` or ``drop``.
+            is_auto: whether the receive buffers are as large as anything that may come.
+        """
         self._policy = policy
         self._is_auto = is_auto
-        self._finalize = finalize
         self._seen: Tensor | None = None
         self.dropped = 0
-
-    @classmethod
-    def of(cls, config: Any) -> "OverflowCheck":
-        """The check of a model, from its ``TransformerConfig``; installed on first use."""
-        if not isinstance(config.finalize_model_grads_func, cls):
-            config.finalize_model_grads_func = cls(
-                echo_setting(config, "moe_echo_overflow"),
-                echo_setting(config, "moe_received_token_capacity") is None,
-                num_clone_slots(config) > 0,
-                config.finalize_model_grads_func or finalize_model_grads,
-            )
-        return config.finalize_model_grads_func
-
-    def __deepcopy__(self, memo: dict) -> "OverflowCheck":
-        return self  # Megatron copies configurations for some layers; the model stays one
 
     @torch.no_grad()
     def record_rows(self, need: Tensor, dropped: Tensor, counts: bool) -> None:
@@ -86,22 +66,6 @@ class OverflowCheck:
         self._seen[:4] = torch.maximum(self._seen[:4], highest)
         if counts:
             self._seen[4] += dropped
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish the gradients, then raise or count."""
-        result = self._finalize(*args, **kwargs)
-        self.check()
-        if self._has_clones:
-            self._publish()
-        return result
-
-    def _publish(self) -> None:
-        from megatron.training import global_vars  # absent where only Megatron-Core is used
-
-        if global_vars._GLOBAL_ARGS is not None:
-            writer = global_vars.get_tensorboard_writer()
-            writers = (writer,) if writer is not None else ()
-            self.statistics.publish(global_vars.get_args(), writers)
 
     def check(self) -> None:
         """Read the record of this step on all ranks and forget it.

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_echo.dispatch.transports.weights import HostCopy, WeightTransport
 from megatron_echo.planner import ClonePlan
 
 
@@ -16,12 +16,19 @@ class Clones:
     Attributes:
         slot_expert: int64 ``[R, S]``, the expert in each slot of each rank, -1 if unused.
         experts_per_rank: m; expert e lives on rank ``e // m``.
-        group: the expert-parallel group.
+        transport: how weights get into the slots.
+        announced: what the transport keeps of the plan.
     """
 
     slot_expert: Tensor
     experts_per_rank: int
-    group: dist.ProcessGroup
+    transport: WeightTransport
+    announced: HostCopy | None = None
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.slot_expert.shape[1]
 
 
 def home_experts(experts: Tensor, per_rank: int, num_slots: int) -> Tensor:

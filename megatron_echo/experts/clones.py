@@ -5,15 +5,16 @@ computes gradients, so the memory of clones does not depend on the number of lay
 microbatches in flight, and no slot is ever a saved tensor.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.config import num_clone_slots
 from megatron_echo.dispatch.permute import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
-from megatron_echo.dispatch.transports.collectives import exchange
 from megatron_echo.experts.grouped_linear import grouped_outer, grouped_product
 
 
@@ -57,50 +58,28 @@ class WeightPool:
         return tuple(self._stacks.values())
 
 
-def push_weights(weight: Tensor, clones: Clones, stack: Tensor) -> Tensor:
-    """Fill a pool's buffer: the home experts, and each slot with its expert's weights.
+def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
+    """The most that one rank keeps of clones with ``--no-moe-echo-recompute-expert-dispatch``.
 
-    One exchange a slot, of one expert for each rank: shapes do not depend on the plan, and the
-    buffers are R experts, not R * S. Slots without an expert get some other expert's weights.
-
-    Args:
-        weight: ``[m, out, in]``, this rank's home experts.
-        clones: the plan.
-        stack: ``[m + S, out, in]``, from :meth:`WeightPool.stack`.
-    """
-    experts, rank = clones.experts_per_rank, clones.group.rank()
-    stack[:experts].copy_(weight)
-    for slot, expert in enumerate(clones.slot_expert.unbind(1)):
-        wanted = (expert - rank * experts).clamp(0, experts - 1)
-        received = exchange(weight.index_select(0, wanted), clones.group)
-        home = (expert[rank : rank + 1] // experts).clamp_(min=0)
-        stack[experts + slot] = received.index_select(0, home).squeeze(0)
-    return stack
-
-
-def return_gradients(grads: Tensor, clones: Clones) -> Tensor:
-    """Add the gradients of clones to those of their home experts.
+    S x layers x microbatches in flight x the weights of an expert, on the first pipeline stage,
+    where the schedules 1F1B and interleaved 1F1B have the most in flight.
 
     Args:
-        grads: ``[m + S, out, in]`` of this rank's groups, in the dtype to sum in.
-        clones: the plan.
-
-    Returns:
-        ``[m, out, in]``: home part first, then clones in the order of slots and ranks. Experts
-        without clones keep their bits.
+        config: the transformer's configuration.
+        microbatches: of one step, None if it changes.
     """
-    experts, rank = clones.experts_per_rank, clones.group.rank()
-    trash = grads.new_zeros(1, *grads.shape[1:])
-    total = torch.cat((grads[:experts], trash))
-    for slot, expert in enumerate(clones.slot_expert.unbind(1)):
-        sent = grads[experts + slot].expand(clones.group.size(), *grads.shape[1:])
-        received = exchange(sent.contiguous(), clones.group)
-        local = expert - rank * experts
-        mine = (local >= 0) & (local < experts)
-        target = torch.where(mine, local, experts)
-        for source in range(clones.group.size()):
-            total.index_add_(0, target[source : source + 1], received[source : source + 1])
-    return total[:experts]
+    stages = config.pipeline_model_parallel_size
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    in_flight = stages if chunks == 1 else (stages - 1) * 2 + (chunks - 1) * stages + 1
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        frequency = [i % frequency == 0 for i in range(config.num_layers)]
+    if microbatches is not None:
+        in_flight = min(in_flight, microbatches * chunks)
+    calls = math.ceil(sum(frequency) / (stages * chunks)) * in_flight
+    matrices = 3 if config.gated_linear_unit else 2
+    weights = matrices * config.hidden_size * config.moe_ffn_hidden_size
+    return num_clone_slots(config) * calls * weights * config.params_dtype.itemsize
 
 
 class _ClonedLinear(torch.autograd.Function):
@@ -111,24 +90,19 @@ class _ClonedLinear(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones,
         pool: WeightPool, keep: bool,
     ) -> Tensor:  # fmt: skip
-        slots = clones.slot_expert.shape[1]
-        stack = push_weights(weight, clones, pool.stack(weight, slots))
+        stack = _filled(pool, weight, clones)
         kept = [stack[clones.experts_per_rank :].clone()] if keep else []
         ctx.save_for_backward(rows, weight, ends, clones.slot_expert, *kept)
-        ctx.experts_per_rank, ctx.group, ctx.pool = clones.experts_per_rank, clones.group, pool
+        ctx.pool = pool
+        ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
         return grouped_product(rows, stack.transpose(1, 2), ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends, slot_expert, *kept = ctx.saved_tensors
-        clones = Clones(slot_expert, ctx.experts_per_rank, ctx.group)
-        stack = ctx.pool.stack(weight, slot_expert.shape[1])
-        if kept:
-            stack[: clones.experts_per_rank].copy_(weight)
-            stack[clones.experts_per_rank :].copy_(kept[0])
-        else:
-            push_weights(weight, clones, stack)
+        clones = Clones(slot_expert, *ctx.of_clones)
+        stack = _filled(ctx.pool, weight, clones, *kept)
         grad = grad.contiguous()
         to_rows = grouped_product(grad, stack, ends) if ctx.needs_input_grad[0] else None
         to_weight = None
@@ -137,8 +111,20 @@ class _ClonedLinear(torch.autograd.Function):
             if rows.is_cpu:  # CUDA has no fast grouped product of fp32: there each part is rounded
                 grad, rows = grad.to(wide), rows.to(wide)
             parts = grouped_outer(grad, rows, ends).to(wide)
-            to_weight = return_gradients(parts, clones).to(weight.dtype)
+            home = clones.transport.bring_home(parts, slot_expert, clones.announced)
+            to_weight = home.to(weight.dtype)
         return to_rows, to_weight, None, None, None, None
+
+
+def _filled(pool: WeightPool, weight: Tensor, clones: Clones, kept: Tensor | None = None) -> Tensor:
+    """``[m + S, out, in]``: the home experts, and the clones, brought or taken from ``kept``."""
+    stack, experts = pool.stack(weight, clones.slots), clones.experts_per_rank
+    stack[:experts].copy_(weight)
+    if kept is not None:
+        stack[experts:].copy_(kept)
+    else:
+        clones.transport.push(weight, clones.slot_expert, clones.announced, stack[experts:])
+    return stack
 
 
 def cloned_linear(

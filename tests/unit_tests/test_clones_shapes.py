@@ -31,7 +31,7 @@ from unit_tests.test_moe_layer_shapes import (
     values_of,
 )
 
-from megatron_echo.dispatch.overflow import OverflowCheck
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.moe_layer import EchoMoELayer
 
@@ -69,7 +69,7 @@ def test_meta_tensors(ranks: int, wire: str, slots: int | None) -> None:
     stacks = WeightPool.of(layer.config).stacks
     assert {len(stack) for stack in stacks} == {per_rank + (per_rank if slots is None else slots)}
     assert all(stack.is_meta and stack.dtype == torch.bfloat16 for stack in stacks)
-    OverflowCheck.of(layer.config).check()
+    StepEnd.of(layer.config).overflow.check()
 
 
 def traced(layer: EchoMoELayer, kind: str, mode: str = "real") -> GraphModule:

@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
-from megatron_echo.dispatch.overflow import OverflowCheck
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.moe_layer import EchoMoELayer
 
 SEQUENCE, BATCH, TOPK = 6, 2, 3
@@ -88,7 +88,7 @@ def test_meta_tensors(ranks: int, wire: str, fields: dict[str, Any]) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.shape == parameter.shape
         assert parameter.grad.is_meta
-    OverflowCheck.of(layer.config).check()
+    StepEnd.of(layer.config).overflow.check()
 
 
 @transports

@@ -1,7 +1,27 @@
-"""How tokens travel between the ranks of an expert-parallel group."""
+"""How tokens and weights travel between the ranks of an expert-parallel group."""
 
 from megatron_echo.dispatch.transports.all_gather import AllGatherTransport
 from megatron_echo.dispatch.transports.all_to_all import AllToAllTransport
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
+from megatron_echo.dispatch.transports.weights import (
+    CollectiveWeights,
+    PeerToPeerWeights,
+    WeightTransport,
+)
 
-__all__ = ["AllGatherTransport", "AllToAllTransport", "Delivery", "TokenTransport"]
+WEIGHT_TRANSPORTS: dict[str, type[WeightTransport]] = {
+    "collective": CollectiveWeights,
+    "p2p": PeerToPeerWeights,
+}
+"""By the word of ``--moe-echo-expert-dispatcher-type``."""
+
+__all__ = [
+    "WEIGHT_TRANSPORTS",
+    "AllGatherTransport",
+    "AllToAllTransport",
+    "CollectiveWeights",
+    "Delivery",
+    "PeerToPeerWeights",
+    "TokenTransport",
+    "WeightTransport",
+]

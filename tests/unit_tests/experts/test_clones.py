@@ -111,3 +111,30 @@ def test_one_rank() -> None:
 def test_flipping_router(ranks: int) -> None:
     """A recomputation with another routing plans again; no rank hangs."""
     run("flipping_router", ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_peer_to_peer(ranks: int) -> None:
+    """The same bits, one host copy a call, fewer bytes."""
+    run("peer_to_peer", ranks)
+
+
+def test_peer_to_peer_reads_the_host_once() -> None:
+    """The detector sees that read, and no other."""
+    run("peer_to_peer_reads_the_host_once", 2)
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_one_expert_each(ranks: int) -> None:
+    run("one_expert_each", ranks)
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_exception_then_a_clean_step(ranks: int) -> None:
+    run("exception_then_a_clean_step", ranks)
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_self_check(ranks: int) -> None:
+    """--moe-echo-check-every sees wrong weights in a slot, and ranks that plan differently."""
+    run("self_check", ranks)

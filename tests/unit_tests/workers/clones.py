@@ -41,12 +41,14 @@ from unit_tests.workers.moe_layer import (
 
 from megatron_echo import cpu_backend
 from megatron_echo.dispatch.layout import round_rows
-from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.self_check import EchoCheckError, SelfCheck
+from megatron_echo.dispatch.step_end import StepEnd
+from megatron_echo.dispatch.transports import CollectiveWeights, PeerToPeerWeights
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.moe_layer import EchoMoELayer
-from megatron_echo.planner import balance_bound
+from megatron_echo.planner import ClonePlan, balance_bound
 from megatron_echo.testing import no_host_sync
 
 KINDS = ("hot", "random", "empty", "balanced", "padding", "idle rank")
@@ -135,7 +137,7 @@ def against(
                 found = errors(result, expected)
                 assert max(found.values()) <= limit, (kind, slots, tolerance, wire, again, found)
                 worst = {name: max(worst[name], found[name]) for name in RESULTS}
-            OverflowCheck.of(layer.config).check()
+            StepEnd.of(layer.config).overflow.check()
     assert most_clones >= dist.get_world_size() - 1
     report(f"worst errors in {dtype}", {name: f"{value:.1e}" for name, value in worst.items()})
 
@@ -176,7 +178,7 @@ def check_balance() -> None:
         assert every == total  # nothing is dropped
         budget = balance_bound(TOKENS * topk * ranks, ranks, tolerance)
         assert layer.token_dispatcher.buffer_rows(TOKENS) == round_rows(budget)
-        check = OverflowCheck.of(layer.config)
+        check = StepEnd.of(layer.config).overflow
         check.check()
         assert check.dropped == 0
 
@@ -412,11 +414,13 @@ def check_nan_weights() -> None:
 
 def check_unused_slots() -> None:
     """NaN in the slots without an expert changes nothing."""
-    original, filled = clones_module.push_weights, 0
+    original, filled = clones_module._filled, 0
 
-    def push(weight: Tensor, clones: Clones, stack: Tensor) -> Tensor:
+    def fill(
+        pool: WeightPool, weight: Tensor, clones: Clones, kept: Tensor | None = None
+    ) -> Tensor:
         nonlocal filled
-        stack = original(weight, clones, stack)
+        stack = original(pool, weight, clones, kept)
         unused = clones.slot_expert[dist.get_rank()] < 0
         stack[clones.experts_per_rank :][unused] = float("nan")
         filled += int(unused.sum())
@@ -429,7 +433,7 @@ def check_unused_slots() -> None:
         case, again = case_of(kind, 2, dtype), next(keeps)
         fields: dict[str, Any] = {"moe_echo_recompute_expert_dispatch": again}
         clean = run(cloned(2, dtype, slots, **fields), case)
-        with mock.patch.object(clones_module, "push_weights", push):
+        with mock.patch.object(clones_module, "_filled", fill):
             same_bits(run(cloned(2, dtype, slots, **fields), case), clean)
     assert filled > 0
 
@@ -510,7 +514,7 @@ def check_evaluation() -> None:
                 assert (found - expected).abs().max() <= limit, (kind, slots, tokens, training)
         layer.train()
         same_bits(run(layer, case), first)
-        OverflowCheck.of(layer.config).check()
+        StepEnd.of(layer.config).overflow.check()
 
 
 def check_inference_first() -> None:
@@ -594,6 +598,152 @@ def check_calls_in_flight() -> None:
         finish: list[Callable[[], dict[str, Tensor]]] = [forward(layer, case) for case in cases]
         for backward, results in zip(finish, expected, strict=True):
             same_bits(backward(), results)
+
+
+def check_peer_to_peer() -> None:
+    """The same bits as with collectives, one copy of the plan a call, and fewer bytes."""
+    variants = itertools.cycle(itertools.product(TRANSPORTS, (True, False)))
+    used = 0
+    for kind, slots, dtype in itertools.product(
+        KINDS, all_slots(), (torch.float64, torch.bfloat16)
+    ):
+        wire, again = next(variants)
+        fields = {"moe_echo_token_transport": wire, "moe_echo_recompute_expert_dispatch": again}
+        case = case_of(kind, 2, dtype)
+        expected = run(cloned(2, dtype, slots, **fields), case)
+        layer = cloned(2, dtype, slots, moe_echo_expert_dispatcher_type="p2p", **fields)
+        with watched(layer) as seen:
+            same_bits(run(layer, case), expected)
+        transport = layer.token_dispatcher._weights
+        assert isinstance(transport, PeerToPeerWeights)
+        assert transport.host_copies == 1
+        with no_host_sync("raise", ["weights.py:HostCopy.read"]):
+            run_quietly(layer, case)
+        assert transport.host_copies == 2
+        ((_, clones),) = seen
+        assert clones is not None
+        sent = transport.sent_bytes(clones.slot_expert, 1)
+        assert sent == (clones.slot_expert >= 0).sum()
+        static = CollectiveWeights(transport._group, 1).sent_bytes(clones.slot_expert, 1)
+        ranks = dist.get_world_size()
+        assert sent <= static == ranks * (ranks - 1) * slots
+        used += sent
+    assert used > 0
+
+
+def check_peer_to_peer_reads_the_host_once() -> None:
+    layer = cloned(2, torch.float32, moe_echo_expert_dispatcher_type="p2p")
+    case = case_of("hot", 2, torch.float32)
+    with no_host_sync("record") as sync:
+        run_quietly(layer, case)
+    assert [hit.kind for hit in sync.hits] == ["Tensor.tolist"]
+    assert "weights.py" in sync.hits[0].where
+
+
+def check_one_expert_each() -> None:
+    """As many experts as ranks."""
+    ranks = dist.get_world_size()
+    for kind, wire in itertools.product(("hot", "random"), TRANSPORTS):
+        fields: dict[str, Any] = {"num_moe_experts": ranks, "moe_echo_token_transport": wire}
+        case = problem(kind, 2, torch.float64, experts=ranks)
+        layer = cloned(2, torch.float64, 1, **fields)
+        with watched(layer) as seen:
+            found = run(layer, case)
+        ((rows, _),) = seen
+        assert rows <= -(-int(case.chosen.sum()) // ranks)
+        oracle = dense(plain(2, torch.float64, **fields), case)
+        assert max(errors(found, oracle).values()) <= 1e-12
+
+
+def check_exception_then_a_clean_step() -> None:
+    """All ranks fail in forward, or in backward; the next step is as if nothing had been."""
+    case = case_of("hot", 2, torch.float32)
+    for again, way in itertools.product((True, False), ("collective", "p2p")):
+        fields: dict[str, Any] = {
+            "moe_echo_recompute_expert_dispatch": again,
+            "moe_echo_expert_dispatcher_type": way,
+        }
+        expected = run(cloned(2, torch.float32, **fields), case)
+        layer = cloned(2, torch.float32, **fields)
+
+        def fail(*_: Any) -> None:
+            raise ArithmeticError
+
+        for register in (
+            layer.experts.linear_fc2.register_forward_pre_hook,
+            layer.experts.linear_fc1.register_full_backward_hook,
+        ):
+            hook = register(fail)
+            with contextlib.suppress(ArithmeticError):
+                run(layer, case)
+                raise AssertionError("the hook did not fail")
+            hook.remove()
+            layer.zero_grad()
+            same_bits(run(layer, case), expected)
+        StepEnd.of(layer.config).overflow.check()
+
+
+def stepped(layers: list[EchoMoELayer], case: Problem) -> float | None:
+    """A step of some layers: the error that the self-check found, None if it did not look."""
+    for layer in layers:
+        run(layer, case)
+        run(layer, case)
+    return StepEnd.of(layers[0].config).self_check.check()
+
+
+def check_self_check() -> None:
+    """It takes a layer every N steps, is quiet when all is well, and sees what is wrong."""
+    for dtype, way, wire in (
+        (torch.float64, "collective", "all_gather"),
+        (torch.bfloat16, "p2p", "all_to_all"),
+    ):
+        case = case_of("hot", 2, dtype)
+        fields: dict[str, Any] = {
+            "moe_num_echo_experts": experts_for(dist.get_world_size()),
+            "moe_echo_expert_dispatcher_type": way,
+            "moe_echo_token_transport": wire,
+            "moe_echo_check_every": 2,
+            "moe_received_token_capacity": 1.1,
+        }
+        layers = layers_of(2, 2, dtype, **fields)
+        found = [stepped(layers, case) for _ in range(4)]
+        assert [error is None for error in found] == [False, True, False, True]
+        assert max(found[0] or 0, found[2] or 0) <= (1e-12 if dtype == torch.float64 else 0.03)
+
+        # Wrong weights in the slots of one rank, of the layer that is looked at first.
+        push = type(layers[0].token_dispatcher._weights).push
+
+        def wrong(self: Any, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor,
+                  push: Any = push) -> None:  # fmt: skip
+            push(self, weight, slot_expert, announced, slots)
+            if dist.get_rank() == 1:
+                slots *= 1.1
+
+        with mock.patch.object(type(layers[0].token_dispatcher._weights), "push", wrong):
+            message = failing(layers, case)
+        assert "from itself without" in message
+        assert stepped(layers, case) is None
+
+        # A plan that one rank makes differently.
+        record = SelfCheck.record
+
+        def other(self: Any, actual: Tensor, expected: Tensor, plan: ClonePlan, *rest: Any,
+                  record: Any = record) -> None:  # fmt: skip
+            moved = plan.allocation.roll(dist.get_rank(), 0)
+            record(self, actual, expected, replace(plan, allocation=moved), *rest)
+
+        with mock.patch.object(SelfCheck, "record", other):
+            message = failing(layers, case)
+        assert "planned different clones" in message
+
+
+def failing(layers: list[EchoMoELayer], case: Problem) -> str:
+    """The message of a step that must fail."""
+    try:
+        stepped(layers, case)
+    except EchoCheckError as error:
+        return str(error)
+    raise AssertionError("nothing was noticed")
 
 
 if __name__ == "__main__":

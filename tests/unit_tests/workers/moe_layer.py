@@ -33,7 +33,8 @@ from moe_cases import (
 from torch import Tensor
 
 from megatron_echo import cpu_backend
-from megatron_echo.dispatch.overflow import MoEOverflowError, OverflowCheck
+from megatron_echo.dispatch.overflow import MoEOverflowError
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.testing import no_host_sync
 
@@ -60,11 +61,14 @@ class Problem:
         return self.hidden, self.chosen, self.probs, self.weight
 
 
-def problem(kind: str, topk: int, dtype: torch.dtype, seed: int = 0) -> Problem:
+def problem(
+    kind: str, topk: int, dtype: torch.dtype, seed: int = 0, experts: int | None = None
+) -> Problem:
     tokens = dist.get_world_size() * TOKENS
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(2, tokens, HIDDEN, generator=generator, dtype=torch.float64)
-    chosen = routing_map(kind, tokens, experts_for(dist.get_world_size()), topk, seed)
+    experts = experts or experts_for(dist.get_world_size())
+    chosen = routing_map(kind, tokens, experts, topk, seed)
     wide = torch.promote_types(dtype, torch.float32)
     return Problem(hidden.to(dtype), chosen, router_probs(chosen, wide), weight.to(dtype))
 
@@ -167,7 +171,7 @@ def against_dense(dtype: torch.dtype, limit: float, alignments: tuple[int, ...])
         found = errors(run(layer, case), dense_problem(kind, topk, dtype))
         assert max(found.values()) <= limit, (kind, topk, fields, found)
         worst = {name: max(worst[name], found[name]) for name in RESULTS}
-        OverflowCheck.of(layer.config).check()  # auto never overflows
+        StepEnd.of(layer.config).overflow.check()  # auto never overflows
     report(f"worst errors in {dtype}", {name: f"{value:.1e}" for name, value in worst.items()})
 
 
@@ -302,7 +306,7 @@ def check_static_shapes() -> None:
 
 def overflow_message(layer: EchoMoELayer) -> str:
     """What the check raises: the same on every rank, and only once."""
-    check, words = OverflowCheck.of(layer.config), ""
+    check, words = StepEnd.of(layer.config).overflow, ""
     try:
         check.check()
     except MoEOverflowError as error:
@@ -348,7 +352,7 @@ def check_overflow_raises() -> None:
         _, dropped, need = kept(case, rows, alignment)
         seen.add(need > rows)
         if need <= rows:
-            OverflowCheck.of(layer.config).check()
+            StepEnd.of(layer.config).overflow.check()
             continue
         words = overflow_message(layer)
         assert words.startswith(f"Token-expert pairs of this step ({dropped}) had"), (
@@ -361,7 +365,7 @@ def check_overflow_raises() -> None:
         layer = build(topk, torch.float64, moe_received_token_capacity=enough, **fields)
         expected = dense_problem(kind, topk, torch.float64)
         assert max(errors(run(layer, case), expected).values()) <= 1e-12
-        OverflowCheck.of(layer.config).check()
+        StepEnd.of(layer.config).overflow.check()
     assert True in seen
     assert seen == {True, False} or dist.get_world_size() == 1
 
@@ -377,7 +381,7 @@ def check_overflow_drops() -> None:
         )
         rows = layer.token_dispatcher.buffer_rows(TOKENS)
         rest, dropped, _ = kept(case, rows, fields["moe_echo_row_alignment"])
-        check = OverflowCheck.of(layer.config)
+        check = StepEnd.of(layer.config).overflow
         for step in (1, 2):
             found = errors(run(layer, case), dense(layer, rest))
             assert max(found.values()) <= (1e-12 if dtype == torch.float64 else 1e-5), found
@@ -399,7 +403,7 @@ def check_evaluation_never_overflows() -> None:
             )
         error = (output.view(TOKENS, HIDDEN) - expected["output"]).abs().max()
         assert error <= 1e-12 * gathered(expected["output"]).abs().max().clamp(min=1)
-        OverflowCheck.of(layer.config).check()
+        StepEnd.of(layer.config).overflow.check()
         layer.train()
         run(layer, case)
         overflow_message(layer)
@@ -419,8 +423,8 @@ def check_recomputation() -> None:
         same_bits(run(again, case), run(plain, case))
         counts = []
         for layer in (plain, again):
-            OverflowCheck.of(layer.config).check()
-            counts.append(OverflowCheck.of(layer.config).dropped)
+            StepEnd.of(layer.config).overflow.check()
+            counts.append(StepEnd.of(layer.config).overflow.dropped)
         assert counts[0] == counts[1]
         assert counts[0] > 0 or kind != "hot" or not limits
 
@@ -458,14 +462,14 @@ def check_peer_capacity() -> None:
         layer = build(topk, torch.float64, moe_echo_overflow="drop", **limited)
         rest, dropped = cut(case, math.ceil(TOKENS * part))
         assert max(errors(run(layer, case), dense(layer, rest)).values()) <= 1e-12
-        check = OverflowCheck.of(layer.config)
+        check = StepEnd.of(layer.config).overflow
         check.check()
         assert check.dropped == dropped, (kind, topk, part, check.dropped, dropped)
         assert dropped > 0 or kind != "hot"
         layer = build(topk, torch.float64, **limited)
         run(layer, case)
         if not dropped:
-            OverflowCheck.of(layer.config).check()
+            StepEnd.of(layer.config).overflow.check()
             continue
         words = overflow_message(layer)
         assert words.startswith(f"Token-expert pairs of this step ({dropped}) had"), (
@@ -476,7 +480,7 @@ def check_peer_capacity() -> None:
         layer = build(topk, torch.float64, **limited)
         expected = dense_problem(kind, topk, torch.float64)
         assert max(errors(run(layer, case), expected).values()) <= 1e-12
-        OverflowCheck.of(layer.config).check()
+        StepEnd.of(layer.config).overflow.check()
 
 
 def check_advice_of_two_limits() -> None:
@@ -496,7 +500,7 @@ def check_advice_of_two_limits() -> None:
             assert "received-token-capacity" not in words
         layer = build(2, torch.float64, **wire, **limits)
         run(layer, case)
-        OverflowCheck.of(layer.config).check()
+        StepEnd.of(layer.config).overflow.check()
 
 
 def report(title: str, values: dict[str, str]) -> None:

@@ -1,0 +1,119 @@
+"""Doubt in production: every so many steps one layer is computed again without clones."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_echo.dispatch.transports.collectives import all_gather
+from megatron_echo.planner import ClonePlan
+
+_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+_MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407  # Knuth's MMIX
+
+
+class EchoCheckError(RuntimeError):
+    """Ranks planned differently, or a layer computes something else with clones."""
+
+
+def plan_hash(plan: ClonePlan) -> Tensor:
+    """An int64 scalar that depends on every number of a plan."""
+    parts = (plan.counts, plan.slot_expert, plan.allocation)
+    values = torch.cat([part.reshape(-1) for part in parts])
+    place = torch.arange(values.numel(), device=values.device)
+    return ((values + 1) * (place * _MULTIPLIER + _INCREMENT)).sum()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
+    """Largest difference over the largest value; NaN in both is none, NaN in one is infinite."""
+    actual, expected = actual.double(), expected.double()
+    difference = (actual - expected).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    difference = torch.where(actual.isnan() & expected.isnan(), 0, difference)
+    scale = expected.abs().nan_to_num(nan=0).max()
+    return difference.max() / scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class SelfCheck:
+    """Says which layer to check, and keeps the result on the device until the end of the step.
+
+    In every N-th step one MoE layer of each pipeline stage is checked, in its first microbatch,
+    the next layer the next time.
+    """
+
+    def __init__(self, every: int) -> None:
+        """Set the interval.
+
+        Args:
+            every: N, 0 for never.
+        """
+        self._every = every
+        self._layers = 0
+        self._step = 0
+        self._is_taken = False
+        self._seen: Tensor | None = None
+        self._limit = 0.0
+
+    def register(self) -> int:
+        """A layer's number in the order of building."""
+        self._layers += 1
+        return self._layers - 1
+
+    def takes(self, layer: int) -> bool:
+        """Whether this call of a layer is the one to check; it counts as checked then."""
+        turn, is_off = divmod(self._step, self._every) if self._every else (0, True)
+        if is_off or self._is_taken or layer != turn % self._layers:
+            return False
+        self._is_taken = True
+        return True
+
+    @torch.no_grad()
+    def record(
+        self, actual: Tensor, expected: Tensor, plan: ClonePlan, group: Any, dtype: torch.dtype
+    ) -> None:
+        """Compare; nothing is read.
+
+        Args:
+            actual: what the layer gave.
+            expected: what it gives without clones.
+            plan: the plan; its hash is compared over the group.
+            group: the expert-parallel group.
+            dtype: of the experts.
+        """
+        hashes = all_gather(plan_hash(plan)[None], group)
+        differs = (hashes != hashes[0]).any().double()
+        self._seen = torch.stack((relative_error(actual, expected), differs))
+        self._limit = _LIMITS.get(dtype, 4 * torch.finfo(dtype).eps)
+
+    def check(self) -> float | None:
+        """End a step; in a step with a check read its result, on all ranks.
+
+        Returns:
+            The largest relative error on any rank, None in a step without a check.
+
+        Raises:
+            EchoCheckError: the error is above the rounding of the experts' dtype, or plans differ.
+        """
+        is_due = self._every > 0 and self._step % self._every == 0
+        self._step += 1
+        self._is_taken = False
+        if not is_due:
+            return None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        seen, self._seen = self._seen, None
+        seen = torch.zeros(2, dtype=torch.float64, device=device) if seen is None else seen
+        result = torch.cat((seen, seen.new_tensor([self._limit])))
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
+        error, differs, limit = result.tolist()
+        if differs or error > limit:
+            fault = (
+                "ranks of an expert-parallel group planned different clones"
+                if differs
+                else f"a MoE layer with clones is {error:.1e} from itself without (limit "
+                f"{limit:.1e})"
+            )
+            raise EchoCheckError(
+                f"--moe-echo-check-every: {fault}. Restart with --moe-num-echo-experts 0, which "
+                "makes no clones, from the last checkpoint, and report this."
+            )
+        return error

@@ -1,0 +1,107 @@
+"""What the layers of a model do once a step: checks, metrics and traces.
+
+Megatron calls ``config.finalize_model_grads_func`` after the backward passes of all microbatches
+and before the optimizer, on every rank. There, and nowhere else, values are read from the device.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+
+from megatron_echo.config import echo_setting, num_clone_slots
+from megatron_echo.dispatch.overflow import OverflowCheck
+from megatron_echo.dispatch.self_check import SelfCheck
+from megatron_echo.observe.statistics import StepStatistics, console_line
+from megatron_echo.observe.trace import RoutingTrace
+
+
+class StepEnd:
+    """Stands in for ``config.finalize_model_grads_func``. One object for a model: :meth:`of`.
+
+    Attributes:
+        overflow: whether every token-expert pair had a row.
+        statistics: what the planner did.
+        self_check: ``--moe-echo-check-every``.
+        trace: ``--moe-echo-trace-dir``.
+    """
+
+    def __init__(self, config: Any, finalize: Any) -> None:
+        """Use :meth:`of`.
+
+        Args:
+            config: the model's ``TransformerConfig``.
+            finalize: Megatron's function.
+        """
+        self._finalize = finalize
+        self._has_clones = num_clone_slots(config) > 0
+        self._steps = 0
+        policy = echo_setting(config, "moe_echo_overflow")
+        is_auto = echo_setting(config, "moe_received_token_capacity") is None
+        self.overflow = OverflowCheck(policy, is_auto)
+        self.statistics = StepStatistics()
+        self.self_check = SelfCheck(
+            echo_setting(config, "moe_echo_check_every") if self._has_clones else 0
+        )
+        self.trace = RoutingTrace(
+            echo_setting(config, "moe_echo_trace_dir") if self._has_clones else None,
+            echo_setting(config, "moe_echo_trace_every"),
+        )
+
+    @classmethod
+    def of(cls, config: Any) -> "StepEnd":
+        """The object of a model, from its ``TransformerConfig``; installed on first use."""
+        if not isinstance(config.finalize_model_grads_func, cls):
+            config.finalize_model_grads_func = cls(
+                config, config.finalize_model_grads_func or finalize_model_grads
+            )
+        return config.finalize_model_grads_func
+
+    def __deepcopy__(self, memo: dict) -> "StepEnd":
+        return self  # Megatron copies configurations for some layers; the model stays one
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish the gradients, then check, raise, publish and write.
+
+        Raises:
+            MoEOverflowError: see :meth:`OverflowCheck.check`.
+            EchoCheckError: see :meth:`SelfCheck.check`.
+        """
+        result = self._finalize(*args, **kwargs)
+        self._steps += 1
+        self.overflow.check()
+        error = self.self_check.check()
+        training = _training()
+        iteration = self._steps if training is None else training.get_args().curr_iteration + 1
+        self.trace.end_step(iteration)
+        if training is not None and self._has_clones:
+            self._publish(training, iteration, error)
+        return result
+
+    def _publish(self, training: Any, iteration: int, error: float | None) -> None:
+        """Hand the metrics of the interval to TensorBoard, wandb and the console."""
+        self.statistics.end_step()
+        values = {} if error is None else {"check_error": error}
+        at_log_interval = iteration % training.get_args().log_interval == 0
+        if at_log_interval:
+            values |= self.statistics.read()
+        values = {f"moe_echo/{name}": value for name, value in values.items()}
+        if not values:
+            return
+        if (board := training.get_tensorboard_writer()) is not None:
+            for name, value in values.items():
+                board.add_scalar(name, value, iteration)
+        if (wandb := training.get_wandb_writer()) is not None:
+            wandb.log(values, iteration)
+        if at_log_interval and dist.get_rank() == dist.get_world_size() - 1:
+            print(console_line(values, iteration), flush=True)
+
+
+def _training() -> Any:
+    """Megatron's global variables while its training loop runs, None outside it."""
+    try:
+        from megatron.training import global_vars
+    except ImportError:  # where only Megatron-Core is used
+        return None
+    is_training = hasattr(global_vars._GLOBAL_ARGS, "curr_iteration")
+    return global_vars if is_training else None

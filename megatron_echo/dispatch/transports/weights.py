@@ -1,0 +1,194 @@
+"""How the weights of clones reach their slots, and how gradients return.
+
+``collective`` exchanges one expert for each pair of ranks and slot, whatever the plan: static, and
+R times the bytes that one slot of each rank holds. ``p2p`` sends only the slots in use, and for
+that the host must know the plan: one asynchronous copy of it for each layer call.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_echo.dispatch.transports.collectives import exchange
+from megatron_echo.environment import on_gpu
+
+
+class HostCopy:
+    """A tensor on its way to the host.
+
+    :meth:`read` waits for it. That is the only host read of the layer, so
+    ``no_host_sync(allow=["weights.py:HostCopy.read"])`` is how to watch everything else.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._arrived = tensor, None
+        self._values: list[Any] | None = None
+        if on_gpu(tensor):
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[Any]:
+        """The values, as nested lists."""
+        if self._values is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._values = self._host.tolist()
+        return self._values
+
+
+class WeightTransport(ABC):
+    """Moves experts between the ranks of a group; keeps no state of a call.
+
+    Ranks call the methods together and in the same order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, experts_per_rank: int) -> None:
+        """Set the sizes.
+
+        Args:
+            group: the expert-parallel group, R ranks.
+            experts_per_rank: m; expert e lives on rank ``e // m``.
+        """
+        self._group, self._rank, self._experts = group, group.rank(), experts_per_rank
+
+    def announce(self, slot_expert: Tensor) -> HostCopy | None:
+        """Begin what a plan needs before its weights travel.
+
+        Args:
+            slot_expert: int64 ``[R, S]``, the expert in each slot, -1 if unused.
+        """
+        return None
+
+    @abstractmethod
+    def push(
+        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
+    ) -> None:
+        """Fill this rank's slots. Those without an expert hold anything afterwards.
+
+        Args:
+            weight: ``[m, out, in]``, this rank's experts.
+            slot_expert: int64 ``[R, S]``.
+            announced: what :meth:`announce` gave for it.
+            slots: ``[S, out, in]``, written.
+        """
+
+    @abstractmethod
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
+        """Add the gradients of clones to those of their home experts.
+
+        The order is that of slots, then ranks; experts without clones keep their bits.
+
+        Args:
+            grads: ``[m + S, out, in]`` of this rank's experts and slots; used up.
+            slot_expert: int64 ``[R, S]``.
+            announced: what :meth:`announce` gave for it.
+
+        Returns:
+            ``[m, out, in]``, in the same memory.
+        """
+
+    @abstractmethod
+    def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
+        """Bytes that all ranks together send to others in one :meth:`push`; reads the plan."""
+
+
+class CollectiveWeights(WeightTransport):
+    """One exchange a slot, of one expert for each rank: the buffers are R experts, not R * S."""
+
+    def push(
+        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
+    ) -> None:
+        """See :class:`WeightTransport`; an unused slot gets some expert's weights."""
+        for slot, expert in enumerate(slot_expert.unbind(1)):
+            wanted = (expert - self._rank * self._experts).clamp(0, self._experts - 1)
+            received = exchange(weight.index_select(0, wanted), self._group)
+            home = (expert[self._rank : self._rank + 1] // self._experts).clamp_(min=0)
+            slots[slot] = received.index_select(0, home).squeeze(0)
+
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
+        """See :class:`WeightTransport`."""
+        ranks, experts = self._group.size(), self._experts
+        for slot, expert in enumerate(slot_expert.unbind(1)):
+            sent = grads[experts + slot].expand(ranks, *grads.shape[1:])
+            received = exchange(sent.contiguous(), self._group)
+            local = expert - self._rank * experts
+            mine = (local >= 0) & (local < experts)
+            target = torch.where(mine, local, experts)  # slot 0 is sent: its place takes the rest
+            for source in range(ranks):
+                grads.index_add_(0, target[source : source + 1], received[source : source + 1])
+        return grads[:experts]
+
+    def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
+        """See :class:`WeightTransport`; the same for every plan."""
+        ranks, slots = slot_expert.shape
+        return ranks * (ranks - 1) * slots * expert_bytes
+
+
+class PeerToPeerWeights(WeightTransport):
+    """Sends between the home and the clone only, straight into the slots.
+
+    Attributes:
+        host_copies: plans that were copied to the host so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, experts_per_rank: int) -> None:
+        super().__init__(group, experts_per_rank)
+        self.host_copies = 0
+
+    def announce(self, slot_expert: Tensor) -> HostCopy:
+        """See :class:`WeightTransport`."""
+        self.host_copies += 1
+        return HostCopy(slot_expert)
+
+    def push(
+        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
+    ) -> None:
+        """See :class:`WeightTransport`; an unused slot is not written."""
+        assert announced is not None
+        weight = weight.detach()
+        transfers = []
+        for slot, experts in enumerate(zip(*announced.read(), strict=True)):
+            for rank, expert in enumerate(experts):
+                home, local = divmod(expert, self._experts)
+                if expert >= 0 and home == self._rank:
+                    transfers.append(self._transfer(dist.isend, weight[local], rank))
+                elif expert >= 0 and rank == self._rank:
+                    transfers.append(self._transfer(dist.irecv, slots[slot], home))
+        _complete(transfers)
+
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
+        """See :class:`WeightTransport`; a slot at a time, so that at most R experts arrive."""
+        assert announced is not None
+        for slot, experts in enumerate(zip(*announced.read(), strict=True)):
+            transfers, arrivals = [], []
+            for rank, expert in enumerate(experts):
+                home, local = divmod(expert, self._experts)
+                if expert >= 0 and home == self._rank:
+                    arrivals.append((local, torch.empty_like(grads[0])))
+                    transfers.append(self._transfer(dist.irecv, arrivals[-1][1], rank))
+                elif expert >= 0 and rank == self._rank:
+                    part = grads[self._experts + slot]
+                    transfers.append(self._transfer(dist.isend, part, home))
+            _complete(transfers)
+            for local, part in arrivals:
+                grads[local] += part
+        return grads[: self._experts]
+
+    def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
+        """See :class:`WeightTransport`."""
+        return int((slot_expert >= 0).sum()) * expert_bytes
+
+    def _transfer(self, operation: Any, tensor: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
+
+
+def _complete(transfers: list[dist.P2POp]) -> None:
+    """Run all transfers; on CUDA the stream waits, not the host."""
+    if transfers:
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()

@@ -1,0 +1,129 @@
+"""``--moe-echo-trace-dir``: who wanted which expert, and what the planner made of it, as ``.npz``.
+
+One file for each traced step and pipeline stage, for the first expert-parallel group of a stage
+(data-parallel replicas see other tokens of the same distribution).
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One file: C layer calls of one step on one pipeline stage. R ranks, E experts, S slots.
+
+    Attributes:
+        iteration: Megatron's, from 1.
+        stage: the pipeline stage's rank.
+        layer: int32 ``[C]``, Megatron's layer numbers, from 1.
+        microbatch: int32 ``[C]``, from 0.
+        counts: int32 ``[C, R, E]``, token-expert pairs of each rank for each expert.
+        slot_expert: int32 ``[C, R, S]``, the expert in each slot, -1 if unused.
+        load_after: int32 ``[C, R]``, pairs that each rank computed.
+    """
+
+    iteration: int
+    stage: int
+    layer: np.ndarray
+    microbatch: np.ndarray
+    counts: np.ndarray
+    slot_expert: np.ndarray
+    load_after: np.ndarray
+
+    @property
+    def load_before(self) -> np.ndarray:
+        """int32 ``[C, R]``, pairs that each rank would have computed without clones."""
+        calls, ranks, experts = self.counts.shape
+        return self.counts.sum(1).reshape(calls, ranks, experts // ranks).sum(2)
+
+
+class RoutingTrace:
+    """Collects the plans of a step on the device and writes them at its end.
+
+    A folder that cannot be written ends the tracing with a warning, not the training.
+    """
+
+    def __init__(self, folder: str | None, every: int) -> None:
+        """Set up; nothing is written yet.
+
+        Args:
+            folder: where to, None for no trace.
+            every: trace each so many steps.
+        """
+        self._folder = Path(folder) if folder is not None else None
+        self._every = every
+        self._step = 0
+        self._stage = 0
+        self._calls: dict[int, int] = {}
+        self._records: list[tuple[int, int, Tensor, Tensor, Tensor]] = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the current step is traced."""
+        return self._folder is not None and self._step % self._every == 0
+
+    def record(self, layer: int, stage: int, plan: Any) -> None:
+        """Keep one layer call. Nothing is read.
+
+        Args:
+            layer: its number.
+            stage: the pipeline stage's rank.
+            plan: a ``ClonePlan``.
+        """
+        microbatch = self._calls[layer] = self._calls.get(layer, -1) + 1
+        self._stage = stage
+        self._records.append(
+            (layer, microbatch, plan.counts.int(), plan.slot_expert.int(), plan.load_after.int())
+        )
+
+    def end_step(self, iteration: int) -> None:
+        """Write what the step left, if it was traced."""
+        records, self._records = self._records, []
+        self._calls.clear()
+        self._step += 1
+        if not records or self._folder is None:
+            return
+        layers, microbatches, *tensors = zip(*records, strict=True)
+        names = ("counts", "slot_expert", "load_after")
+        arrays: dict[str, Any] = {
+            name: torch.stack(column).cpu().numpy()
+            for name, column in zip(names, tensors, strict=True)
+        }
+        arrays["layer"] = np.array(layers, np.int32)
+        arrays["microbatch"] = np.array(microbatches, np.int32)
+        path = self._folder / f"step-{iteration:08d}-stage-{self._stage:03d}.npz"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".tmp")
+            with open(unfinished, "wb") as file:
+                np.savez_compressed(file, iteration=iteration, stage=self._stage, **arrays)
+            os.replace(unfinished, path)
+        except OSError as error:
+            self._folder = None
+            print(f"WARNING: {path} cannot be written ({error}): no more traces.", flush=True)
+
+
+def read_traces(folder: str | os.PathLike) -> list[StepTrace]:
+    """All traces of a folder, by iteration and stage.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    paths = sorted(Path(folder).glob("step-*-stage-*.npz"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder} holds no traces. Start the run with --moe-echo-trace-dir {folder}."
+        )
+    traces = []
+    for path in paths:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        iteration, stage = int(arrays.pop("iteration")), int(arrays.pop("stage"))
+        traces.append(StepTrace(iteration, stage, **arrays))
+    return traces
