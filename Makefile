@@ -1,4 +1,4 @@
-# make train | test | lint | gpu-check   (ARGS="..." passes flags on to train)
+# make train | test | test-all | lint | gpu-check   (ARGS="..." passes flags on to train)
 
 VENV := .venv
 ARGS ?=
@@ -11,7 +11,7 @@ endif
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint format gpu-check goldens overhead
+.PHONY: train test test-all lint format gpu-check goldens overhead
 
 $(VENV)/ready: setup.py constraints.txt
 	@python3.12 --version >/dev/null 2>&1 || { echo "megatron_echo needs Python 3.12: put python3.12 on the PATH, then run make again." >&2; exit 1; }
@@ -24,6 +24,9 @@ train: $(READY)
 	@$(PYTHON) tools/main_job.py $(ARGS)
 
 test: $(READY) lint
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
+
+test-all: $(READY) lint
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: $(READY)

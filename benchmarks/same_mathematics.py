@@ -53,6 +53,14 @@ COMPARISONS = (
         CLONES,
         ranks=4,
     ),
+    Comparison(
+        "clones against none, skew 1.0, EP=2, PP=2, distributed optimizer, recomputation",
+        f"{SKEWED} --pipeline-model-parallel-size 2 --micro-batch-size 2 "
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        CLONES,
+        ranks=4,
+    ),
 )
 
 

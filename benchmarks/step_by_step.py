@@ -74,13 +74,18 @@ class Beside:
         module.cuda()
         if config.bf16 or config.fp16:
             module = Float16Module(config, module)
-        ddp_config = dataclasses.replace(reference.ddp_config, check_for_nan_in_grad=False)
+        ddp_config = dataclasses.replace(
+            reference.ddp_config, check_for_nan_in_grad=False, overlap_param_gather=False
+        )
         self.model = DistributedDataParallel(config, ddp_config, module)
         config.finalize_model_grads_func = (
             config.finalize_model_grads_func or training.finalize_model_grads
         )
         if reference.ddp_config.overlap_grad_reduce:
             config.no_sync_func = self.model.no_sync
+            if config.grad_sync_func is not None:
+                config.grad_sync_func = self.model.start_grad_sync
+        config.param_sync_func = None
 
     def repeat(self, reference: Any) -> list[dict[str, Any]]:
         """One forward and backward pass over the recorded microbatches; the losses."""

@@ -49,8 +49,13 @@ def run(
     script: Path = SCRIPT,
     env: dict[str, str] | None = None,
     timeout: float = 300,
+    world_size: int | None = None,
 ) -> Result:
-    """Run a script on ``nprocs`` ranks, forked from a process that has imported Megatron."""
+    """Run a script on ``nprocs`` ranks, forked from a process that has imported Megatron.
+
+    Args:
+        world_size: what the ranks are told, for scripts that end before they meet.
+    """
     server = _start_server()
     assert server.stdin is not None
     assert server.stdout is not None
@@ -62,6 +67,7 @@ def run(
             "env": env or {},
             "log": log.name,
             "timeout": timeout,
+            "world_size": world_size or nprocs,
         }
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()

@@ -4,7 +4,7 @@ A torchrun of two ranks spends ten seconds importing before a tiny model trains 
 JSON job a line on standard input and answers with one JSON line::
 
     {"script": "pretrain_gpt_moe.py", "argv": [...], "nprocs": 2, "env": {}, "log": FILE,
-     "timeout": 300}   ->   {"codes": [0, 0]}
+     "timeout": 300, "world_size": 2}   ->   {"codes": [0, 0]}
 
 Every rank is a forked process with torchrun's environment variables; if one fails, the others get
 ten seconds to end by themselves. See ``launch.py`` for the side that tests use.
@@ -43,7 +43,7 @@ def run_rank(job: dict, rank: int, port: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(job["env"])
-    size = str(job["nprocs"])
+    size = str(job["world_size"])
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -38,7 +38,7 @@ def train(
     return read_metrics(folder)
 
 
-@pytest.mark.parametrize("first", LAYERS)
+@pytest.mark.parametrize("first", ["stock", pytest.param("ours", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_the_other_layer(first: str, tmp_path: Path, text_flags: dict) -> None:
     """Saved at EP=2 by one layer, continued by both: the same curve and the same checkpoint.
 

@@ -18,7 +18,17 @@ def first_steps(curves: golden.Curves, steps: int) -> golden.Curves:
     return {name: {s: v for s, v in curve.items() if s <= steps} for name, curve in curves.items()}
 
 
-@pytest.mark.parametrize("name", golden.case_names())
+SLOW_CASES = ("moe_allgather_pp2", "moe_allgather_tp2_sp", "moe_echo_ep1", "moe_mla_ep2")
+"""Cases of which another one with more parallelism, or our layer, runs the same code."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_CASES else [])
+        for name in golden.case_names()
+    ],
+)
 def test_curve(name: str, tmp_path: Path) -> None:
     case = golden.load_case(name)
     curves = golden.run_case(case, tmp_path)
@@ -29,6 +39,7 @@ def test_curve(name: str, tmp_path: Path) -> None:
         assert golden.compare(begin, twin) == []
 
 
+@pytest.mark.slow
 def test_curve_with_other_instructions(tmp_path: Path) -> None:
     """One case again through a real torchrun, with AVX2 arithmetic."""
     case = dataclasses.replace(golden.load_case("moe_allgather_ep2"), env_vars=OTHER_INSTRUCTIONS)
@@ -69,7 +80,9 @@ def test_a_missing_step_or_metric_fails() -> None:
     assert len(golden.compare(short, expected)) == 2
 
 
-@pytest.mark.parametrize("twin", ["moe_allgather_cp2", "moe_alltoall_ep2"])
+@pytest.mark.parametrize(
+    "twin", ["moe_allgather_cp2", pytest.param("moe_alltoall_ep2", marks=pytest.mark.slow)]
+)
 def test_layouts_of_one_model_agree(twin: str, tmp_path: Path) -> None:
     """Runs that start from the same weights: the same losses, whatever was recorded.
 

@@ -77,11 +77,9 @@ for shape in {shapes}:
 
 
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    """For an H100, within its 227 KiB of shared memory: both algorithms, small and large shapes."""
+    """For an H100, within its 227 KiB of shared memory: both algorithms, a small and a large shape."""
     shapes = [
         (64, 256, 4, False, False),
-        (64, 128, 1, False, True),
-        (256, 1024, 16, True, True),
         (256, 1024, 3, False, True),
     ]
     environment = {
