@@ -128,10 +128,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    columns = min(2, len(results))
+    rows = -(-len(results) // columns)
     figure, axes = pyplot.subplots(
-        1, len(results), figsize=(7 * len(results), 4.5), layout="constrained", squeeze=False
+        rows, columns, figsize=(7 * columns, 4.2 * rows), layout="constrained", squeeze=False
     )
-    for result, axis in zip(results, axes[0], strict=True):
+    for result, axis in zip(results, axes.flat, strict=False):
         stepwise = result["step by step"]
         for name, curve, style in (
             ("free-running: ours against the reference", result["free"]["ours"], "-"),
@@ -142,9 +144,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         ):  # fmt: skip
             axis.plot(range(1, len(curve) + 1), [max(v, 1e-12) for v in curve], style, label=name)
         axis.axhline(TOLERANCE, color="grey", linewidth=0.8)
-        axis.set(yscale="log", xlabel="step", title=result["name"], ylim=(5e-13, None))
+        axis.set(yscale="log", xlabel="step", ylim=(5e-13, None))
+        axis.set_title(result["name"], fontsize=10)
         axis.set_ylabel("relative difference (0 drawn at 1e-12)")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.08))
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
