@@ -134,6 +134,10 @@ def test_exception_then_a_clean_step(ranks: int) -> None:
     run("exception_then_a_clean_step", ranks)
 
 
+def test_state_dict() -> None:
+    run("state_dict", 2)
+
+
 @pytest.mark.parametrize("ranks", [3])
 def test_self_check(ranks: int) -> None:
     """--moe-echo-check-every sees wrong weights in a slot, and ranks that plan differently."""

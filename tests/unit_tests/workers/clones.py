@@ -683,6 +683,22 @@ def check_exception_then_a_clean_step() -> None:
         StepEnd.of(layer.config).overflow.check()
 
 
+def check_state_dict() -> None:
+    """Clones leave no trace in the state: keys, shapes and initial weights."""
+    layers = [plain(2, torch.float32), cloned(2, torch.float32)]
+    run(layers[1], case_of("hot", 2, torch.float32))
+    states = [layer.experts.state_dict() for layer in layers]
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    shards = [layer.experts.sharded_state_dict(prefix="x.") for layer in layers]
+    assert list(shards[0]) == list(shards[1])
+    for name, shard in shards[0].items():
+        assert type(shard) is type(shards[1][name])
+        assert shard.key == shards[1][name].key
+    for one, other in (layers, reversed(layers)):
+        one.experts.load_state_dict(other.experts.state_dict())
+
+
 def stepped(layers: list[EchoMoELayer], case: Problem) -> float | None:
     """A step of some layers: the error that the self-check found, None if it did not look."""
     for layer in layers:
