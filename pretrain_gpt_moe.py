@@ -72,6 +72,12 @@ from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
+from megatron_echo.offload.training import (  # noqa: E402
+    OffloadedTraining,
+    add_offload_arguments,
+    announcement,
+    offload_config,
+)
 from megatron_echo.preflight import check_command_line, explain_failure  # noqa: E402
 
 straggler_timer = StragglerDetector()
@@ -266,6 +272,7 @@ def extra_args_provider(parser: Any) -> Any:
     """Our flags beside Megatron's, and a usage line in place of all 800 of them."""
     parser.usage = "pretrain_gpt_moe.py [flags]   (--help explains them all)"
     repair_help(parser)
+    add_offload_arguments(parser, sys.argv[1:])
     return add_echo_arguments(parser)
 
 
@@ -304,11 +311,17 @@ def main() -> None:
         check_command_line(parse_args(extra_args_provider))
         args = parse_and_validate_args(extra_args_provider)
         model_config = model_config_from_args(args)
+        offloading = offload_config(args)
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the checks that read files run there only
             report(error)
         raise SystemExit(2) from error
     announce_kept_clones(args, model_config.transformer)
+    offloaded = None
+    if offloading is not None:
+        offloaded = OffloadedTraining(offloading, model_config)
+        if args.rank == 0:
+            print(announcement(offloading), flush=True)
     if args.run_dir is not None:
         if args.rank == 0:
             write_run_record(args.run_dir, args, command)
@@ -327,6 +340,8 @@ def main() -> None:
         if explanation := explain_failure(error, args):
             report(explanation)
         raise
+    if offloaded is not None and args.rank == 0:
+        print(offloaded.offloader.report(), flush=True)
 
 
 if __name__ == "__main__":

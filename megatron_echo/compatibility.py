@@ -88,7 +88,7 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda c: c.fine_grained_activation_offloading,
-        "does not offload its activations. Leave --fine-grained-activation-offloading out.",
+        "is unknown to Megatron's offloading manager. Leave --offload-implementation megatron out.",
     ),
     (
         lambda c: "sinkhorn" in c.moe_router_load_balancing_type,
@@ -118,7 +118,7 @@ _ARGUMENTS: tuple[tuple[str, str], ...] = (
     ),
     (
         "fine_grained_activation_offloading",
-        "does not offload its activations. Leave --fine-grained-activation-offloading out.",
+        "is unknown to Megatron's offloading manager. Leave --offload-implementation megatron out.",
     ),
 )
 

@@ -81,7 +81,7 @@ class MetricsWriter:
             return
         try:
             if self._line.get("iteration") != global_step:
-                if tag.startswith("moe_echo/"):  # written before the optimizer step
+                if tag.startswith(("moe_echo/", "offload/")):  # written before the optimizer step
                     self._early[tag] = (global_step, _as_json(scalar_value))
                     return
                 if tag not in _FIRST_TAGS and " validation" not in tag:

@@ -115,7 +115,7 @@ ROWS = (
         "gives every expert-parallel rank the same experts."),
     Row("fine-grained offloading",
         {"fine_grained_activation_offloading": True, "offload_modules": "moe_act"},
-        "does not offload its activations."),
+        note="by our manager"),
     Row("sequences of several lengths", {"sft": True},
         "--sft is not supported by pretrain_gpt_moe.py."),
     Row("dropping at capacity 0.8",

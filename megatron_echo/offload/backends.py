@@ -1,0 +1,151 @@
+"""Where copies run: on CUDA's side streams, or at once.
+
+Three lanes of work: the compute stream, and one lane of copies in each direction. A backend only
+copies, records and waits; which order is needed is decided by its one caller, ``transfers.py``,
+so that what the simulated backend proves holds on a device too.
+"""
+
+import enum
+import fractions
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+_PROBE_BYTES = 64 << 20
+_SUSTAINED = fractions.Fraction(4, 5)
+"""Share of an idle link's speed to plan with: other traffic uses it too."""
+
+
+class Lane(enum.Enum):
+    """A queue of work that runs in order."""
+
+    COMPUTE = "compute"
+    TO_HOST = "to host"
+    TO_DEVICE = "to device"
+
+
+class Link(NamedTuple):
+    """Bytes per tick of each direction, which do not share."""
+
+    to_host: fractions.Fraction
+    to_device: fractions.Fraction
+
+    def ticks(self, nbytes: int, *, to_host: bool) -> int:
+        """How long a copy takes, rounded up."""
+        return math.ceil(nbytes / (self.to_host if to_host else self.to_device))
+
+
+class Backend:
+    """The eager backend: every copy is done when the call returns. Base class of the others."""
+
+    def accepts(self, tensor: Tensor) -> bool:
+        """True for a tensor on a device that this backend copies from."""
+        return tensor.is_cpu
+
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """Uint8 ``[nbytes]``, pinned if that means anything."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def allocate_device(self, nbytes: int, device: torch.device) -> Tensor:
+        """Uint8 ``[nbytes]`` of the compute stream's pool; earlier work may still use it."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+        """Copy uint8 to uint8 of the same length in that lane."""
+        target.copy_(source)
+
+    def record(self, lane: Lane) -> Any:
+        """An event: everything that the lane was given so far is done."""
+
+    def wait(self, lane: Lane, event: Any) -> None:
+        """What the lane is given from now on runs after the event. The host does not wait."""
+
+    def note(self, tensor: Tensor, access: Literal["write", "read", "free"]) -> None:
+        """Hear that the compute lane wrote or will read the tensor, or that its memory goes."""
+
+    def timestamp(self) -> Any:
+        """A moment of the compute lane for :meth:`ticks`, None where time is not measured."""
+
+    def synchronize(self) -> None:
+        """Make all timestamps readable."""
+
+    def ticks(self, start: Any, end: Any) -> int:
+        """Ticks between two timestamps."""
+        return 0
+
+    @property
+    def link(self) -> Link | None:
+        """How fast copies are, None where time is not measured."""
+        return None
+
+
+class CudaBackend(Backend):
+    """Copies on two streams of low priority, ordered by events. A tick is a nanosecond.
+
+    Nothing calls ``record_stream``: memory is freed, in the compute stream's order, only after
+    the compute stream waited for the copy.
+    """
+
+    def __init__(self) -> None:
+        self._streams = {
+            Lane.TO_HOST: torch.cuda.Stream(priority=0),
+            Lane.TO_DEVICE: torch.cuda.Stream(priority=0),
+        }
+        self._link: Link | None = None
+
+    def _stream(self, lane: Lane) -> torch.cuda.Stream:
+        return torch.cuda.current_stream() if lane is Lane.COMPUTE else self._streams[lane]
+
+    def accepts(self, tensor: Tensor) -> bool:
+        """True for a CUDA tensor."""
+        return tensor.is_cuda
+
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """Pinned memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+        """Enqueue the copy."""
+        with torch.cuda.stream(self._stream(lane)):
+            target.copy_(source, non_blocking=True)
+
+    def record(self, lane: Lane) -> torch.cuda.Event:
+        """Record on the lane's stream."""
+        return self._stream(lane).record_event()
+
+    def wait(self, lane: Lane, event: torch.cuda.Event) -> None:
+        """Enqueue the wait."""
+        self._stream(lane).wait_event(event)
+
+    def timestamp(self) -> torch.cuda.Event:
+        """An event with time on the compute stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize()
+
+    def ticks(self, start: torch.cuda.Event, end: torch.cuda.Event) -> int:
+        """Nanoseconds."""
+        return round(start.elapsed_time(end) * 1e6)
+
+    @property
+    def link(self) -> Link:
+        """Measured with one pinned copy in each direction, the first time it is asked for."""
+        if self._link is None:
+            device = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
+            host = self.allocate_host(_PROBE_BYTES)
+            rates = []
+            for target, source in ((host, device), (device, host)):
+                target.copy_(source, non_blocking=True)  # the first touches the pages
+                start = self.timestamp()
+                target.copy_(source, non_blocking=True)
+                end = self.timestamp()
+                self.synchronize()
+                rates.append(_SUSTAINED * _PROBE_BYTES / self.ticks(start, end))
+            self._link = Link(*rates)
+        return self._link

@@ -1,0 +1,110 @@
+"""Regions of a model, found by module name: where they open and where they close.
+
+A region is a piece of the forward pass whose saved tensors are handled together. Most are one
+module's forward. Norms begin before and end behind their module, so that the input that a
+recomputed norm saves outside its own forward is in the region too; ``moe_act`` is all that lies
+between the two projections of an expert, where stock layers have no module.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Edge(NamedTuple):
+    """The moment before or after the forward pass of a module."""
+
+    module: nn.Module
+    after: bool
+
+
+class Span(NamedTuple):
+    """A region of the model: its name, where it opens and where it closes."""
+
+    name: str
+    opens: Edge
+    closes: Edge
+
+
+class _Rule(NamedTuple):
+    """A span relative to a transformer layer; paths are globs, and one ``*`` matches in both."""
+
+    opens: str
+    opens_after: bool
+    closes: str
+    closes_after: bool
+
+
+def _whole(path: str) -> _Rule:
+    return _Rule(path, False, path, True)
+
+
+def _activation(experts: str) -> _Rule:
+    return _Rule(f"{experts}.linear_fc1", True, f"{experts}.linear_fc2", False)
+
+
+_RULES: dict[str, tuple[_Rule, ...]] = {
+    "attn_norm": (_Rule("", False, "self_attention", False),),
+    "qkv_linear": (
+        _whole("self_attention.linear_qkv"),
+        _whole("self_attention.linear_q_proj"),
+        _whole("self_attention.linear_*_down_proj"),
+    ),
+    "core_attn": (_whole("self_attention.core_attention"),),
+    "attn_proj": (_whole("self_attention.linear_proj"),),
+    "mlp_norm": (_Rule("cross_attention", True, "mlp", False),),
+    "expert_fc1": (
+        _whole("mlp.experts.linear_fc1"),
+        _whole("mlp.experts.local_experts.*.linear_fc1"),
+    ),
+    "moe_act": (_activation("mlp.experts"), _activation("mlp.experts.local_experts.*")),
+    "router": (_whole("mlp.router"),),
+    "shared_experts": (_whole("mlp.shared_experts"),),
+}
+
+REGION_NAMES = tuple(_RULES)
+"""Names that ``OffloadConfig.modules`` knows: Megatron's, ``router`` and ``shared_experts``."""
+
+
+def find_spans(
+    model: nn.Module, names: Sequence[str], extra_regions: Mapping[str, str]
+) -> list[Span]:
+    """All spans of a model.
+
+    A transformer layer is any module with ``self_attention``, ``mlp`` and ``input_layernorm``.
+
+    Args:
+        model: one model chunk, wrapped or not.
+        names: some of :data:`REGION_NAMES`.
+        extra_regions: name to a glob over dotted module paths.
+    """
+    spans = []
+    for module in model.modules():
+        if all(hasattr(module, name) for name in ("self_attention", "mlp", "input_layernorm")):
+            for name in names:
+                spans += [span for rule in _RULES[name] for span in _matches(module, name, rule)]
+    for name, pattern in extra_regions.items():
+        spans += [
+            Span(name, Edge(module, after=False), Edge(module, after=True))
+            for path, module in model.named_modules()
+            if fnmatch.fnmatchcase(path, pattern)
+        ]
+    return spans
+
+
+def _matches(layer: nn.Module, name: str, rule: _Rule) -> Iterator[Span]:
+    modules = dict(layer.named_modules())
+    for path, module in modules.items():
+        if fnmatch.fnmatchcase(path, rule.opens) and path.count(".") == rule.opens.count("."):
+            closing = path if rule.closes == rule.opens else rule.closes
+            if "*" in closing:
+                closing = path.removesuffix(rule.opens.rpartition("*")[2])
+                closing += rule.closes.rpartition("*")[2]
+            if closing in modules:
+                yield Span(
+                    name,
+                    Edge(module, rule.opens_after),
+                    Edge(modules[closing], rule.closes_after),
+                )

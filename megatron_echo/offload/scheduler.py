@@ -1,0 +1,96 @@
+"""Plans by schedule: learnt from recorded steps, kept, and taken up again when one returns."""
+
+import dataclasses
+import logging
+from collections.abc import Hashable
+
+from megatron_echo.offload.backends import Backend
+from megatron_echo.offload.config import OffloadConfig
+from megatron_echo.offload.recorder import StepRecord
+from megatron_echo.offload.schedule import Advice, Plan, Timeline, advise, make_plan
+
+logger = logging.getLogger(__name__)
+
+_MOST_PLANS = 8
+
+
+class Scheduler:
+    """Chooses the plan of the next step: the one of a step like the last, if it is known.
+
+    Args:
+        config: the policy.
+        backend: for the link's speed.
+
+    Attributes:
+        plan: for the next step, None while there is something to learn.
+        advice: for the modules, from the latest plan of the policy ``auto``.
+    """
+
+    def __init__(self, config: OffloadConfig, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+        self._plans: dict[Hashable, Plan] = {}
+        self._observed: Timeline | None = None
+        self._observations = 0
+        self.plan: Plan | None = None
+        self.advice: list[Advice] = []
+
+    @property
+    def wants_times(self) -> bool:
+        """Whether the next step should be timed."""
+        return self.plan is None and self._backend.link is not None
+
+    def learn(self, record: StepRecord) -> None:
+        """Take a complete step into account."""
+        timeline = record.timeline()
+        signature = timeline.signature
+        known = self._plans.get(signature)
+        if known is not None:
+            self.plan = known
+            return
+        self.plan = None
+        if self._backend.link is not None and timeline.times is None:
+            return  # it departed from a plan; the next one is timed
+        self._observe(timeline)
+        if self._observations < self._config.learning_steps and timeline.times is not None:
+            return
+        self.plan = self._make_plan(self._observed or timeline)
+        self._plans[signature] = self.plan
+        if len(self._plans) > _MOST_PLANS:
+            del self._plans[next(iter(self._plans))]
+        self._observed, self._observations = None, 0
+
+    def _observe(self, timeline: Timeline) -> None:
+        """Keep the shortest time between each two marks of equal steps."""
+        last = self._observed
+        if last is None or last.signature != timeline.signature:
+            self._observed, self._observations = timeline, 1
+            return
+        self._observations += 1
+        if last.times and timeline.times:
+            times = [0]
+            for i in range(1, len(timeline.times)):
+                spans = (t[i] - t[i - 1] for t in (last.times, timeline.times))
+                times.append(times[-1] + min(spans))
+            timeline = dataclasses.replace(timeline, times=tuple(times))
+        self._observed = timeline
+
+    def _make_plan(self, timeline: Timeline) -> Plan:
+        config, link = self._config, self._backend.link
+        plan = make_plan(
+            timeline, link, config.policy, config.fraction, config.target_bytes,
+            config.max_slowdown,
+        )  # fmt: skip
+        if config.policy == "auto" and link is not None and timeline.times is not None:
+            self.advice = advise(timeline, plan, link)
+        total = sum(item.nbytes for item in timeline.items)
+        sent = sum(
+            item.nbytes
+            for item, reason in zip(timeline.items, plan.kept, strict=True)
+            if reason is None
+        )
+        logger.info(
+            "Offload plan: %d of %d MiB in %d storages, at most %d MiB on the device",
+            sent >> 20, total >> 20, len(timeline.items), plan.peak_bytes >> 20,
+        )  # fmt: skip
+        return plan

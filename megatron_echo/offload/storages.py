@@ -1,0 +1,245 @@
+"""Saved tensors and the storages behind them, each with its own state and no lookup by name."""
+
+import enum
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from megatron_echo.offload.host_arena import Lease
+
+if TYPE_CHECKING:
+    from megatron_echo.offload.transfers import Transfers
+
+
+class State(enum.Enum):
+    """Where a storage is."""
+
+    RESIDENT = "on the device"
+    COPYING = "on the device, on its way to the host"
+    HOST = "on the host"
+    RELOADING = "on the host, on its way back"
+    RELOADED = "on the device again"
+
+
+_NEXT = {
+    State.RESIDENT: (State.COPYING,),
+    State.COPYING: (State.HOST,),
+    State.HOST: (State.RELOADING,),
+    State.RELOADING: (State.RELOADED,),
+    State.RELOADED: (),
+}
+
+
+class Outbound:
+    """A copy to the host that nobody waited for yet; it keeps its source alive.
+
+    Attributes:
+        source: uint8 ``[nbytes]``, the whole storage.
+        copied: the event at the end of the copy.
+        blob: whose copy it is, a weak reference.
+    """
+
+    def __init__(self, source: Tensor, copied: Any, blob: "Blob") -> None:
+        self.source = source
+        self.nbytes = source.numel()
+        self.copied = copied
+        self.blob = weakref.ref(blob)
+
+
+class Blob:
+    """One storage with saved tensors in it. It lives as long as one of their handles.
+
+    Attributes:
+        name: its region's.
+        index: its number in the step.
+        nbytes: its size.
+        identity: a weak reference to the original storage.
+        source: uint8 ``[nbytes]``, the original, while this object keeps it.
+        address: where the original was when it was saved.
+        home: its device.
+        lease: its host memory.
+        copied: event at the end of the copy to the host.
+        device: uint8 ``[nbytes]``, the reloaded copy.
+        loaded: event at the end of the copy back.
+        outbound: the copy to the host, until compute waited for it.
+        is_held: something else kept the original, or emptied it, so that freeing it is in vain.
+        needed: backward asked for it.
+        on_drop: called at the end.
+    """
+
+    def __init__(self, transfers: "Transfers", name: str, handle: "Handle") -> None:
+        """The storage of a handle's tensor."""
+        assert handle.tensor is not None
+        storage = handle.tensor.untyped_storage()
+        self.transfers = transfers
+        self.name = name
+        self.index = -1
+        self.nbytes = storage.nbytes()
+        self.identity = StorageWeakRef(storage)
+        self.address = storage.data_ptr()
+        self.home = handle.tensor.device
+        self.source: Tensor | None = torch.empty(0, dtype=torch.uint8, device=self.home)
+        self.source.set_(storage)
+        self.state = State.RESIDENT
+        self.lease: Lease | None = None
+        self.outbound: Outbound | None = None
+        self.copied: Any = None
+        self.device: Tensor | None = None
+        self.loaded: Any = None
+        self.is_held = False
+        self.needed = False
+        self.on_drop: Callable[[Blob], None] | None = None
+        transfers.adopt(self)
+
+    def advance(self, state: State) -> None:
+        """Change the state.
+
+        Raises:
+            RuntimeError: there is no way from the present state to that one.
+        """
+        if state not in _NEXT[self.state]:
+            raise RuntimeError(
+                f"A storage of {self.name} that is {self.state.value} cannot be {state.value}. "
+                "This is a defect of the offloader; please report it."
+            )
+        self.state = state
+
+    def notice_emptying(self) -> None:
+        """Check whether somebody emptied the original, which is still kept here."""
+        assert self.source is not None
+        self.is_held |= self.source.untyped_storage().data_ptr() != self.address
+
+    def present(self) -> Tensor:
+        """The bytes on the device, uint8 ``[nbytes]``."""
+        tensor = self.device if self.source is None else self.source
+        assert tensor is not None
+        return tensor
+
+    @property
+    def fate(self) -> str | None:
+        """What became of the copy on the host; None if there is none."""
+        if self.lease is None:
+            return None
+        return (
+            "reloaded"
+            if self.state in (State.RELOADING, State.RELOADED)
+            else "forwarded"
+            if self.needed
+            else "dropped"
+        )
+
+    def __del__(self) -> None:
+        self.transfers.drop(self)
+        if self.on_drop is not None:
+            self.on_drop(self)
+
+
+class Handle:
+    """What autograd keeps in place of a saved tensor.
+
+    It notices, as autograd does, that the tensor was changed in place after it was saved: an empty
+    alias of the tensor shares its version counter and none of its memory.
+    """
+
+    __slots__ = ("_alias", "_version", "blob", "owner", "tensor", "view")
+
+    def __init__(self, tensor: Tensor, owner: Any) -> None:
+        self.tensor: Tensor | None = tensor
+        self.owner = owner
+        self.blob: Blob | None = None
+        self._alias = tensor.detach()
+        self._alias.data = tensor.new_empty(0)
+        self._version = tensor._version
+        self.view = (tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Equal for saved tensors that share a storage, and its content, and are both alive."""
+        assert self.tensor is not None
+        return self.tensor.untyped_storage()._cdata, self._version
+
+    @property
+    def storage_bytes(self) -> int:
+        """Size of the tensor's storage."""
+        assert self.tensor is not None
+        return self.tensor.untyped_storage().nbytes()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor."""
+        assert self.tensor is not None
+        return self.tensor.nbytes
+
+    def join(self, blob: Blob) -> None:
+        """Leave the tensor to ``blob``."""
+        self.blob, self.tensor = blob, None
+
+    def restore(self) -> Tensor:
+        """The saved tensor, same bits, shape, strides and offset.
+
+        Raises:
+            RuntimeError: it was changed in place since.
+        """
+        if self._alias._version != self._version:
+            raise RuntimeError(
+                "One of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {tuple(self.view[1])} saved at version "
+                f"{self._version} is at version {self._alias._version}. Do not change tensors in "
+                "place that backward needs."
+            )
+        if self.blob is None:
+            assert self.tensor is not None
+            return self.tensor
+        data = self.owner.need(self.blob)
+        restored = torch.empty(0, dtype=self._alias.dtype, device=data.device)
+        return restored.set_(data.untyped_storage(), *self.view)
+
+
+class OpenRegion:
+    """A region while it is open: everything that autograd saves in it gets a handle.
+
+    Args:
+        span: where in the model.
+        chunk: the forward pass.
+        owner: has ``need(blob)`` and ``transfers``.
+        opened: a timestamp.
+    """
+
+    def __init__(self, span: Any, chunk: Any, owner: Any, opened: Any) -> None:
+        self.span, self.chunk, self.opened = span, chunk, opened
+        self._handles: list[Handle] = []
+        handles, backend = self._handles, owner.transfers.backend
+
+        def pack(tensor: Tensor) -> Handle | Tensor:
+            if not (_is_plain(tensor) and backend.accepts(tensor)):
+                return tensor
+            handles.append(Handle(tensor, owner))
+            return handles[-1]
+
+        self._hooks = saved_tensors_hooks(pack, _restore)
+        self._hooks.__enter__()
+
+    def close(self) -> list[Handle]:
+        """Take the hooks off and hand the handles over; autograd keeps ``pack`` and its list."""
+        self._hooks.__exit__()
+        handles = self._handles.copy()
+        self._handles.clear()
+        return handles
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """False for subclasses, sparse and lazily conjugated or negated tensors."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _restore(saved: Handle | Tensor) -> Tensor:
+    return saved.restore() if isinstance(saved, Handle) else saved

@@ -1,0 +1,212 @@
+"""Megatron's offloading flags and training loop, with this package's offloader.
+
+Stock Megatron refuses ``--fine-grained-activation-offloading`` without Transformer Engine, and
+with it wires its own manager into the layers. So the flags' values are parsed into names of our
+own, Megatron sees its defaults, and the model is hooked into after it is built.
+"""
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import unwrap_model
+from torch import nn
+
+from megatron_echo.offload.config import POLICIES, OffloadConfig
+from megatron_echo.offload.manager import ActivationOffloader
+
+_MEGATRON = {
+    "fine_grained_activation_offloading": False,
+    "offload_modules": [],
+    "min_offloaded_tensor_size": 1024 * 1024,
+    "activation_offload_fraction": 1.0,
+    "delta_offload_bytes_across_pp_ranks": 0,
+    "delay_offload_until_cuda_graph": False,
+}
+"""Megatron's destinations and their defaults."""
+
+_HIGHEST = ("peak_device_bytes", "host_bytes", "host_allocated_bytes")
+"""Statistics of which the highest rank counts, not the sum."""
+
+
+def add_offload_arguments(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    """Add what Megatron's offloading flags lack, and take those over.
+
+    Args:
+        parser: Megatron's.
+        argv: the command line; with ``--offload-implementation megatron`` in it Megatron's flags
+            stay as they are.
+    """
+    group = parser.add_argument_group("megatron_echo: offload")
+    group.add_argument(
+        "--offload-implementation", choices=("echo", "megatron"), default="echo",
+        help="Whose manager --fine-grained-activation-offloading starts. echo: this package's; "
+        "works without Transformer Engine and knows the modules router and shared_experts too. "
+        "megatron: the stock one. (default: echo)",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload-policy", choices=POLICIES, default="earliest",
+        help="Which storages go first where --activation-offload-fraction or "
+        "--offload-target-bytes leave a choice. auto also says for each module whether to "
+        "offload, keep or recompute it. (default: earliest)",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload-target-bytes", type=int, metavar="N",
+        help="Offload no more than brings the saved bytes of the modules down to this.",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload-max-slowdown", type=float, default=0.0, metavar="X",
+        help="How much longer a step may take for offloading, 0.05 for 5 %%. What the link cannot "
+        "move within that stays on the device. (default: 0.0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload-host-bytes", type=int, metavar="N",
+        help="Most host memory on each rank; when it is full, tensors stay on the device.",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload-strict", action="store_true",
+        help="A module name that matches nothing, or saves nothing, is an error, not a warning.",
+    )  # fmt: skip
+
+    peek = ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--offload-implementation")
+    if peek.parse_known_args(argv)[0].offload_implementation != "megatron":
+        _take_over(parser)
+
+
+def _take_over(parser: ArgumentParser) -> None:
+    """Let Megatron's offloading flags set names of our own, ``echo_...``."""
+    for action in parser._actions:
+        if action.dest in _MEGATRON:
+            parser.set_defaults(**{action.dest: _MEGATRON[action.dest]})
+            action.dest = f"echo_{action.dest}"
+            if action.dest == "echo_offload_modules":
+                action.choices = None  # ours are checked by OffloadConfig
+
+
+def offload_config(args: Namespace) -> OffloadConfig | None:
+    """The offloader's settings from a validated command line, see :func:`add_offload_arguments`.
+
+    ``--min-offloaded-tensor-size`` counts elements in Megatron; here it becomes bytes of the
+    parameters' dtype.
+
+    Returns:
+        None if offloading was not asked for, or Megatron's manager was.
+
+    Raises:
+        ValueError: a setting is out of range or does not fit another flag, and what to use.
+    """
+    if not getattr(args, "echo_fine_grained_activation_offloading", False):
+        return None
+    for refused, reason in (
+        (not args.echo_offload_modules, "needs names. Give --offload-modules."),
+        (
+            args.echo_delta_offload_bytes_across_pp_ranks,
+            "knows no --delta-offload-bytes-across-pp-ranks. Use --offload-target-bytes, with "
+            "which each stage offloads what it needs.",
+        ),
+        (
+            args.cuda_graph_impl != "none",
+            "orders its copies in Python, which a CUDA graph skips. Leave "
+            f"--cuda-graph-impl {args.cuda_graph_impl} out.",
+        ),
+        (
+            args.overlap_moe_expert_parallel_comm,
+            "follows the modules' forward order, which --overlap-moe-expert-parallel-comm "
+            "changes. Leave one of the two out.",
+        ),
+        (
+            args.cpu_offloading_num_layers,
+            "takes the place of --cpu-offloading-num-layers. Use one.",
+        ),
+    ):
+        if refused:
+            raise ValueError(f"--fine-grained-activation-offloading {reason}")
+    return OffloadConfig(
+        modules=tuple(args.echo_offload_modules),
+        fraction=args.echo_activation_offload_fraction,
+        min_tensor_bytes=args.echo_min_offloaded_tensor_size * args.params_dtype.itemsize,
+        policy=args.offload_policy,
+        target_bytes=args.offload_target_bytes,
+        max_slowdown=args.offload_max_slowdown,
+        max_host_bytes=args.offload_host_bytes,
+        strict=args.offload_strict,
+    )
+
+
+class OffloadedTraining:
+    """An offloader in Megatron's training loop.
+
+    It stands in for ``config.finalize_model_grads_func``, the end of a step's backward passes.
+    """
+
+    def __init__(self, config: OffloadConfig, model_config: Any) -> None:
+        """Hook into a model that is going to be built.
+
+        Args:
+            config: what to offload.
+            model_config: Megatron's, for example ``GPTModelConfig``.
+        """
+        self.offloader = ActivationOffloader(config)
+        transformer = model_config.transformer
+        self._finalize = transformer.finalize_model_grads_func or finalize_model_grads
+        transformer.finalize_model_grads_func = self
+        model_config.post_wrap_hooks.append(self._attach)
+
+    def __deepcopy__(self, memo: dict) -> "OffloadedTraining":
+        return self  # Megatron copies configurations for some layers; the model stays one
+
+    def _attach(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        self.offloader.attach([unwrap_model(chunk) for chunk in chunks])
+        return chunks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish the gradients and the offloader's step; publish its statistics."""
+        result = self._finalize(*args, **kwargs)
+        self.offloader.step_end()
+        self._publish(self.offloader.statistics())
+        return result
+
+    @staticmethod
+    def _publish(statistics: dict[str, float]) -> None:
+        """Sum over ranks, and hand on to TensorBoard and wandb."""
+        from megatron.training import global_vars
+
+        names = sorted(statistics)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sums = torch.tensor(
+            [statistics[name] for name in names], dtype=torch.float64, device=device
+        )
+        highest = sums.clone()
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        values = {
+            name: most if name.removeprefix("offload/") in _HIGHEST else total
+            for name, total, most in zip(names, sums.tolist(), highest.tolist(), strict=True)
+        }
+        iteration = global_vars.get_args().curr_iteration + 1
+        if (board := global_vars.get_tensorboard_writer()) is not None:
+            for name, value in values.items():
+                board.add_scalar(name, value, iteration)
+        if (wandb := global_vars.get_wandb_writer()) is not None:
+            wandb.log(values, iteration)
+
+
+def announcement(config: OffloadConfig) -> str:
+    """A line for the start of a run."""
+    given = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default and field.name != "extra_regions"
+    }
+    words = ", ".join(f"{name}={_spelled(value)}" for name, value in given.items())
+    return f"[megatron_echo] activation offloading by this package's manager: {words}"
+
+
+def _spelled(value: Any) -> str:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return "+".join(value) if is_list else str(value)
