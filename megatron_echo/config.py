@@ -132,6 +132,18 @@ def _check_trace_dir(value: str | None, config: Any) -> str | None:
     return None
 
 
+def _check_router_losses(value: str, config: Any) -> str | None:
+    from megatron_echo.routing.losses import RouterLossSettings  # imports this module
+
+    if not config.moe_enable_echo or config.num_moe_experts is None:
+        return None
+    try:
+        RouterLossSettings.from_config(config)
+    except ValueError as error:
+        return f"does not fit: {error}"
+    return None
+
+
 def _check_positive(value: int, config: Any) -> str | None:
     return None if value >= 1 else "is below 1. Use 1 or more."
 
@@ -266,6 +278,27 @@ class EchoConfigMixin:
         group="echo",
         check=_check_positive,
         metavar="N",
+    )
+    moe_echo_aux_counts: str = flag(
+        "unbiased",
+        "Which choices the load-balancing losses count. unbiased: the top-k of the scores, as "
+        "DeepSeek-V3 and Megatron. assigned: what the router chose with bias, groups and replay.",
+        group="router losses",
+        choices=("unbiased", "assigned"),
+    )
+    moe_echo_aux_count_source: str = flag(
+        "late",
+        "Whose counts global_aux_loss uses. microbatch: its own. cumulative: and those before it. "
+        "late: of all whose forward pass came before the backward pass. previous_step: of the "
+        "step before. late+previous: late, the rest filled from the step before.",
+        group="router losses",
+        check=_check_router_losses,
+        choices=("microbatch", "cumulative", "late", "previous_step", "late+previous"),
+    )
+    moe_echo_aux_mcore_compat: bool = flag(
+        False,
+        "Leave the losses to Megatron's own router, bit for bit, with what is wrong in them.",
+        group="router losses",
     )
     moe_echo_force_skew: float = flag(
         0.0,

@@ -7,14 +7,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_echo.compatibility import config_refusal
-from megatron_echo.config import echo_setting
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.experts import EchoGroupedMLP
-from megatron_echo.routing.router import SkewedRouter
+from megatron_echo.routing.router import router_class
 
 
 class EchoMoELayer(MoELayer):
@@ -41,7 +41,7 @@ class EchoMoELayer(MoELayer):
 
         Args:
             config: with this package's fields, or Megatron's plain one for their defaults.
-            submodules: router and shared experts are used, experts are always ours.
+            submodules: shared experts and a router of the user's are used, experts are ours.
             layer_number: arrives later through ``set_layer_number``.
             pg_collection: the process groups, Megatron's global ones by default.
             is_mtp_layer: in a multi-token-prediction layer.
@@ -55,8 +55,8 @@ class EchoMoELayer(MoELayer):
             raise ValueError(f"The ECHO MoE layer {problem}")
         groups = pg_collection or get_default_pg_collection()
         submodules = dataclasses.replace(submodules or MoESubmodules(None), experts=EchoGroupedMLP)
-        if echo_setting(config, "moe_echo_force_skew") > 0:
-            submodules = dataclasses.replace(submodules, router=SkewedRouter)
+        if submodules.router is TopKRouter:
+            submodules = dataclasses.replace(submodules, router=router_class(config))
         super().__init__(config, submodules, layer_number, groups, is_mtp_layer, name)
         self._groups = groups
         self.token_dispatcher = EchoTokenDispatcher(config, groups)

@@ -7,13 +7,14 @@ and before the optimizer, on every rank. There, and nowhere else, values are rea
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.self_check import SelfCheck
 from megatron_echo.observe.statistics import StepStatistics, console_line
 from megatron_echo.observe.trace import RoutingTrace
+from megatron_echo.routing.counts import RouterStep
+from megatron_echo.routing.metrics import read_load_metrics
 
 
 class StepEnd:
@@ -26,14 +27,16 @@ class StepEnd:
         trace: ``--moe-echo-trace-dir``.
     """
 
-    def __init__(self, config: Any, finalize: Any) -> None:
+    def __init__(self, config: Any, finalize: Any, routers: RouterStep) -> None:
         """Use :meth:`of`.
 
         Args:
             config: the model's ``TransformerConfig``.
-            finalize: Megatron's function.
+            finalize: Megatron's function, or what stands in for it.
+            routers: the model's, for their metrics.
         """
         self._finalize = finalize
+        self._routers = routers
         self._has_clones = num_clone_slots(config) > 0
         self._steps = 0
         policy = echo_setting(config, "moe_echo_overflow")
@@ -52,9 +55,9 @@ class StepEnd:
     def of(cls, config: Any) -> "StepEnd":
         """The object of a model, from its ``TransformerConfig``; installed on first use."""
         if not isinstance(config.finalize_model_grads_func, cls):
-            config.finalize_model_grads_func = cls(
-                config, config.finalize_model_grads_func or finalize_model_grads
-            )
+            routers = RouterStep.of(config)
+            finalize = config.finalize_model_grads_func
+            config.finalize_model_grads_func = cls(config, finalize, routers)
         return config.finalize_model_grads_func
 
     def __deepcopy__(self, memo: dict) -> "StepEnd":
@@ -74,7 +77,7 @@ class StepEnd:
         training = _training()
         iteration = self._steps if training is None else training.get_args().curr_iteration + 1
         self.trace.end_step(iteration)
-        if training is not None and self._has_clones:
+        if training is not None:
             self._publish(training, iteration, error)
         return result
 
@@ -84,6 +87,8 @@ class StepEnd:
         values = {} if error is None else {"check_error": error}
         at_log_interval = iteration % training.get_args().log_interval == 0
         if at_log_interval:
+            values |= read_load_metrics(self._routers.exchange)
+        if at_log_interval and self._has_clones:
             values |= self.statistics.read()
         values = {f"moe_echo/{name}": value for name, value in values.items()}
         if not values:
@@ -93,7 +98,7 @@ class StepEnd:
                 board.add_scalar(name, value, iteration)
         if (wandb := training.get_wandb_writer()) is not None:
             wandb.log(values, iteration)
-        if at_log_interval and dist.get_rank() == dist.get_world_size() - 1:
+        if at_log_interval and self._has_clones and dist.get_rank() == dist.get_world_size() - 1:
             print(console_line(values, iteration), flush=True)
 
 

@@ -1,25 +1,252 @@
-"""Megatron's router with a fixed skew, for tests and benchmarks."""
+"""Megatron's router with exact losses, and a fixed skew for tests and benchmarks."""
 
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import (
+    apply_router_token_dropping,
+    group_limited_topk,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_echo.config import echo_setting
+from megatron_echo.routing.aux_loss import count_tokens, router_scores
+from megatron_echo.routing.counts import CountExchange, RouterStep, in_backward
+from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores
+from megatron_echo.routing.losses import LayerLosses, RouterLossSettings
 
 
-class SkewedRouter(TopKRouter):
+class _Gather(torch.autograd.Function):
+    """``scores.gather(1, chosen)``, which itself would save the scores for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, chosen: Tensor) -> Tensor:
+        ctx.save_for_backward(chosen)
+        ctx.shape = scores.shape
+        return scores.gather(1, chosen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (chosen,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_(1, chosen, grad), None
+
+
+_WITHOUT_TOPK = ("sinkhorn", "quantile_balancing")
+"""Ways of routing that leave no room for a load-balancing loss; Megatron's code serves them."""
+
+
+class EchoRouter(TopKRouter):
+    """Routes as ``TopKRouter`` does, to the bit, and attaches the losses of ``losses.py``.
+
+    Stands in ``MoESubmodules.router``. The losses are Megatron's own flags:
+    ``--moe-router-load-balancing-type``, ``--moe-aux-loss-coeff`` and ``--moe-z-loss-coeff``.
+    Without any of them, in evaluation, and with ``--moe-echo-aux-mcore-compat`` the forward pass
+    is Megatron's.
+
+    Every forward pass in training is counted, with or without gradients: the first pass of a
+    recomputed layer has none. Megatron's ``finalize_model_grads`` ends the step; a training loop
+    without it calls ``losses.exchange.end_step()`` itself.
+    """
+
+    previous_counts: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool = False,
+    ) -> None:
+        """Build the router; the arguments are those of Megatron's.
+
+        Raises:
+            ValueError: settings of the losses that contradict each other.
+        """
+        super().__init__(config, pg_collection, is_mtp_layer)
+        settings = RouterLossSettings.from_config(config)
+        self.losses: LayerLosses | None = None
+        self._is_megatrons = settings.mcore_compat
+        if not settings.any or config.moe_router_load_balancing_type in _WITHOUT_TOPK:
+            return
+        if settings.keeps_previous:
+            zeros = torch.zeros(config.num_moe_experts, device=torch.cuda.current_device())
+            self.register_buffer("previous_counts", zeros)
+        is_repeated = is_mtp_layer and config.mtp_use_repeated_layer
+        self.losses = LayerLosses(
+            settings,
+            config,
+            self,
+            _exchange(config, settings, self),
+            (config.mtp_num_layers or 1) if is_repeated else 1,
+            (lambda: self.previous_counts) if settings.keeps_previous else None,
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's number of this layer, from 1; MTP layers come after the others."""
+        super().set_layer_number(layer_number)
+        if self.losses is not None:
+            before = self.config.num_layers if self.is_mtp_layer else 0
+            self.losses.layer_number = before + layer_number
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            logits: ``[S, B, E]``.
+            padding_mask: bool ``[S, B]``, True for padding.
+
+        Returns:
+            Probabilities ``[S * B, E]`` and the map of choices, bool ``[S * B, E]``.
+        """
+        if self.losses is None or not self.training:
+            return super().routing(logits, padding_mask)
+        valid = None if padding_mask is None else ~padding_mask
+        call, is_replay = self.losses.enter(logits.shape[:2].numel(), valid is not None)
+        probs, routing_map = self._route(logits, valid, call)
+        if not is_replay:
+            counted = self._counted_map(logits, routing_map).view_as(logits)
+            self.losses.write(call, count_tokens(counted, valid))
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, routing_map = apply_router_token_dropping(
+                probs,
+                routing_map,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
+        self._apply_expert_bias(routing_map, padding_mask)
+        return probs, routing_map
+
+    def _route(self, logits: Tensor, valid: Tensor | None, call: int) -> tuple[Tensor, Tensor]:
+        """Probabilities and map of choices, with the losses attached where there are gradients."""
+        assert self.losses is not None
+        is_attached = torch.is_grad_enabled()
+        if self._routes_from_scores():
+            if is_attached:
+                scores = attach_losses_to_scores(logits, valid, self.losses, call)
+            else:
+                scores = router_scores(logits, self.score_function, torch.float32)
+            return self._choose(scores.view(-1, scores.shape[-1]), logits.dtype)
+        if is_attached:
+            logits = attach_losses(logits, valid, self.losses, call)
+        return topk_routing_with_score_function(
+            logits.view(-1, logits.shape[-1]),
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+            fused=self.config.moe_router_fusion,
+            router_replay=self.router_replay,
+        )
+
+    def _routes_from_scores(self) -> bool:
+        """Whether one node can serve routing and losses, so that only one tensor is saved."""
+        if self.config.moe_router_fusion or self.router_replay is not None:
+            return False
+        return self.score_function != "softmax" or self.config.moe_router_pre_softmax
+
+    def _choose(self, scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What Megatron's ``topk_routing_with_score_function`` does after the score function."""
+        ranked = scores.detach()
+        if self.expert_bias is not None and self.score_function != "softmax":
+            ranked = ranked + self.expert_bias.float()
+        chosen = self._top_experts(ranked)
+        probs = _Gather.apply(scores, chosen)
+        if self.score_function != "softmax" and self.topk > 1:
+            probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
+        if self.config.moe_router_topk_scaling_factor:
+            probs = probs * self.config.moe_router_topk_scaling_factor
+        empty = torch.zeros_like(scores, dtype=dtype)
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+        return empty.scatter(1, chosen, probs.to(dtype)), routing_map
+
+    def _top_experts(self, ranked: Tensor) -> Tensor:
+        groups, group_topk = self.config.moe_router_num_groups, self.config.moe_router_group_topk
+        if group_topk:
+            return group_limited_topk(ranked, self.topk, *ranked.shape, groups, group_topk)[1]
+        return ranked.topk(self.topk, dim=1, sorted=torch.is_grad_enabled()).indices
+
+    @torch.no_grad()
+    def _counted_map(self, logits: Tensor, routing_map: Tensor) -> Tensor:
+        """The choices that the losses count, bool ``[S * B, E]``."""
+        assert self.losses is not None
+        is_plain = (
+            self.expert_bias is None
+            and not self.config.moe_router_group_topk
+            and self.router_replay is None
+        )
+        if is_plain or self.losses.settings.counted == "assigned":
+            return routing_map
+        # Every score function rises with the logit.
+        chosen = logits.view(routing_map.shape).topk(self.topk, dim=1, sorted=False).indices
+        return torch.zeros_like(routing_map).scatter_(1, chosen, True)
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the assignments for the update of the bias: valid tokens, each one once."""
+        if self._is_megatrons:
+            super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
+            return
+        if not self.enable_expert_bias or not self.training or in_backward():
+            return
+        with torch.no_grad():
+            if padding_mask is not None:
+                routing_map = routing_map & ~padding_mask.reshape(-1, 1)
+            self.local_tokens_per_expert += routing_map.sum(dim=0)
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """Keep the buffers that accumulate in fp32, whatever the model's dtype."""
+        super()._maintain_float32_expert_bias()
+        if hasattr(self, "previous_counts"):
+            self.previous_counts.data = self.previous_counts.data.float()
+
+
+def _exchange(config: Any, settings: RouterLossSettings, router: TopKRouter) -> CountExchange:
+    """The exchange that all routers of a model share."""
+    step = RouterStep.of(config)
+    if step.exchange is None:
+        sequence_group = router.tp_cp_group if settings.counts_sequences else None
+        step.exchange = CountExchange(sequence_group, router.tp_dp_cp_group)
+    return step.exchange
+
+
+class _Skew:
     """Adds ``-alpha * log(place)`` to the logits, the places in a fixed order for each layer.
 
     Softmax turns that into Zipf's law, ``place ** -alpha``, on top of what the router has learnt.
     The order depends on the layer's number only: the same on every rank and in every run.
     """
 
+    config: Any
+    layer_number: int | None
+
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``[..., E]``."""
-        return super().gating(input) + self._bias(input.device)
+        return super().gating(input) + self._bias(input.device)  # type: ignore[misc]
 
     def _bias(self, device: Any) -> Tensor:
         experts = self.config.num_moe_experts
         generator = torch.Generator().manual_seed(self.layer_number or 0)
         place = torch.randperm(experts, generator=generator).to(device) + 1
         return -self.config.moe_echo_force_skew * place.float().log()
+
+
+class SkewedRouter(_Skew, TopKRouter):
+    """Megatron's router under ``--moe-echo-force-skew``."""
+
+
+class SkewedEchoRouter(_Skew, EchoRouter):
+    """:class:`EchoRouter` under ``--moe-echo-force-skew``."""
+
+
+def router_class(config: Any) -> type[EchoRouter]:
+    """The router of this package's MoE layer, for ``MoESubmodules.router``."""
+    return SkewedEchoRouter if echo_setting(config, "moe_echo_force_skew") > 0 else EchoRouter

@@ -1,0 +1,200 @@
+"""The losses of a router and their gradients in closed form, as pure functions.
+
+Every load-balancing loss here has one form. Tokens fall into groups ``g`` (the microbatch, one
+sequence, the global batch), ``f_g`` is the part of a group's token-expert pairs that each expert
+gets, and ``s'`` are the scores of a token, which sum to 1::
+
+    loss = sum_t <row_g(t), s'_t>        row_g = E * f_g / tokens_g        1.0 is perfect balance
+
+``f`` is a count, so the loss is linear in the scores and all losses of a layer add up to one row
+of weights a group. A level is a choice of groups and of the counts that make ``f``:
+
+* microbatch: Switch Transformer (arXiv 2101.03961, eq. 4-6);
+* sequence: DeepSeek-V3 (arXiv 2412.19437, eq. 17-20), each sequence with its true length;
+* batch: Global-batch load balancing (arXiv 2501.11873): the counts of all ranks and of more
+  microbatches than the one whose scores are summed;
+
+and the z loss (ST-MoE, arXiv 2202.08906, eq. 5) is the mean of ``logsumexp(logits) ** 2``.
+
+Shapes: logits and scores ``[S, B, E]`` (sequence, batch, experts), ``valid`` bool ``[S, B]`` or
+None (every token counts), rows and counts ``[G, E]`` with G of 1 or B. Arithmetic is in fp32, or
+in fp64 where logits are. Nothing reads a value on the host.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
+_EPSILON = 1e-20
+"""Added by Megatron to the sum of scores that it divides by."""
+
+
+def router_scores(logits: Tensor, function: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Scores ``[..., E]`` before normalisation, the same bits as Megatron's in fp32.
+
+    Args:
+        logits: ``[..., E]``.
+        function: one of :data:`SCORE_FUNCTIONS`.
+        dtype: of the scores; fp32, or fp64 where the logits are, by default.
+
+    Raises:
+        ValueError: another function.
+    """
+    dtype = dtype or torch.promote_types(logits.dtype, torch.float32)
+    if function == "softmax":
+        return torch.softmax(logits, dim=-1, dtype=dtype)
+    if function == "sigmoid":
+        return torch.sigmoid(logits.to(dtype))
+    if function == "sqrtsoftplus":
+        return F.softplus(logits.to(dtype)).sqrt()
+    raise ValueError(f"The score function {function!r} is unknown. Use {SCORE_FUNCTIONS}.")
+
+
+def normalized_scores(scores: Tensor, function: str) -> Tensor:
+    """Scores ``[..., E]`` that sum to 1 for each token: a softmax is one, others are divided."""
+    if function == "softmax":
+        return scores
+    return scores / (scores.sum(-1, keepdim=True) + _EPSILON)
+
+
+def count_tokens(routing_map: Tensor, valid: Tensor | None) -> Tensor:
+    """Token-expert pairs of each sequence and expert, int64 ``[B, E]``.
+
+    Args:
+        routing_map: bool ``[S, B, E]``.
+        valid: bool ``[S, B]``, False for padding; None if there is none.
+    """
+    if valid is not None:
+        routing_map = routing_map & valid[..., None]
+    return routing_map.sum(0)
+
+
+def load_fractions(counts: Tensor) -> Tensor:
+    """Each expert's part of a group's pairs, fp64 ``[..., E]``; zeros for a group without any."""
+    wide = counts.double()
+    total = wide.sum(-1, keepdim=True)
+    return wide / torch.where(total > 0, total, 1)
+
+
+def balance_rows(counts: Tensor, tokens: Tensor) -> Tensor:
+    """The rows ``E * f / tokens`` of a load-balancing loss, fp64 ``[G, E]``.
+
+    A group without tokens has a row of zeros.
+
+    Args:
+        counts: ``[G, E]``, the pairs that make ``f``.
+        tokens: ``[G]``, valid tokens of each group whose scores are summed.
+    """
+    per_token = load_fractions(counts) * counts.shape[-1]
+    return per_token / tokens.clamp(min=1).double()[..., None]
+
+
+def score_sums(scores: Tensor, function: str, valid: Tensor | None) -> Tensor:
+    """The normalised scores of each sequence's valid tokens, added up: ``[B, E]``.
+
+    Args:
+        scores: ``[S, B, E]``, from :func:`router_scores`; normalised ones count as a softmax.
+        function: that function.
+        valid: as above.
+    """
+    weights = None if valid is None else valid.to(scores.dtype)
+    if function != "softmax":
+        part = 1 / (scores.sum(-1) + _EPSILON)
+        weights = part if weights is None else part * weights
+    return scores.sum(0) if weights is None else torch.einsum("sbe,sb->be", scores, weights)
+
+
+def balance_loss(sums: Tensor, rows: Tensor) -> Tensor:
+    """The value ``sum_t <row, s'_t>`` from :func:`score_sums`, a scalar."""
+    return (sums * rows).sum()
+
+
+def microbatch_loss(normalized: Tensor, counts: Tensor, topk: int, valid: Tensor | None) -> Tensor:
+    """The loss of all tokens together; denominator: the valid tokens.
+
+    Args:
+        normalized: ``[S, B, E]``.
+        counts: ``[B, E]`` of the same tokens, see :func:`count_tokens`.
+        topk: K.
+        valid: as above.
+    """
+    return batch_loss(normalized, counts, counts.sum() // topk, valid)
+
+
+def sequence_loss(normalized: Tensor, counts: Tensor, topk: int, valid: Tensor | None) -> Tensor:
+    """The mean of the sequences' own losses; denominators: each one's valid tokens, and B.
+
+    A sequence of padding only adds 0 to the mean. Arguments as for :func:`microbatch_loss`.
+    """
+    rows = balance_rows(counts, counts.sum(-1) // topk) / counts.shape[0]
+    return balance_loss(score_sums(normalized, "softmax", valid), rows.to(normalized.dtype))
+
+
+def batch_loss(normalized: Tensor, counts: Tensor, tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """The part that these tokens have in the loss of a batch.
+
+    Args:
+        normalized: ``[S, B, E]``.
+        counts: ``[..., E]``, the pairs of the whole batch.
+        tokens: scalar, the valid tokens of the whole batch; the parts then add up to its loss.
+        valid: as above.
+    """
+    rows = balance_rows(counts.reshape(-1, counts.shape[-1]).sum(0), tokens)
+    return balance_loss(score_sums(normalized, "softmax", valid), rows.to(normalized.dtype))
+
+
+def z_sum(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """The sum over valid tokens of ``logsumexp(logits) ** 2``, a scalar."""
+    squares = torch.logsumexp(logits.to(_wide(logits)), dim=-1).square()
+    return squares.sum() if valid is None else torch.where(valid, squares, 0).sum()
+
+
+def z_loss(logits: Tensor, tokens: Tensor | int, valid: Tensor | None) -> Tensor:
+    """The part that these tokens have in the z loss of ``tokens`` valid tokens, a scalar."""
+    return z_sum(logits, valid) / torch.as_tensor(tokens).clamp(min=1)
+
+
+def balance_gradient(scores: Tensor, function: str, rows: Tensor, valid: Tensor | None) -> Tensor:
+    """The gradient of :func:`balance_loss` by the scores before normalisation, ``[S, B, E]``.
+
+    Args:
+        scores: ``[S, B, E]``, from :func:`router_scores`.
+        function: that function.
+        rows: ``[1, E]`` or ``[B, E]``, the sum of all losses' rows.
+        valid: as above.
+    """
+    if function == "softmax":
+        grad = rows.expand_as(scores).clone()
+    else:
+        total = scores.sum(-1, keepdim=True) + _EPSILON
+        mean = torch.einsum("sbe,be->sb", scores, rows.expand_as(scores[0])).contiguous()
+        grad = (rows - mean[..., None] / total).div_(total)
+    return grad if valid is None else grad.masked_fill_(~valid[..., None], 0)
+
+
+def scores_gradient_(grad: Tensor, scores: Tensor, function: str) -> Tensor:
+    """Turn a gradient by the scores into one by the logits, ``[S, B, E]``, in its memory."""
+    if function == "sqrtsoftplus":
+        slope = -torch.expm1(-scores.square()) / (2 * scores)
+        return grad.mul_(torch.where(scores > 0, slope, 0))
+    grad = grad.mul_(scores)
+    if function == "sigmoid":
+        return grad.addcmul_(grad, scores, value=-1)
+    return grad.addcmul_(scores, grad.sum(-1, keepdim=True), value=-1)
+
+
+def add_z_gradient_(
+    grad: Tensor, logits: Tensor, coefficient: Tensor | float, valid: Tensor | None
+) -> Tensor:
+    """Add the gradient of ``coefficient * z_sum`` by the logits to ``grad``, ``[S, B, E]``."""
+    logits = logits.to(grad.dtype)
+    z = torch.logsumexp(logits, dim=-1, keepdim=True)
+    slope = 2 * coefficient * z
+    if valid is not None:
+        slope = torch.where(valid[..., None], slope, 0)
+    return grad.addcmul_((logits - z).exp_(), slope)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,275 @@
+"""All losses of one router: what they are, over whom they count, how much each one weighs.
+
+**Denominators.** Megatron averages the gradients of a step over microbatches and data-parallel
+ranks, and sums them over the ranks that share a sequence. With that, the losses of a step are
+
+* microbatch (``aux_loss``): the mean over microbatches and data-parallel ranks of a loss over the
+  tokens of one microbatch, on all ranks that share it;
+* sequence (``seq_aux_loss``): the mean over all sequences;
+* batch (``global_aux_loss``) and z: the mean over microbatches of a mean over all valid tokens of
+  all ranks of the stage.
+
+With ``--calculate-per-token-loss`` Megatron divides everything by the tokens of the step, once, at
+its end. Each loss then counts by its tokens: a microbatch or a sequence weighs as much as it has
+valid ones, and the means over tokens are those of the whole step. This is the setting in which
+padding cannot make the strength of a loss depend on how a batch is cut.
+
+**Scale.** The one factor that everything shares is ``MoEAuxLossAutoScaler``'s: the scale of the
+main loss's backward pass, which holds the gradient scaler, microbatches and context parallelism.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from megatron_echo.config import echo_setting
+from megatron_echo.routing.aux_loss import balance_loss, balance_rows
+from megatron_echo.routing.counts import CountExchange
+from megatron_echo.routing.injection import register
+
+COUNT_SOURCES = ("microbatch", "cumulative", "late", "previous_step", "late+previous")
+COUNTED_CHOICES = ("unbiased", "assigned")
+_NAMES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+"""Megatron's load-balancing types, and what its tracker calls their losses."""
+
+
+@dataclass(frozen=True)
+class RouterLossSettings:
+    """The losses of a model's routers, as Megatron's flags and this package's say.
+
+    Attributes:
+        coefficients: by load-balancing type, those above 0.
+        z_coefficient: of the z loss, 0 without it.
+        counted: ``--moe-echo-aux-counts``. unbiased: the top-k of the scores, as DeepSeek-V3's
+            eq. 18 and Megatron; assigned: what the router chose with bias, groups and replay.
+        source: ``--moe-echo-aux-count-source``, whose counts a batch-wise loss uses. microbatch:
+            its own. cumulative: and those before it. late: all whose forward pass came before
+            this backward pass. previous_step: those of the step before. late+previous: late, the
+            rest filled with the step before.
+        per_token: ``--calculate-per-token-loss``.
+        mcore_compat: leave everything to Megatron's router.
+    """
+
+    coefficients: dict[str, float]
+    z_coefficient: float = 0.0
+    counted: str = "unbiased"
+    source: str = "late"
+    per_token: bool = False
+    mcore_compat: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> "RouterLossSettings":
+        """The settings in a ``TransformerConfig``.
+
+        Raises:
+            ValueError: they contradict each other; what to do instead.
+        """
+        types, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+        if isinstance(types, str):
+            types, values = [types], [values]
+        settings = cls(
+            {name: value for name, value in zip(types, values, strict=True) if name in _NAMES},
+            config.moe_z_loss_coeff or 0.0,
+            echo_setting(config, "moe_echo_aux_counts"),
+            echo_setting(config, "moe_echo_aux_count_source"),
+            config.calculate_per_token_loss,
+            echo_setting(config, "moe_echo_aux_mcore_compat"),
+        )
+        problem = settings.refusal()
+        if problem is not None:
+            raise ValueError(problem)
+        return settings._without_zeros()
+
+    def refusal(self) -> str | None:
+        """What in the settings has no meaning, and what to do; None if all is well."""
+        for name, strength in (*self.coefficients.items(), ("z loss", self.z_coefficient)):
+            if not 0 <= strength < float("inf"):
+                return f"The coefficient {strength} of {name} is no strength. Use 0 or more."
+        for flag, value, choices in (
+            ("--moe-echo-aux-count-source", self.source, COUNT_SOURCES),
+            ("--moe-echo-aux-counts", self.counted, COUNTED_CHOICES),
+        ):
+            if value not in choices:
+                return f"{flag} {value} is unknown. Use {' or '.join(choices)}."
+        if self.source != "late" and not self.coefficients.get("global_aux_loss"):
+            return (
+                f"--moe-echo-aux-count-source {self.source} is for a batch-wise loss. Use "
+                "--moe-router-load-balancing-type global_aux_loss with a coefficient above 0, or "
+                "leave it out."
+            )
+        if self.mcore_compat and (self.source, self.counted) != ("late", "unbiased"):
+            return (
+                "--moe-echo-aux-mcore-compat gives the losses to Megatron's router, which has "
+                "neither --moe-echo-aux-count-source nor --moe-echo-aux-counts. Leave one out."
+            )
+        return None
+
+    def _without_zeros(self) -> "RouterLossSettings":
+        above = {name: value for name, value in self.coefficients.items() if value > 0}
+        return replace(self, coefficients=above)
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a loss that this package computes."""
+        return bool(self.coefficients or self.z_coefficient) and not self.mcore_compat
+
+    @property
+    def counts_sequences(self) -> bool:
+        """Whether the counts of the ranks that share sequences are needed."""
+        return "aux_loss" in self.coefficients or "seq_aux_loss" in self.coefficients
+
+    @property
+    def keeps_previous(self) -> bool:
+        """Whether counts are kept from one step to the next."""
+        return self.source in ("previous_step", "late+previous")
+
+
+class LayerLosses:
+    """The losses of one router, weighed in backward; see ``injection.Losses``.
+
+    Attributes:
+        settings: what they are.
+        layer_number: Megatron's, from 1, for its tracker; None records nothing.
+    """
+
+    score_dtype: torch.dtype | None = torch.float32  # as Megatron, whatever the logits are
+
+    def __init__(
+        self,
+        settings: RouterLossSettings,
+        config: Any,
+        groups: Any,
+        exchange: CountExchange,
+        calls_per_microbatch: int = 1,
+        previous: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Set up for one layer.
+
+        Args:
+            settings: with at least one loss.
+            config: ``TransformerConfig``: experts, top-k, score function, layers.
+            groups: with ``tp_cp_group`` and ``tp_dp_cp_group``.
+            exchange: of the model.
+            calls_per_microbatch: how often a microbatch passes the layer (repeated MTP layers);
+                each call then weighs one part of that.
+            previous: gives the buffer ``[E]`` for counts of the step before, if kept.
+        """
+        self.settings = settings
+        self.exchange = exchange
+        self.layer_number: int | None = None
+        self.score_function = config.moe_router_score_function
+        self.has_balance_loss = bool(settings.coefficients)
+        self.has_z_loss = settings.z_coefficient > 0
+        self._topk = config.moe_router_topk
+        self._num_layers = config.num_layers + (config.mtp_num_layers or 0)
+        self._sequence_group, self._batch_group = groups.tp_cp_group, groups.tp_dp_cp_group
+        self._data_parallel = self._batch_group.size() // self._sequence_group.size()
+        self._share = 1 / calls_per_microbatch
+        self._previous = previous
+        self._tokens: dict[int, int | None] = {}  # of a call; None if some may be padding
+        self.row = exchange.register(calls_per_microbatch, previous)
+        self.key = register(self)
+
+    def enter(self, tokens: int, has_padding: bool) -> tuple[int, bool]:
+        """Begin a forward pass: the number of the call, and whether it is a recomputation."""
+        call, is_replay = self.exchange.enter(self.row)
+        self._tokens[call] = None if has_padding else tokens
+        return call, is_replay
+
+    def write(self, call: int, counts: Tensor) -> None:
+        """Hand over the counts of a call, int64 ``[B, E]``, this rank's."""
+        is_padded = self._tokens[call] is None
+        over_batch = "global_aux_loss" in self.settings.coefficients
+        if not self.settings.counts_sequences:
+            counts = counts.sum(0, keepdim=True)
+        self.exchange.write(self.row, call, counts, over_batch or (self.has_z_loss and is_padded))
+
+    @torch.no_grad()
+    def weigh(self, sums: Tensor, squares: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        """Record the losses of a call and weigh their gradients; see ``injection.Losses``."""
+        rows = torch.zeros_like(sums, dtype=torch.float64)
+        wide_sums = sums.double()
+        for name, strength in self.settings.coefficients.items():
+            counts, tokens, sequences = self._level(name, call)
+            unit = balance_rows(counts, tokens) / sequences
+            self._record(_NAMES[name], balance_loss(wide_sums, unit), name == "global_aux_loss")
+            rows += unit * strength * self._weight(name, tokens, sequences)
+        coefficient = torch.zeros_like(squares, dtype=torch.float64)
+        if self.has_z_loss:
+            tokens = self._batch_tokens(call, squares)
+            self._record("z_loss", squares.double() / tokens, True)
+            weight = self._weight("z_loss", tokens, 1)
+            coefficient = coefficient + self.settings.z_coefficient * weight / tokens
+        scale = self._scale(sums)
+        return (rows * scale).to(sums.dtype), (coefficient * scale).to(squares.dtype)
+
+    def _level(self, name: str, call: int) -> tuple[Tensor, Tensor, int]:
+        """Counts ``[G, E]``, valid tokens ``[G]`` and number of groups of a loss."""
+        if name == "global_aux_loss":
+            own = self.exchange.of_batch(self.row, call)[None]
+            return self._batch_counts(call)[None], own.sum(-1) // self._topk, 1
+        counts = self.exchange.of_sequences(self.row, call)
+        if name == "aux_loss":
+            counts = counts.sum(0, keepdim=True)
+        return counts, counts.sum(-1) // self._topk, counts.shape[0]
+
+    def _weight(self, name: str, tokens: Tensor, sequences: int) -> Tensor | int:
+        """What a loss is multiplied by so that Megatron's averaging makes it right."""
+        if self.settings.per_token:
+            weight = tokens * sequences
+            return weight[:, None] if weight.dim() else weight
+        return self._data_parallel if name in ("global_aux_loss", "z_loss") else 1
+
+    def _batch_counts(self, call: int) -> Tensor:
+        """The counts that a batch-wise loss uses, fp64 ``[E]``; only their ratios matter."""
+        source = self.settings.source
+        calls = self.exchange.seen(self.row)
+        if source == "microbatch":
+            calls = [call]
+        elif source == "cumulative":
+            calls = [earlier for earlier in calls if earlier <= call]
+        seen = torch.stack([self.exchange.of_batch(self.row, c) for c in calls]).sum(0).double()
+        if not self.settings.keeps_previous:
+            return seen
+        assert self._previous is not None
+        previous = self._previous().double()
+        if source == "previous_step":
+            return torch.where(previous.sum() > 0, previous, seen)
+        missing = max(self.exchange.calls_in_step(self.row) - len(calls), 0)
+        return seen + missing * previous
+
+    def _batch_tokens(self, call: int, like: Tensor) -> Tensor:
+        """Valid tokens of a call on all ranks of the stage, at least 1, a scalar."""
+        tokens = self._tokens[call]
+        if tokens is not None:
+            return like.new_full((), tokens * self._batch_group.size(), dtype=torch.float64)
+        valid = self.exchange.of_batch(self.row, call).sum() // self._topk
+        return valid.clamp(min=1).double()
+
+    def _scale(self, like: Tensor) -> Tensor:
+        scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+        if scale is None:
+            return like.new_full((), self._share, dtype=torch.float64)
+        return scale.double().reshape(()) * self._share
+
+    def _record(self, name: str, value: Tensor, over_batch: bool) -> None:
+        """Add a loss, without its coefficient, to what Megatron logs."""
+        group: dist.ProcessGroup = self._batch_group if over_batch else self._sequence_group
+        get_moe_metrics_tracker().record(
+            name,
+            value * self._share,
+            self.layer_number,
+            self._num_layers,
+            reduce_group=group,
+            needs_dp_avg=not over_batch,
+        )
