@@ -38,6 +38,9 @@ from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
     get_mtp_ranks,
     mtp_on_this_rank,
 )
+from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: E402
+    PipelineParallelLayerLayout,
+)
 from megatron.core.utils import (  # noqa: E402
     StragglerDetector,
     get_attr_wrapped_model,
@@ -69,6 +72,7 @@ from megatron_echo.arguments import (  # noqa: E402
     repair_help,
 )
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
+from megatron_echo.memory.training import LedgerOfFirstStep  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
@@ -94,11 +98,20 @@ def needs_data(vp_stage: int | None) -> bool:
     )
 
 
+@functools.cache
+def parsed_layout(layout: str, stages: int) -> PipelineParallelLayerLayout:
+    """``--pipeline-model-parallel-layout``, which the arguments keep as they were given."""
+    return PipelineParallelLayerLayout(layout, stages)
+
+
 def has_mtp(vp_stage: int | None) -> bool:
     """True where this stage holds multi-token-prediction layers."""
     args = get_args()
+    layout = args.pipeline_model_parallel_layout
+    if layout is not None:
+        layout = parsed_layout(layout, args.pipeline_model_parallel_size)
     return mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout,
+        layout=layout,
         mtp_num_layers=args.mtp_num_layers,
         ignore_virtual=False,
         vp_stage=vp_stage,
@@ -322,6 +335,8 @@ def main() -> None:
         offloaded = OffloadedTraining(offloading, model_config)
         if args.rank == 0:
             print(announcement(offloading), flush=True)
+    if args.memory_ledger is not None:
+        LedgerOfFirstStep(args.memory_ledger, model_config)
     if args.run_dir is not None:
         if args.rank == 0:
             write_run_record(args.run_dir, args, command)

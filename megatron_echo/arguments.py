@@ -31,6 +31,13 @@ class RunArguments:
         group="run directory",
         metavar="DIR",
     )
+    memory_ledger: str | None = flag(
+        None,
+        "Write what each module keeps for backward in the first step into this JSON file, and a "
+        "picture beside it; one for each pipeline stage.",
+        group="run directory",
+        metavar="FILE",
+    )
 
 
 def add_echo_arguments(parser: ArgumentParser) -> ArgumentParser:

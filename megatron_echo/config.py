@@ -279,6 +279,22 @@ class EchoConfigMixin:
         check=_check_positive,
         metavar="N",
     )
+    moe_echo_capture_routing: str | None = flag(
+        None,
+        "Write the chosen experts of every token and their probabilities into this folder, one "
+        ".npz file for each step and rank, copied behind the computation.",
+        group="echo",
+        check=_check_trace_dir,
+        metavar="DIR",
+    )
+    moe_echo_capture_slots: int = flag(
+        64,
+        "Layer calls whose routing may be on its way to the host; with as many as a step has, "
+        "nothing waits before its end.",
+        group="echo",
+        check=_check_positive,
+        metavar="N",
+    )
     moe_echo_aux_counts: str = flag(
         "unbiased",
         "Which choices the load-balancing losses count. unbiased: the top-k of the scores, as "

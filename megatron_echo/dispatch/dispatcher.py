@@ -24,6 +24,7 @@ from megatron_echo.dispatch.transports import (
 )
 from megatron_echo.dispatch.transports.collectives import all_gather
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
+from megatron_echo.routing.counts import in_backward
 
 
 class _CompactProbs(torch.autograd.Function):
@@ -169,8 +170,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             if self.training and torch.is_grad_enabled():  # not in the uncounted half
                 self._observe(plan)
         self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan, clones)
-        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return hidden, _CompactProbs.apply(probs, experts)
+        weights = _CompactProbs.apply(probs, experts)
+        if self.training and not in_backward():
+            self._step_end.record_routing(self.layer_number, experts, weights)
+        return hidden_states.reshape(-1, hidden_states.shape[-1]), weights
 
     def _observe(self, plan: ClonePlan) -> None:
         self._step_end.statistics.record(plan)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_STEPS = 16
+_STEPS = 32
 
 
 def share_of(share: float, whole: int) -> int:
@@ -19,9 +19,9 @@ def share_of(share: float, whole: int) -> int:
 
 
 def round_rows(rows: int, alignment: int = 1) -> int:
-    """A row count rounded up to one of sixteen sizes between two powers of two.
+    """A row count rounded up to one of 32 sizes between two powers of two.
 
-    Buffers then come in few sizes, so that freed ones fit later requests; at most 1/16 more rows,
+    Buffers then come in few sizes, so that freed ones fit later requests; at most 1/32 more rows,
     and up to a multiple of the alignment.
     """
     step = max(1, (1 << max(rows - 1, 0).bit_length()) // (2 * _STEPS))

@@ -4,15 +4,18 @@ Megatron calls ``config.finalize_model_grads_func`` after the backward passes of
 and before the optimizer, on every rank. There, and nowhere else, values are read from the device.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.self_check import SelfCheck
 from megatron_echo.observe.statistics import StepStatistics, console_line
 from megatron_echo.observe.trace import RoutingTrace
+from megatron_echo.routing.capture import RoutingCapture
 from megatron_echo.routing.counts import RouterStep
 from megatron_echo.routing.metrics import read_load_metrics
 
@@ -25,6 +28,7 @@ class StepEnd:
         statistics: what the planner did.
         self_check: ``--moe-echo-check-every``.
         trace: ``--moe-echo-trace-dir``.
+        capture: ``--moe-echo-capture-routing``, None without it.
     """
 
     def __init__(self, config: Any, finalize: Any, routers: RouterStep) -> None:
@@ -51,6 +55,14 @@ class StepEnd:
             echo_setting(config, "moe_echo_trace_every"),
         )
 
+        folder = echo_setting(config, "moe_echo_capture_routing")
+        self.capture: RoutingCapture | None = None
+        self._captured: Counter[int] = Counter()
+        if folder is not None:
+            slots = echo_setting(config, "moe_echo_capture_slots")
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            self.capture = RoutingCapture(folder, slots, config.num_moe_experts, rank)
+
     @classmethod
     def of(cls, config: Any) -> "StepEnd":
         """The object of a model, from its ``TransformerConfig``; installed on first use."""
@@ -62,6 +74,19 @@ class StepEnd:
 
     def __deepcopy__(self, memo: dict) -> "StepEnd":
         return self  # Megatron copies configurations for some layers; the model stays one
+
+    def record_routing(self, layer: int, experts: Tensor, weights: Tensor) -> None:
+        """Capture one forward pass of a layer, if asked for; a recomputation must not call.
+
+        Args:
+            layer: its number.
+            experts: int32 ``[T, K]``, the number of experts for none.
+            weights: ``[T, K]``, the probabilities.
+        """
+        if self.capture is not None and self.capture.is_on:
+            microbatch = self._captured[layer]
+            self._captured[layer] += 1
+            self.capture.record(layer, microbatch, experts, weights.detach())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Finish the gradients, then check, raise, publish and write.
@@ -77,6 +102,9 @@ class StepEnd:
         training = _training()
         iteration = self._steps if training is None else training.get_args().curr_iteration + 1
         self.trace.end_step(iteration)
+        if self.capture is not None:
+            self.capture.end_step(iteration)
+            self._captured.clear()
         if training is not None:
             self._publish(training, iteration, error)
         return result

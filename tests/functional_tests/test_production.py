@@ -7,9 +7,11 @@ from pathlib import Path
 import launch
 import numpy as np
 import pytest
+import torch
 
 from megatron_echo.observe.metrics import read_metrics
 from megatron_echo.observe.trace import read_traces
+from megatron_echo.routing.capture import read_captures
 
 CLONES = {"expert_model_parallel_size": 2, "moe_enable_echo": True, "moe_echo_force_skew": 1.0}
 FAILING = """
@@ -108,3 +110,26 @@ def test_a_changed_number_of_microbatches(tmp_path: Path) -> None:
         curves.append([line["lm loss"] for line in lines])
         assert [line["batch-size"] for line in lines] == [8, 8, 16, 16]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_captured_routing_is_the_traced_one(tmp_path: Path) -> None:
+    """Ids and weights of every token, recomputed or not, count up to what the planner saw."""
+    flags = {**CLONES, "moe_echo_capture_routing": tmp_path / "routing", "train_iters": 2,
+             "moe_echo_trace_dir": tmp_path / "traces", "moe_echo_capture_slots": 3,
+             "recompute_granularity": "full", "recompute_method": "uniform",
+             "recompute_num_layers": 1}  # fmt: skip
+    launch.run(launch.tiny_model(**flags), 2).check()
+    traces = read_traces(tmp_path / "traces")
+    for rank in range(2):
+        captures = list(read_captures(tmp_path / "routing", rank))
+        assert [capture.iteration for capture in captures] == [1, 2]
+        for capture, trace in zip(captures, traces, strict=True):
+            assert len(capture.calls) == len(trace.layer)
+            for layer, microbatch, counts in zip(
+                trace.layer, trace.microbatch, trace.counts, strict=True
+            ):
+                routing = capture.calls[int(layer), int(microbatch)]
+                assert routing.ids.shape == (2 * 64, 2)
+                found = torch.bincount(routing.ids.flatten().long(), minlength=8)
+                assert found.tolist() == counts[rank].tolist()
+                assert (routing.weights > 0).all()

@@ -1,0 +1,363 @@
+"""Peak memory of each pipeline rank for a Megatron command line, before anything is started.
+
+    python -m megatron_echo.memory.estimate --ranks 64 -- --num-layers 61 --moe-enable-echo ...
+
+Nothing is derived on paper. For every pipeline rank one process builds Megatron's model,
+distributed-data-parallel buffers and optimizer from the command line and trains two steps through
+Megatron's own schedule, with fake tensors (shapes and dtypes, no values, no memory) and a process
+group that sends nothing. The bytes of the storages alive are counted at every operator. So
+recomputation, the distributed optimizer's shards, the clone pool and the dispatch buffers are in it
+because they are in the run.
+
+Fake tensors have no values, so shapes must not depend on them: Megatron's own dispatchers of tokens
+ask how many tokens each expert got, ``--moe-enable-echo`` does not. What the run does on the CPU is
+counted: the reference of a kernel, attention with its scores, no memory of NCCL or the CUDA
+context, no fragmentation.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_echo import cpu_backend, environment
+from megatron_echo.memory.live_bytes import LiveBytes
+
+STEPS = 2
+"""The optimizer makes its state in the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RankEstimate:
+    """What one pipeline rank needs, in bytes.
+
+    Attributes:
+        rank: the pipeline rank.
+        parameters: their number on this rank.
+        weights: the model's parameters, with the distributed optimizer's buffer.
+        gradients: the gradient buffers.
+        optimizer: main parameters and moments, this rank's shard of them.
+        forward_backward: highest total during the forward and backward passes.
+        step: highest total during the optimizer's step.
+    """
+
+    rank: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    forward_backward: int
+    step: int
+
+    @property
+    def peak(self) -> int:
+        """The highest total."""
+        return max(self.forward_backward, self.step)
+
+    @property
+    def activations(self) -> int:
+        """The peak of the passes without weights, gradients and optimizer: kept and working."""
+        return self.forward_backward - self.weights - self.gradients - self.optimizer
+
+
+def estimate(argv: Sequence[str], ranks: int) -> list[RankEstimate]:
+    """Estimate all pipeline ranks of a run.
+
+    Args:
+        argv: flags of ``pretrain_gpt_moe.py``.
+        ranks: processes of the run, over all nodes.
+
+    Returns:
+        One for each pipeline rank, in order; the first process of its stage stands for it.
+
+    Raises:
+        ValueError: the command line does not run; the message has the reason.
+    """
+    cpu_backend.enable(verbose=False)
+    import megatron.training  # noqa: F401  (once, for all children)
+
+    pipeline_size = _value_of("--pipeline-model-parallel-size", argv)
+    context = multiprocessing.get_context("fork")
+    found = []
+    for rank in range(pipeline_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(sender, list(argv), ranks, rank))
+        process.start()
+        sender.close()
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            answer = f"the process of pipeline rank {rank} ended without an answer"
+        process.join()
+        if isinstance(answer, str):
+            raise ValueError(f"This command line cannot be estimated:\n{answer}")
+        found.append(answer)
+    return found
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, type=int, default=1, dest="value")
+    return parser.parse_known_args(list(argv))[0].value
+
+
+def _child(sender: Connection, argv: list[str], ranks: int, rank: int) -> None:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            answer: Any = dry_run(argv, ranks, rank)
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "/torch/" not in frame.filename][-3:]
+        where = "".join(traceback.format_list(ours))
+        answer = f"{where}{type(error).__name__}: {error}"
+    sender.send(answer)
+    sender.close()
+
+
+def dry_run(argv: Sequence[str], ranks: int, pipeline_rank: int) -> RankEstimate:
+    """Build and train on fake tensors, in this process: once in a process.
+
+    Args:
+        argv: flags of ``pretrain_gpt_moe.py``.
+        ranks: processes of the run.
+        pipeline_rank: which stage.
+    """
+    with _process_of(ranks, pipeline_rank, argv):
+        args, container = _parse()
+        from megatron.training.initialize import initialize_megatron
+
+        initialize_megatron()
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(skip_collectives=True) as live:
+            model, optimizer = _build(container)
+            peaks = [_train(args, model, optimizer, live) for _ in range(STEPS)]
+            parameters = [p for chunk in model for p in chunk.parameters()]
+            gradients = _bytes(getattr(p, "main_grad", p.grad) for p in parameters)
+            weights = _bytes(parameters)
+            return RankEstimate(
+                rank=pipeline_rank,
+                parameters=sum(p.numel() for p in parameters),
+                weights=weights,
+                gradients=gradients,
+                optimizer=_bytes(_optimizer_tensors(optimizer), besides=parameters),
+                forward_backward=max(first for first, _ in peaks),
+                step=max(second for _, second in peaks),
+            )
+
+
+@contextlib.contextmanager
+def _process_of(ranks: int, pipeline_rank: int, argv: Sequence[str]) -> Iterator[None]:
+    """Be the first process of a stage, in a job whose others are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    own_rank = pipeline_rank * (ranks // _value_of("--pipeline-model-parallel-size", argv))
+    has_cuda = not cpu_backend.is_enabled()
+    words = environment.add_missing_flags(list(argv), has_cuda, verbose=False)
+    job = {"RANK": str(own_rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    new_group = dist.new_group
+
+    def fake_group(ranks: Any = None, *_: Any, **options: Any) -> Any:
+        return new_group(ranks, group_desc=options.get("group_desc"), backend="fake")
+
+    def own_object(gathered: list, value: Any, *_: Any, **__: Any) -> None:
+        gathered[:] = [value] * len(gathered)
+
+    with (
+        mock.patch.dict(os.environ, job),
+        mock.patch.object(sys, "argv", ["estimate", *words]),
+        mock.patch.object(dist, "new_group", fake_group),
+        mock.patch.object(dist, "all_gather_object", own_object),
+        # Reads values on the host, and needs next to no memory.
+        mock.patch("megatron.core.optimizer.optimizer.get_grad_norm_fp32", return_value=0.0),
+        mock.patch.object(torch.nn.Module, "bfloat16", _to_bfloat16),
+        mock.patch.object(torch.nn.Module, "half", _to_half),
+    ):
+        environment.skip_dataset_compilation()
+        dist.init_process_group("fake", store=FakeStore(), rank=own_rank, world_size=ranks)
+        yield
+
+
+def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """``module.to(dtype)``, which refuses to swap fake parameters that something refers to."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                converted = torch.nn.Parameter(parameter.detach().to(dtype))
+                converted.__dict__.update(parameter.__dict__)
+                part._parameters[name] = converted
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                part._buffers[name] = buffer.to(dtype)
+    return module
+
+
+def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
+    return _convert(module, torch.bfloat16)
+
+
+def _to_half(module: torch.nn.Module) -> torch.nn.Module:
+    return _convert(module, torch.float16)
+
+
+def _parse() -> tuple[Any, Any]:
+    """Megatron's arguments, and its configuration of the run."""
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_echo.arguments import add_echo_arguments, echo_config_from_args
+    from megatron_echo.model_builder import EchoGPTModelConfig
+    from megatron_echo.offload.training import add_offload_arguments, offload_config
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_offload_arguments(parser, sys.argv[1:])
+        return add_echo_arguments(parser)
+
+    args = parse_and_validate_args(add_arguments)
+    if offload_config(args) is not None:
+        raise ValueError(
+            "--fine-grained-activation-offloading: what is offloaded depends on measured times. "
+            "Leave it out: the estimate is then the most that is needed."
+        )
+    args.perform_initialization = False  # no values
+    args.inference_rng_tracker = True  # forks nothing
+    args.check_for_nan_in_loss_and_grad = False
+    model_config = gpt_config_from_args(args, echo_config_from_args(args), EchoGPTModelConfig)
+    return args, pretrain_cfg_container_from_args(args, model_config)
+
+
+def _build(container: Any) -> tuple[Any, Any]:
+    """Model chunks and optimizer, as ``pretrain`` builds and connects them."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import get_model_config
+    from megatron.training.training import setup_model_and_optimizer
+
+    model, optimizer, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=container,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    return model, optimizer
+
+
+def _train(args: Any, model: Any, optimizer: Any, live: LiveBytes) -> tuple[int, int]:
+    """One step; the highest totals of the passes and of the optimizer."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    live.peak = live.live
+    get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, args),
+        data_iterator=[None] * len(model),
+        model=model,
+        num_microbatches=get_num_microbatches(),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        forward_only=False,
+    )
+    passes, live.peak = live.peak, live.live
+    optimizer.step()
+    return passes, live.peak
+
+
+def _forward_step(args: Any, _: Any, model: Any) -> tuple[Tensor, Any]:
+    """One microbatch of no particular tokens, as ``pretrain_gpt_moe.py`` gets it."""
+    size = args.micro_batch_size, args.seq_length // args.context_parallel_size
+    tokens, positions, labels = (torch.zeros(size, dtype=torch.int64) for _ in range(3))
+    loss_mask, mask = torch.ones(size), None
+    if args.create_attention_mask_in_dataloader:
+        mask = torch.ones(size[0], 1, size[1], args.seq_length, dtype=torch.bool)
+    output = model(tokens, positions, mask, labels=labels, loss_mask=loss_mask)
+
+    def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total = torch.sum(output.view(-1).float() * loss_mask.view(-1))
+        count = loss_mask.sum().to(torch.int)
+        return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+    return output, loss
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """Main parameters and states of all optimizers in a chain."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
+        for group in inner.param_groups:
+            yield from group["params"]
+        for state in inner.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _bytes(tensors: Any, besides: Sequence[Tensor] = ()) -> int:
+    """Bytes of the distinct storages; those of some other tensors do not count."""
+    known = {tensor.untyped_storage()._cdata for tensor in besides}
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(nbytes for key, nbytes in found.items() if key not in known)
+
+
+def table(estimates: Sequence[RankEstimate]) -> str:
+    """A line a rank, in GiB."""
+    columns = ("weights", "gradients", "optimizer", "activations", "step", "peak")
+    lines = ["rank    parameters " + " ".join(f"{name:>11}" for name in columns) + "   (GiB)"]
+    for one in estimates:
+        sizes = " ".join(f"{getattr(one, name) / 2**30:11.4f}" for name in columns)
+        lines.append(f"{one.rank:4} {one.parameters:13,} {sizes}")
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line.
+
+    Args:
+        words: without the program's name; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_echo.memory.estimate",
+        description="Peak memory of each pipeline rank, before anything is started.",
+    )
+    parser.add_argument("--ranks", type=int, required=True, help="processes over all nodes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimates there too")
+    parser.add_argument("flags", nargs="+", help="-- and the flags of pretrain_gpt_moe.py")
+    args = parser.parse_args(words)
+    try:
+        estimates = estimate(args.flags, args.ranks)
+    except ValueError as error:
+        print(f"estimate: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(table(estimates))
+    if args.json is not None:
+        rows = [dataclasses.asdict(one) | {"peak": one.peak} for one in estimates]
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

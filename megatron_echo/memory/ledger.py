@@ -1,0 +1,277 @@
+"""What each module keeps for backward: a ledger of autograd's saved tensors.
+
+    with SavedTensorLedger(model) as ledger:
+        model(x).sum().backward()
+    print(ledger.table())
+    ledger.plot("ledger.png")
+
+Every storage is counted once, at the module that saved it first, however many views and aliases are
+saved of it. It is live until autograd has dropped the last of them. Shapes are all that is needed:
+a model on the meta device, or of fake tensors, gives the same ledger as a real one.
+
+Other saved-tensor hooks, inside the block and outside, keep working; see ``saved_tensors.py``.
+Not seen: tensors that a custom function keeps as attributes of its ``ctx``, and what a compiled
+region keeps.
+"""
+
+import dataclasses
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_echo.memory.saved_tensors import (
+    kept_storages,
+    plain_tensors,
+    storage_key,
+    watch_saved_tensors,
+)
+
+KINDS = ("activation", "index", "weight", "buffer")
+KEPT = ("activation", "index")
+"""The kinds that exist because of backward; weights and buffers would be there anyway."""
+
+_WRAPPERS = re.compile(r"^(module\.)+")
+_LAYER = re.compile(r"(.*?layers\.\d+)(?:\.|$)(.*)")
+_OUTSIDE = "(outside)"
+
+
+@dataclasses.dataclass
+class Entry:
+    """One storage that was kept for backward.
+
+    Attributes:
+        layer: path of its layer, ``decoder.layers.3``, or of the module outside of layers.
+        module: path below the layer of the innermost module that saved it.
+        microbatch: number of the model's forward pass in the block, from 0; None for what is
+            saved outside of one, by recomputation for example.
+        kind: one of :data:`KINDS`.
+        dtype: of the tensor that was saved first, such as ``bfloat16``.
+        shape: of that tensor.
+        nbytes: of the whole storage.
+        saved_at: number of the event, from 0.
+        saves: tensors saved of it.
+        freed_at: number of the event, None while it is live.
+        taken: another hook keeps something else in its place (a copy on the host, or nothing).
+    """
+
+    layer: str
+    module: str
+    microbatch: int | None
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    saved_at: int
+    saves: int = 1
+    freed_at: int | None = None
+    taken: bool = False
+
+
+class SavedTensorLedger:
+    """Records what is saved for backward within a ``with`` block. Enter it once.
+
+    Saves of the block are followed to their end even where backward runs after it. Chunks of a
+    virtual pipeline are named ``chunk0.``, ``chunk1.`` ... where several models are given.
+
+    Attributes:
+        entries: list of :class:`Entry`, in the order in which they were saved.
+    """
+
+    def __init__(self, model: Module | Sequence[Module], buffers: Iterable[Tensor] = ()) -> None:
+        """Watch a model.
+
+        Args:
+            model: or the chunks of a virtual pipeline.
+            buffers: tensors to class as buffers besides those that the modules have registered.
+        """
+        chunks = [model] if isinstance(model, Module) else list(model)
+        self._chunks = {f"chunk{i}." if len(chunks) > 1 else "": m for i, m in enumerate(chunks)}
+        self._extra_buffers = list(buffers)
+        self.entries: list[Entry] = []
+        self._kinds: dict[int, str] = {}
+        self._known: list[Tensor] = []  # keeps the addresses in _kinds from being used again
+        self._live: dict[int, tuple[Entry, list[int]]] = {}
+        self._events = 0
+        self._stack: list[tuple[str, int | None]] = []
+        self._forwards = dict.fromkeys(self._chunks, 0)
+        self._lock = threading.RLock()
+        self._hooks: list[Any] = []
+        self._watch: watch_saved_tensors | None = None
+
+    def __enter__(self) -> Self:
+        if self._watch is not None:
+            raise RuntimeError("This ledger was used before. Make another one for this block.")
+        for prefix, chunk in self._chunks.items():
+            self._class(chunk.parameters(), "weight")
+            self._class(chunk.buffers(), "buffer")
+            for name, module in chunk.named_modules():
+                self._watch_module(module, prefix, name)
+        self._class(self._extra_buffers, "buffer")
+        self._watch = watch_saved_tensors(self._note).__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._watch is not None
+        self._watch.__exit__(*exc)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _class(self, tensors: Iterable[Tensor], kind: str) -> None:
+        for tensor in tensors:
+            for plain in plain_tensors(tensor):
+                self._kinds.setdefault(storage_key(plain), kind)
+                self._known.append(plain)
+
+    def _watch_module(self, module: Module, prefix: str, name: str) -> None:
+        path = (prefix + _WRAPPERS.sub("", name + ".")).rstrip(".") or "(model)"
+
+        def enter(module: Module, args: Any) -> None:
+            microbatch = self._stack[-1][1] if self._stack else None
+            if name == "" and torch.is_grad_enabled():
+                microbatch = self._forwards[prefix]
+                self._forwards[prefix] += 1
+            self._stack.append((path, microbatch))
+
+        def leave(module: Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        self._hooks.append(module.register_forward_pre_hook(enter, prepend=True))
+        self._hooks.append(module.register_forward_hook(leave, always_call=True))
+
+    def _note(self, tensor: Tensor, packed: Any) -> Callable[[], None]:
+        kept = kept_storages(packed)
+        saves = [self._save(p, storage_key(p) not in kept) for p in plain_tensors(tensor)]
+        return lambda: self._release(saves)
+
+    def _save(self, tensor: Tensor, taken: bool) -> int | Entry:
+        """Count a save; what :meth:`_release` needs."""
+        with self._lock:
+            key = storage_key(tensor)
+            if not taken and key in self._live:
+                entry, saves = self._live[key]
+                entry.saves += 1
+                saves[0] += 1
+                return key
+            entry = self._new_entry(tensor, taken)
+            if taken:
+                return entry
+            self._live[key] = (entry, [1])
+            return key
+
+    def _new_entry(self, tensor: Tensor, taken: bool) -> Entry:
+        path, microbatch = self._stack[-1] if self._stack else (_OUTSIDE, None)
+        parts = _LAYER.fullmatch(path)
+        layer, module = parts.groups() if parts else (path.split(".")[0], path.partition(".")[2])
+        is_number = tensor.is_floating_point() or tensor.is_complex()
+        kind = self._kinds.get(storage_key(tensor), "activation" if is_number else "index")
+        entry = Entry(
+            layer, module, microbatch, kind, str(tensor.dtype).removeprefix("torch."),
+            tuple(tensor.shape), tensor.untyped_storage().nbytes(), self._events, taken=taken,
+        )  # fmt: skip
+        self._events += 1
+        self.entries.append(entry)
+        return entry
+
+    def _release(self, saves: list[int | Entry]) -> None:
+        with self._lock:
+            for save in saves:
+                if isinstance(save, Entry):
+                    ended = save
+                else:
+                    ended, count = self._live[save]
+                    count[0] -= 1
+                    if count[0] > 0:
+                        continue
+                    del self._live[save]
+                ended.freed_at = self._events
+                self._events += 1
+
+    def live_bytes(self, kinds: Sequence[str] = KEPT) -> int:
+        """Bytes kept now; by default without weights and buffers. Taken storages do not count."""
+        return sum(entry.nbytes for entry, _ in self._live.values() if entry.kind in kinds)
+
+    def peak_bytes(self, kinds: Sequence[str] = KEPT) -> int:
+        """The most bytes kept at a time."""
+        changes = [0] * (self._events + 1)
+        for entry in self._counted(kinds):
+            changes[entry.saved_at] += entry.nbytes
+            if entry.freed_at is not None:
+                changes[entry.freed_at] -= entry.nbytes
+        live = most = 0
+        for change in changes:
+            live += change
+            most = max(most, live)
+        return most
+
+    def _counted(self, kinds: Sequence[str]) -> list[Entry]:
+        return [e for e in self.entries if e.kind in kinds and not e.taken]
+
+    def rows(self, *fields: str) -> list[dict[str, Any]]:
+        """Bytes saved, summed over the entries that agree in some fields of :class:`Entry`.
+
+        Args:
+            fields: such as ``"layer", "module"``.
+
+        Returns:
+            In the order of the first save: the fields, bytes of each of :data:`KINDS`, ``taken``
+            bytes (not in the others), and ``saves``.
+        """
+        sums: dict[tuple, dict[str, Any]] = {}
+        for entry in self.entries:
+            key = tuple(getattr(entry, field) for field in fields)
+            row = sums.setdefault(
+                key, {**dict(zip(fields, key)), **dict.fromkeys((*KINDS, "taken", "saves"), 0)}
+            )
+            row["taken" if entry.taken else entry.kind] += entry.nbytes
+            row["saves"] += entry.saves
+        return list(sums.values())
+
+    def table(self, *fields: str) -> str:
+        """:meth:`rows` as text, in MiB; by layer and module where no fields are given."""
+        fields = fields or ("layer", "module")
+        rows = self.rows(*fields)
+        cells = [[*fields, *KINDS, "taken", "saves"]]
+        for row in rows:
+            sizes = [f"{row[kind] / 2**20:.3f}" for kind in (*KINDS, "taken")]
+            cells.append([*(str(row[field]) for field in fields), *sizes, str(row["saves"])])
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = []
+        for row_cells in cells:
+            named = [c.ljust(w) for c, w in zip(row_cells[: len(fields)], widths)]
+            sized = [c.rjust(w) for c, w in zip(row_cells[len(fields) :], widths[len(fields) :])]
+            lines.append("  ".join(named + sized))
+        peak = f"peak {self.peak_bytes() / 2**20:.3f} MiB of {' and '.join(KEPT)}"
+        return "\n".join([*lines, f"MiB; {peak}, {self.live_bytes() / 2**20:.3f} live now"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every entry, and the totals in bytes."""
+        return {
+            "peak_bytes": self.peak_bytes(),
+            "live_bytes": self.live_bytes(),
+            "events": self._events,
+            "entries": [dataclasses.asdict(entry) for entry in self.entries],
+        }
+
+    def write_json(self, path: str | Path) -> None:
+        """:meth:`as_dict` in a file."""
+        Path(path).write_text(json.dumps(self.as_dict()) + "\n")
+
+    def plot(self, path: str | Path, field: str = "module", groups: int = 8) -> None:
+        """A picture of the bytes kept over the block, stacked; needs matplotlib.
+
+        Args:
+            path: a file name that matplotlib knows, such as ``.png``.
+            field: what to colour by: a field of :class:`Entry`.
+            groups: colours; the smaller groups are one.
+        """
+        from megatron_echo.memory.ledger_plot import plot_ledger
+
+        plot_ledger(self._counted(KEPT), self._events, path, field, groups)

@@ -1,0 +1,343 @@
+"""Which layers on which pipeline stage: memory- and time-aware, in Megatron's own notation.
+
+Early ranks hold more microbatches than late ones, so a layer costs more memory on them. What a rank
+holds comes from replaying the schedule (``schedules.py``); the assignment is exact for one and two
+chunks a rank (``layout_search.py``).
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_echo.memory.layout_search import Array, Costs, Measures, Search
+from megatron_echo.memory.schedules import Pipeline
+
+KINDS = {"E": "embedding", "t": "decoder layer", "m": "MTP layer", "L": "head and loss"}
+Preference = Literal["time", "memory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """What one item of the model costs on its rank.
+
+    Attributes:
+        kind: Megatron's letter: ``E`` embedding, ``t`` decoder layer, ``m`` MTP layer, ``L`` head
+            and loss. The embedding is part of the first stage, the loss of the last one.
+        seconds: forward and backward time of a microbatch. Any unit, if it is the same for all.
+        activation_bytes: kept for backward, for each microbatch.
+        static_bytes: weights, gradients and optimizer state.
+        workspace_bytes: the most that it uses besides, while it runs.
+        name: for the table.
+    """
+
+    kind: str
+    seconds: float
+    activation_bytes: float
+    static_bytes: float
+    workspace_bytes: float = 0
+    name: str = ""
+
+
+def read_costs(path: str | Path) -> list[LayerCost]:
+    """Costs from a file of JSON: ``{"layers": [{"kind": "t", "count": 58, "seconds": ...}, ...]}``.
+
+    An entry has the fields of :class:`LayerCost` and, optionally, how many such layers follow each
+    other.
+
+    Raises:
+        ValueError: the file does not say that.
+    """
+    try:
+        entries = json.loads(Path(path).read_text())["layers"]
+        return [
+            LayerCost(**{key: value for key, value in entry.items() if key != "count"})
+            for entry in entries
+            for _ in range(entry.get("count", 1))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fields = ", ".join(field.name for field in dataclasses.fields(LayerCost))
+        raise ValueError(
+            f"{path} holds no layer costs ({error}). Write "
+            f'{{"layers": [...]}} with the fields {fields} and count.'
+        ) from error
+
+
+def write_costs(layers: Sequence[LayerCost], path: str | Path) -> None:
+    """The file that :func:`read_costs` reads."""
+    entries = [dataclasses.asdict(layer) for layer in layers]
+    Path(path).write_text(json.dumps({"layers": entries}, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineLayout:
+    """An assignment of layers to stages, and what it costs.
+
+    Attributes:
+        pipeline: the schedule.
+        layers: the costs it was made from.
+        cuts: stage ``s`` holds the layers ``cuts[s]`` to ``cuts[s + 1]``; ``P * V + 1`` of them.
+        ranks: stage time, rank time and peak bytes of each rank.
+        step_seconds: of a whole step, from replaying the schedule.
+    """
+
+    pipeline: Pipeline
+    layers: tuple[LayerCost, ...]
+    cuts: tuple[int, ...]
+    ranks: tuple[Measures, ...]
+    step_seconds: float
+
+    @property
+    def measures(self) -> Measures:
+        """The longest stage, the busiest rank and the highest peak."""
+        return Measures(*(max(values) for values in zip(*self.ranks, strict=True)))
+
+    @property
+    def peak_bytes(self) -> float:
+        """The highest peak of all ranks."""
+        return self.measures.peak
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The letters of each stage, in the order of the model."""
+        letters = "".join(layer.kind for layer in self.layers)
+        return tuple(letters[a:b] for a, b in pairwise(self.cuts))
+
+    @property
+    def string(self) -> str:
+        """The value of ``--pipeline-model-parallel-layout``, ``Ettt|tttt|...|tttL``."""
+        return "|".join(self.stages)
+
+    def check_with_megatron(self) -> None:
+        """Parse :attr:`string` with Megatron's own parser and compare.
+
+        Raises:
+            ValueError: Megatron has no such schedule, or reads something else.
+        """
+        if self.pipeline.schedule == "dualpipev":
+            raise ValueError(
+                "Megatron's layout has no V-shaped placement, so it cannot run dualpipev. "
+                "Plan for interleaved."
+            )
+        from megatron.core.transformer.pipeline_parallel_layer_layout import (
+            PipelineParallelLayerLayout,
+        )
+
+        parsed = PipelineParallelLayerLayout(self.string, self.pipeline.ranks)
+        count = "".join(self.stages).count
+        parsed.validate_layer_layout(count("t"), count("m"))
+        names = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+        for rank, chunks in enumerate(parsed.layout):
+            for chunk, stage in enumerate(chunks):
+                letters = "".join(names[item.name] for item in stage)
+                if letters != self.stages[self.pipeline.stage(rank, chunk)]:
+                    raise ValueError(
+                        f"Megatron reads {letters} for chunk {chunk} of rank {rank} in "
+                        f"{self.string}. Please report this layout."
+                    )
+
+    def table(self) -> str:
+        """A line a rank: its stages, the microbatches it holds at the worst moment, time, peak."""
+        lines = ["rank  stages                     held at the peak  seconds   peak GiB"]
+        for rank, measured in enumerate(self.ranks):
+            stages = [self.pipeline.stage(rank, chunk) for chunk in range(self.pipeline.chunks)]
+            activation = [
+                sum(
+                    layer.activation_bytes for layer in self.layers[self.cuts[s] : self.cuts[s + 1]]
+                )
+                for s in stages
+            ]
+            live = self.pipeline.live(rank)
+            worst = max(live, key=lambda v: sum(a * b for a, b in zip(v, activation, strict=True)))
+            names = " + ".join(_shorten(self.stages[s]) for s in stages)
+            held = " + ".join(map(str, worst))
+            gib = measured.peak / 2**30
+            lines.append(f"{rank:4}  {names:26} {held:16} {measured.rank_time:8.4g} {gib:10.3f}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: layout, schedule, and the costs of each rank."""
+        return {
+            "layout": self.string,
+            **self.pipeline._asdict(),
+            "stage_seconds": self.measures.stage_time,
+            "rank_seconds": self.measures.rank_time,
+            "step_seconds": self.step_seconds,
+            "peak_bytes": [measured.peak for measured in self.ranks],
+        }
+
+
+def _shorten(stage: str) -> str:
+    """``Et*4`` for ``Etttt``."""
+    runs = [(letter, len(list(run))) for letter, run in groupby(stage)]
+    return "".join(letter if n == 1 else f"{letter}*{n}" for letter, n in runs)
+
+
+def even_split(layers: Sequence[LayerCost], stages: int) -> list[int]:
+    """The cuts of an even split: as many decoder layers in each stage, whatever they cost.
+
+    What does not divide goes to the inner stages from the left, to the first and last one at the
+    end: those have the embedding and the loss. MTP layers sit with the loss.
+
+    Raises:
+        ValueError: fewer layers than stages to fill.
+    """
+    decoders = sum(layer.kind == "t" for layer in layers)
+    if decoders < stages - 2:
+        raise ValueError(
+            f"{decoders} decoder layers leave some of the {stages} stages empty. Use fewer stages."
+        )
+    counts = [decoders // stages] * stages
+    places = [*range(1, stages - 1), *({0, stages - 1} if stages > 1 else {0})]
+    for place in places[: decoders % stages]:
+        counts[place] += 1
+    return [0, *(1 + sum(counts[: s + 1]) for s in range(stages - 1)), len(layers)]
+
+
+def _check_layers(layers: Sequence[LayerCost]) -> None:
+    letters = "".join(layer.kind for layer in layers)
+    decoders, mtp = letters.count("t"), letters.count("m")
+    if letters != "E" + "t" * decoders + "m" * mtp + "L":
+        raise ValueError(
+            f"The model {letters!r} is not an embedding, decoder layers, MTP layers and a loss. "
+            "Order the layers as E t ... t m ... m L."
+        )
+    for layer in layers:
+        bytes_ = (layer.activation_bytes, layer.static_bytes, layer.workspace_bytes)
+        if min(layer.seconds, *bytes_) < 0 or not np.isfinite([layer.seconds, *bytes_]).all():
+            raise ValueError(
+                f"{layer} has a negative cost. Give zero or more, and finite, numbers."
+            )
+
+
+def _search(layers: Sequence[LayerCost], pipeline: Pipeline) -> Search:
+    def column(name: str) -> Array:
+        return np.array([getattr(layer, name) for layer in layers], dtype=np.float64)
+
+    costs = Costs(
+        column("seconds"),
+        column("activation_bytes"),
+        column("static_bytes"),
+        column("workspace_bytes"),
+        np.array([float(layer.kind == "m") for layer in layers]),
+    )
+    return Search(costs, pipeline)
+
+
+def evaluate_layout(
+    layers: Sequence[LayerCost], pipeline: Pipeline, cuts: Sequence[int]
+) -> PipelineLayout:
+    """What a given assignment costs.
+
+    Args:
+        layers: the model.
+        pipeline: the schedule.
+        cuts: see :class:`PipelineLayout`.
+    """
+    search = _search(layers, pipeline)
+    ranks = tuple(search.rank_measures(cuts, rank) for rank in range(pipeline.ranks))
+    seconds = [sum(layer.seconds for layer in layers[a:b]) for a, b in pairwise(cuts)]
+    return PipelineLayout(pipeline, tuple(layers), tuple(cuts), ranks, pipeline.step_time(seconds))
+
+
+def plan_layout(
+    layers: Sequence[LayerCost],
+    pipeline_size: int,
+    virtual_size: int = 1,
+    schedule: str | None = None,
+    num_microbatches: int | None = None,
+    group_size: int | None = None,
+    budget_bytes: float | None = None,
+    prefer: Preference = "time",
+) -> PipelineLayout:
+    """Assign layers to pipeline stages.
+
+    Every stage holds at least one item, in the order of the model. With one or two chunks a rank
+    the answer is the best there is; with more, no change of two neighbouring chunks improves it.
+
+    Args:
+        layers: ``E t ... t m ... m L`` with their costs.
+        pipeline_size: P.
+        virtual_size: V, chunks on each rank.
+        schedule: one of ``SCHEDULES``; None for ``1f1b``, or ``interleaved`` where V > 1.
+        num_microbatches: of a step; None for enough to fill the pipeline.
+        group_size: microbatches a chunk runs in a row, when interleaved; None for P.
+        budget_bytes: no rank's peak may exceed it. None for the even split's peak.
+        prefer: ``time`` minimises the longest stage, then the busiest rank, then the peak.
+            ``memory`` minimises the peak, then the longest stage and the busiest rank, among the
+            layouts that are in both no slower than the even split.
+
+    Returns:
+        The layout. Without a budget it is in none of the three worse than the even split.
+
+    Raises:
+        ValueError: layers or sizes that make no pipeline, or a budget that nothing fits; the
+            message names the rank that needs the most and what it needs.
+    """
+    if prefer not in ("time", "memory"):
+        raise ValueError(f"plan_layout cannot prefer {prefer!r}. Use 'time' or 'memory'.")
+    _check_layers(layers)
+    schedule = schedule or ("1f1b" if virtual_size == 1 else "interleaved")
+    pipeline = Pipeline.make(schedule, pipeline_size, virtual_size, num_microbatches, group_size)
+    search = _search(layers, pipeline)
+    cuts = even_split(layers, pipeline_size * virtual_size)
+    even = search.measures(cuts)
+    budget = even.peak if budget_bytes is None else budget_bytes
+    limits = Measures(np.inf, np.inf, budget)
+    order = ["stage_time", "rank_time", "peak"]
+    if prefer == "memory":
+        limits, order = even._replace(peak=budget), ["peak", "stage_time", "rank_time"]
+    if not even.keeps(limits):
+        cuts = search.best(cuts, ["peak"], limits._replace(peak=even.peak))
+        if not search.measures(cuts).keeps(limits):
+            raise ValueError(_over_budget(evaluate_layout(layers, pipeline, cuts), budget))
+    return evaluate_layout(layers, pipeline, search.best(cuts, order, limits))
+
+
+def _over_budget(least: PipelineLayout, budget: float) -> str:
+    rank = max(range(len(least.ranks)), key=lambda r: least.ranks[r].peak)
+    stages = [least.pipeline.stage(rank, chunk) for chunk in range(least.pipeline.chunks)]
+    names = " + ".join(_shorten(least.stages[s]) for s in stages)
+    return (
+        f"No layout fits {budget / 2**30:.3f} GiB a GPU: even in the smallest, rank {rank} "
+        f"({names}) needs {least.peak_bytes / 2**30:.3f} GiB. Use more pipeline ranks, keep less "
+        "for backward (recompute or offload), or raise the budget."
+    )
+
+
+def explain(layout: PipelineLayout) -> str:
+    """Why this layout: its table, and what it changes against the even split."""
+    even = evaluate_layout(
+        layout.layers, layout.pipeline, even_split(layout.layers, len(layout.stages))
+    )
+    binding = max(range(len(layout.ranks)), key=lambda r: layout.ranks[r].peak)
+    slowest = max(range(len(layout.ranks)), key=lambda r: layout.ranks[r].stage_time)
+    pipeline, static = layout.pipeline, _static(layout, binding)
+    lines = [
+        f"{pipeline.schedule}, {pipeline.ranks} ranks x {pipeline.chunks} chunks, "
+        f"{pipeline.microbatches} microbatches",
+        layout.table(),
+        f"Memory: rank {binding} binds, {static / 2**30:.3f} GiB of it static. "
+        f"Time: the longest stage is on rank {slowest}.",
+        "                      this layout   even split",
+    ]
+    rows = [
+        ("peak GiB", layout.peak_bytes / 2**30, even.peak_bytes / 2**30),
+        ("longest stage, s", layout.measures.stage_time, even.measures.stage_time),
+        ("busiest rank, s", layout.measures.rank_time, even.measures.rank_time),
+        ("step, replayed, s", layout.step_seconds, even.step_seconds),
+    ]
+    for name, ours, theirs in rows:
+        change = f"{ours / theirs - 1:+.1%}" if theirs else ""
+        lines.append(f"{name:20} {ours:12.4g} {theirs:12.4g}  {change}")
+    return "\n".join(lines)
+
+
+def _static(layout: PipelineLayout, rank: int) -> float:
+    stages = [layout.pipeline.stage(rank, chunk) for chunk in range(layout.pipeline.chunks)]
+    held = [layout.layers[layout.cuts[s] : layout.cuts[s + 1]] for s in stages]
+    return sum(layer.static_bytes for layers in held for layer in layers)

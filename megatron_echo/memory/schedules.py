@@ -1,0 +1,224 @@
+"""Pipeline schedules, replayed: what a rank runs, in order, and how many microbatches it holds.
+
+``1f1b``, ``interleaved`` and ``interleaved-ep-overlap`` are Megatron-Core's. ``dualpipev`` is
+DeepSeek's V-shaped DualPipe (rank ``r`` of P holds the stages ``r`` and ``2P - 1 - r``), which
+Megatron does not run; it is here to compare with.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+SCHEDULES = ("1f1b", "interleaved", "interleaved-ep-overlap", "dualpipev")
+BACKWARD_SHARE = 2 / 3
+"""Part of a layer's time that its backward pass takes, where only the sum is known."""
+
+Work = tuple[int, int]
+"""A chunk of the rank and a microbatch."""
+
+
+class Slot(NamedTuple):
+    """What a rank does next: a forward pass, a backward pass, or both at the same time."""
+
+    forward: Work | None
+    backward: Work | None
+
+
+class Pipeline(NamedTuple):
+    """A schedule with its sizes.
+
+    Attributes:
+        schedule: one of :data:`SCHEDULES`.
+        ranks: P.
+        chunks: V, model chunks on each rank.
+        microbatches: M, of a step and a data-parallel rank.
+        group: microbatches that a rank runs through one chunk before it turns to the next
+            (Megatron's ``--microbatch-group-size-per-virtual-pipeline-stage``).
+    """
+
+    schedule: str
+    ranks: int
+    chunks: int
+    microbatches: int
+    group: int
+
+    @classmethod
+    def make(
+        cls,
+        schedule: str,
+        ranks: int,
+        chunks: int = 1,
+        microbatches: int | None = None,
+        group: int | None = None,
+    ) -> "Pipeline":
+        """Fill in the defaults and check; the arguments are the attributes.
+
+        Args:
+            schedule: ``interleaved`` with one chunk is ``1f1b``, as it is in Megatron.
+            ranks: P.
+            chunks: V.
+            microbatches: None for enough to fill the pipeline.
+            group: None for P, Megatron's default.
+
+        Raises:
+            ValueError: a schedule that does not exist or cannot run with these sizes.
+        """
+        if schedule not in SCHEDULES:
+            raise ValueError(
+                f"There is no schedule {schedule!r}. Use one of {', '.join(SCHEDULES)}."
+            )
+        if ranks < 1 or chunks < 1:
+            raise ValueError(f"{ranks} ranks of {chunks} chunks are no pipeline. Use 1 or more.")
+        if schedule == "interleaved" and chunks == 1:
+            schedule = "1f1b"
+        wanted = {"1f1b": chunks == 1, "dualpipev": chunks == 2}.get(schedule, chunks > 1)
+        if not wanted:
+            fix = {"1f1b": "exactly 1", "dualpipev": "exactly 2"}.get(schedule, "2 or more")
+            raise ValueError(
+                f"The schedule {schedule} does not run {chunks} chunks a rank. Use {fix}."
+            )
+        group = ranks if group is None else group
+        if group < ranks:
+            raise ValueError(
+                f"A group of {group} microbatches is below the {ranks} ranks. Use more."
+            )
+        interleaved = schedule.startswith("interleaved")
+        least = 2 * ranks if schedule == "dualpipev" else group if interleaved else 1
+        full = max(4 * ranks, 2 * group)
+        microbatches = full + (-full) % group if microbatches is None else microbatches
+        rest = microbatches % group
+        if microbatches < least or (interleaved and 0 < rest < ranks):
+            fix = f"a multiple of {group}" if interleaved else f"{least} or more"
+            raise ValueError(
+                f"The schedule {schedule} does not run {microbatches} microbatches. Use {fix}."
+            )
+        return cls(schedule, ranks, chunks, microbatches, group)
+
+    def stage(self, rank: int, chunk: int) -> int:
+        """Where in the model a rank's chunk is: stage 0 has the embedding, P * V - 1 the loss."""
+        if self.schedule == "dualpipev" and chunk == 1:
+            return 2 * self.ranks - 1 - rank
+        return chunk * self.ranks + rank
+
+    def slots(self, rank: int) -> list[Slot]:
+        """Everything that one rank runs in a step, in order."""
+        if self.schedule == "dualpipev":
+            return _dualpipev(self.ranks, self.microbatches, rank)
+        if self.schedule == "1f1b":
+            forwards = [(0, m) for m in range(self.microbatches)]
+            return _one_forward_one_backward(forwards, forwards, self.ranks - rank - 1)
+        forwards = _interleaved_order(self)
+        backwards = [(self.chunks - 1 - chunk, m) for chunk, m in forwards]
+        overlap = self.schedule == "interleaved-ep-overlap"
+        warmup = 2 * (self.ranks - rank - 1) + (self.chunks - 1) * self.group + overlap
+        return _one_forward_one_backward(forwards, backwards, warmup, overlap)
+
+    def live(self, rank: int) -> list[tuple[int, ...]]:
+        """Microbatches held by each chunk of a rank, ``[V]`` each: the maximal ones, sorted.
+
+        A microbatch is held from the start of its forward to the end of its backward pass. What
+        the rank holds is at no time more, in every chunk, than one of the vectors says.
+        """
+        held, seen = [0] * self.chunks, set()
+        for slot in self.slots(rank):
+            if slot.forward is not None:
+                held[slot.forward[0]] += 1
+                seen.add(tuple(held))
+            if slot.backward is not None:
+                held[slot.backward[0]] -= 1
+        return sorted(v for v in seen if not any(v != w and _covers(w, v) for w in seen))
+
+    def step_time(self, stage_seconds: Sequence[float]) -> float:
+        """Seconds of a step: every pass starts when its rank is free and its input is there.
+
+        Args:
+            stage_seconds: forward and backward time of a microbatch in each of the P * V stages.
+                Communication takes no time, and two passes in one slot take the sum of theirs.
+        """
+        todo = [self.slots(rank) for rank in range(self.ranks)]
+        place, clock = [0] * self.ranks, [0.0] * self.ranks
+        done: dict[tuple[str, int, int], float] = {}
+        last = self.ranks * self.chunks - 1
+        while any(place[r] < len(todo[r]) for r in range(self.ranks)):
+            before = sum(place)
+            for rank, slots in enumerate(todo):
+                while place[rank] < len(slots):
+                    needs, makes, seconds = self._passes(rank, slots[place[rank]], last)
+                    if not all(need in done for need in needs):
+                        break
+                    start = max([clock[rank], *(done[need] for need in needs)])
+                    clock[rank] = start + sum(stage_seconds[s] * share for s, share in seconds)
+                    done |= dict.fromkeys(makes, clock[rank])
+                    place[rank] += 1
+            assert sum(place) > before, "the schedule waits for itself"
+        return max(clock)
+
+    def _passes(self, rank: int, slot: Slot, last: int) -> tuple[list, list, list]:
+        """What a slot waits for, what it makes, and its ``(stage, share of the time)``."""
+        needs, makes, seconds = [], [], []
+        if slot.forward is not None:
+            stage, microbatch = self.stage(rank, slot.forward[0]), slot.forward[1]
+            needs += [("F", stage - 1, microbatch)] if stage > 0 else []
+            makes.append(("F", stage, microbatch))
+            seconds.append((stage, 1 - BACKWARD_SHARE))
+        if slot.backward is not None:
+            stage, microbatch = self.stage(rank, slot.backward[0]), slot.backward[1]
+            needs.append(("B", stage + 1, microbatch) if stage < last else ("F", last, microbatch))
+            makes.append(("B", stage, microbatch))
+            seconds.append((stage, BACKWARD_SHARE))
+        return needs, makes, seconds
+
+
+def _covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in zip(large, small, strict=True))
+
+
+def _one_forward_one_backward(
+    forwards: list[Work], backwards: list[Work], warmup: int, together: bool = False
+) -> list[Slot]:
+    """Forward passes to warm up, one of each in turn (or in one slot), backward passes to drain."""
+    warmup = min(warmup, len(forwards))
+    slots = [Slot(work, None) for work in forwards[:warmup]]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        slots += (
+            [Slot(forward, backward)] if together else [Slot(forward, None), Slot(None, backward)]
+        )
+    return slots + [Slot(None, work) for work in backwards[len(forwards) - warmup :]]
+
+
+def _interleaved_order(pipeline: Pipeline) -> list[Work]:
+    """Groups of microbatches through all chunks, one group after the other."""
+    starts = range(0, pipeline.microbatches, pipeline.group)
+    return [
+        (chunk, microbatch)
+        for start in starts
+        for chunk in range(pipeline.chunks)
+        for microbatch in range(start, min(start + pipeline.group, pipeline.microbatches))
+    ]
+
+
+def _dualpipev(ranks: int, microbatches: int, rank: int) -> list[Slot]:
+    """The eight phases of DualPipeV; its separate weight-gradient passes hold no activations."""
+    after = ranks - rank - 1
+    order = chain(
+        ["F0"] * (2 * after),
+        ["F0", "F1"] * (rank + 1),
+        ["B1", "F1"] * after,
+        ["F0B1", "F1B0"] * (microbatches - 2 * ranks + rank + 1),
+        ["B1", "F1B0"] * after,
+        ["B1", "B0"] * (rank + 1),
+        ["B0"] * after,
+    )
+    counts: dict[str, int] = {}
+
+    def take(code: str) -> Work | None:
+        if not code:
+            return None
+        counts[code] = counts.get(code, -1) + 1
+        return int(code[1]), counts[code]
+
+    slots = []
+    for codes in order:
+        forward, _, backward = codes.partition("B")
+        slots.append(Slot(take(forward), take("B" + backward if backward else "")))
+    return slots

@@ -1,0 +1,282 @@
+"""``plan_layout`` against every layout there is, Megatron's parser, and the even split."""
+
+import dataclasses
+import itertools
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import megatron_echo.memory
+from megatron_echo.memory.pipeline_layout import (
+    LayerCost,
+    PipelineLayout,
+    evaluate_layout,
+    even_split,
+    explain,
+    plan_layout,
+    read_costs,
+    write_costs,
+)
+from megatron_echo.memory.schedules import Pipeline
+
+GIB = 2**30
+SCHEDULES = [
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("interleaved-ep-overlap", 2),
+    ("dualpipev", 2),
+]
+
+
+def deepseek_like(decoders: int = 61, dense: int = 3, mtp: int = 1) -> list[LayerCost]:
+    """Made-up costs in the proportions of DeepSeek-V3."""
+    return [
+        LayerCost("E", 0.1, 0.05 * GIB, 1.5 * GIB),
+        *[LayerCost("t", 0.7, 0.4 * GIB, 0.5 * GIB)] * dense,
+        *[LayerCost("t", 1.0, 0.6 * GIB, 1.2 * GIB)] * (decoders - dense),
+        *[LayerCost("m", 1.1, 0.7 * GIB, 1.3 * GIB)] * mtp,
+        LayerCost("L", 0.5, 0.3 * GIB, 1.5 * GIB, 1.0 * GIB),
+    ]
+
+
+def measure(layers, pipeline, cuts) -> tuple[float, float, float]:
+    """The three criteria, written down as they are defined."""
+    stage_time, rank_time, peak = [], [], []
+    for rank in range(pipeline.ranks):
+        stages = [pipeline.stage(rank, chunk) for chunk in range(pipeline.chunks)]
+        held = [layers[cuts[s] : cuts[s + 1]] for s in stages]
+        seconds = [sum(layer.seconds for layer in part) for part in held]
+        activation = [sum(layer.activation_bytes for layer in part) for part in held]
+        all_of_them = [layer for part in held for layer in part]
+        worst = max(sum(n * a for n, a in zip(live, activation)) for live in pipeline.live(rank))
+        stage_time.append(max(seconds))
+        rank_time.append(sum(seconds))
+        static = sum(layer.static_bytes for layer in all_of_them)
+        peak.append(static + worst + max(layer.workspace_bytes for layer in all_of_them))
+    return max(stage_time), max(rank_time), max(peak)
+
+
+def is_legal(layers, pipeline, cuts) -> bool:
+    """Megatron's rules for MTP layers; its own parser is asked in another test."""
+    letters = "".join(layer.kind for layer in layers)
+    mtp = letters.count("m")
+    for rank, chunk in itertools.product(range(pipeline.ranks), range(pipeline.chunks)):
+        stage = pipeline.stage(rank, chunk)
+        here = letters[cuts[stage] : cuts[stage + 1]].count("m")
+        if here not in (0, mtp):
+            return False
+        misplaced = chunk != pipeline.chunks - 1 or (rank == 0 and pipeline.ranks > 1)
+        if here and pipeline.schedule != "dualpipev" and misplaced:
+            return False
+    return True
+
+
+def brute_force(layers, pipeline, prefer, budget) -> tuple[float, float, float] | None:
+    """The best criteria over all legal layouts, in the order of preference."""
+    stages = pipeline.ranks * pipeline.chunks
+    even = measure(layers, pipeline, even_split(layers, stages))
+    budget = even[2] if budget is None else budget
+    order = (0, 1, 2) if prefer == "time" else (2, 0, 1)
+    found = []
+    for inner in itertools.combinations(range(1, len(layers)), stages - 1):
+        cuts = [0, *inner, len(layers)]
+        if is_legal(layers, pipeline, cuts):
+            values = measure(layers, pipeline, cuts)
+            slow = prefer == "memory" and (values[0] > even[0] or values[1] > even[1])
+            if values[2] <= budget and not slow:
+                found.append(tuple(values[i] for i in order))
+    return min(found, default=None)
+
+
+COST = st.integers(0, 12)
+
+
+@st.composite
+def models(draw, least: int = 0) -> list[LayerCost]:
+    """Up to ten layers of unrelated costs."""
+    mtp = draw(st.integers(0, 2))
+    kinds = "E" + "t" * draw(st.integers(max(least, 0), 10 - mtp)) + "m" * mtp + "L"
+    return [LayerCost(kind, draw(COST), *(draw(COST) for _ in range(3))) for kind in kinds]
+
+
+@pytest.mark.parametrize("prefer", ["time", "memory"])
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_equals_brute_force(schedule, chunks, prefer, data):
+    ranks = data.draw(st.integers(1, 4))
+    layers = data.draw(models(least=ranks * chunks - 2))
+    pipeline = Pipeline.make(schedule, ranks, chunks)
+    layout = plan_layout(layers, ranks, chunks, schedule, prefer=prefer)
+    expected = brute_force(layers, pipeline, prefer, None)
+    order = (0, 1, 2) if prefer == "time" else (2, 0, 1)
+    assert tuple(layout.measures[i] for i in order) == expected
+    assert tuple(layout.measures) == measure(layers, pipeline, layout.cuts)
+    assert is_legal(layers, pipeline, layout.cuts)
+
+
+@pytest.mark.parametrize("prefer", ["time", "memory"])
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_budget_equals_brute_force(schedule, chunks, prefer, data):
+    ranks = data.draw(st.integers(2, 3))
+    layers = data.draw(models(least=ranks * chunks - 2))
+    budget = data.draw(st.integers(20, 200))
+    pipeline = Pipeline.make(schedule, ranks, chunks)
+    expected = brute_force(layers, pipeline, prefer, budget)
+    order = (0, 1, 2) if prefer == "time" else (2, 0, 1)
+    arguments = {"budget_bytes": budget, "prefer": prefer}
+    if expected is None:
+        with pytest.raises(ValueError, match=r"rank \d"):
+            plan_layout(layers, ranks, chunks, schedule, **arguments)
+    else:
+        layout = plan_layout(layers, ranks, chunks, schedule, **arguments)
+        assert tuple(layout.measures[i] for i in order) == expected
+
+
+def test_noise_of_sums_does_not_hide_the_better_peak():
+    """0.1 + 0.2 is not 0.3, but the two stages are equally long."""
+    layers = [
+        LayerCost("E", 0.1, 0, 0), LayerCost("t", 0.2, 8, 0), LayerCost("t", 0.3, 1, 0),
+        LayerCost("t", 0.3, 8, 0), LayerCost("L", 0.0, 0, 0),
+    ]  # fmt: skip
+    assert plan_layout(layers, 3).measures.stage_time == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("prefer", ["time", "memory"])
+@pytest.mark.parametrize(
+    ("ranks", "chunks", "schedule"),
+    [
+        (8, 1, None),
+        (16, 1, None),
+        (8, 2, None),
+        (16, 2, "interleaved-ep-overlap"),
+        (2, 3, None),
+        (8, 2, "dualpipev"),
+    ],
+)
+def test_full_size_is_never_worse_than_even(ranks, chunks, schedule, prefer):
+    layers = deepseek_like(61 if chunks < 3 else 16)
+    layout = plan_layout(layers, ranks, chunks, schedule, prefer=prefer)
+    even = evaluate_layout(layers, layout.pipeline, even_split(layers, ranks * chunks))
+    assert layout.measures.keeps(even.measures)
+    assert "".join(layout.stages) == "".join(layer.kind for layer in layers)
+    assert all(layout.stages)
+    if schedule != "dualpipev":
+        layout.check_with_megatron()
+    assert layout.string in layout.as_dict()["layout"]
+    assert "even split" in explain(layout)
+
+
+def test_memory_goes_to_late_ranks():
+    layers = deepseek_like(27, dense=0, mtp=0)
+    layers[-1] = dataclasses.replace(layers[-1], seconds=0.1)
+    sizes = [stage.count("t") for stage in plan_layout(layers, 4, prefer="memory").stages]
+    assert sizes == sorted(sizes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    index=st.integers(0, 12),
+    field=st.sampled_from(["activation_bytes", "static_bytes", "workspace_bytes"]),
+)
+def test_peak_grows_with_costs(index, field):
+    layers = deepseek_like(10, 2)
+    index %= len(layers)
+    more = list(layers)
+    value = getattr(layers[index], field) + GIB
+    more[index] = dataclasses.replace(layers[index], **{field: value})
+    before = plan_layout(layers, 4, prefer="memory").peak_bytes
+    assert plan_layout(more, 4, prefer="memory").peak_bytes >= before
+
+
+@pytest.mark.parametrize(
+    ("decoders", "stages", "counts"),
+    [(8, 4, [2, 2, 2, 2]), (9, 4, [2, 3, 2, 2]), (11, 4, [3, 3, 3, 2]), (2, 4, [0, 1, 1, 0]),
+     (5, 1, [5]), (5, 2, [3, 2])],
+)  # fmt: skip
+def test_even_split(decoders, stages, counts):
+    layers = deepseek_like(decoders, 0)
+    cuts = even_split(layers, stages)
+    letters = "".join(layer.kind for layer in layers)
+    assert [letters[a:b].count("t") for a, b in itertools.pairwise(cuts)] == counts
+    assert (cuts[0], cuts[-1]) == (0, len(layers))
+
+
+def test_over_budget_names_the_binding_rank():
+    with pytest.raises(ValueError, match=r"rank \d+ \(.*t.*\) needs .* GiB\. Use more"):
+        plan_layout(deepseek_like(), 16, 2, budget_bytes=10 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("layers", "arguments", "words"),
+    [
+        (deepseek_like()[1:], {}, "Order the layers"),
+        (deepseek_like(2, 0, 0), {"pipeline_size": 8}, "Use fewer stages"),
+        (deepseek_like(), {"prefer": "luck"}, "cannot prefer"),
+        ([LayerCost("E", -1, 0, 0), LayerCost("L", 0, 0, 0)], {}, "negative cost"),
+        ([LayerCost("E", float("nan"), 0, 0), LayerCost("L", 0, 0, 0)], {}, "finite"),
+    ],
+)
+def test_refusals(layers, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        plan_layout(layers, **{"pipeline_size": 2, **arguments})
+
+
+def test_megatron_reads_another_layout():
+    layout = plan_layout(deepseek_like(8, 0, 0), 2, 2)
+    twisted = dataclasses.replace(layout, pipeline=layout.pipeline._replace(ranks=4, chunks=1))
+    twisted.check_with_megatron()  # the same string, four ranks of one chunk
+    vee = plan_layout(deepseek_like(8, 0, 0), 2, 2, "dualpipev")
+    with pytest.raises(ValueError, match="V-shaped"):
+        vee.check_with_megatron()
+    with pytest.raises(AssertionError):
+        dataclasses.replace(layout, cuts=(0, 0, *layout.cuts[1:])).check_with_megatron()
+
+
+def test_costs_in_a_file(tmp_path):
+    layers = deepseek_like(5, 1)
+    write_costs(layers, tmp_path / "costs.json")
+    assert read_costs(tmp_path / "costs.json") == layers
+    entry = {"kind": "t", "count": 3, "seconds": 1, "activation_bytes": 2, "static_bytes": 3}
+    (tmp_path / "short.json").write_text(json.dumps({"layers": [entry]}))
+    assert read_costs(tmp_path / "short.json") == [LayerCost("t", 1, 2, 3)] * 3
+    (tmp_path / "bad.json").write_text('{"layers": [{"kind": "t", "secs": 1}]}')
+    with pytest.raises(ValueError, match="fields kind, seconds"):
+        read_costs(tmp_path / "bad.json")
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    write_costs(deepseek_like(), tmp_path / "costs.json")
+    words = [str(tmp_path / "costs.json"), "-p", "8", "-v", "2", "--prefer", "memory"]
+    words += ["--json", str(tmp_path / "plan.json")]
+    monkeypatch.setattr(sys, "argv", ["plan_layout", *words])
+    runpy.run_module("megatron_echo.memory.plan_layout", run_name="__main__")
+    printed = capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert f'--pipeline-model-parallel-layout "{plan["layout"]}"' in printed
+    assert len(plan["peak_bytes"]) == 8
+    monkeypatch.setattr(sys, "argv", ["plan_layout", *words, "--budget-gib", "1"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("megatron_echo.memory.plan_layout", run_name="__main__")
+    assert "No layout fits" in capsys.readouterr().err
+
+
+def test_module_and_function_share_a_name():
+    assert callable(megatron_echo.memory.plan_layout)
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m"]
+    help_text = subprocess.run(
+        [*command, "megatron_echo.memory.plan_layout", "--help"],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert "--budget-gib" in help_text.stdout
+    assert isinstance(plan_layout(deepseek_like(8, 0), 2), PipelineLayout)
+    assert np.isfinite(plan_layout(deepseek_like(8, 0), 2).step_seconds)
