@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 from build_corpus import build_corpus  # noqa: E402
-from main_job import training_flags  # noqa: E402
-from processes import torchrun  # noqa: E402
+from processes import lean_main_job, torchrun  # noqa: E402
 
 from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
@@ -50,19 +49,13 @@ RATIOS = (
 """(This, over that). The stock layer cannot be skewed: its router is Megatron's own."""
 
 SIZES = {2: "", 4: "--expert-model-parallel-size 4 --micro-batch-size 4"}
-LEFT_OUT = ("--save", "--save-interval", "--tensorboard-dir", "--eval-iters", "--log-interval")
 
 
 def train(corpus: Path, ranks: int, extra: str, iterations: int) -> dict[str, Any]:
     """One run: seconds of its iterations, and what its metrics and traces say."""
     with tempfile.TemporaryDirectory() as folder:
-        words = training_flags(corpus, Path(folder), 10**9)
-        for name in LEFT_OUT:
-            at = words.index(name)
-            del words[at : at + 2]
-        words += ["--eval-iters", "0", "--log-interval", "1", "--lr-warmup-iters", "0"]
-        words += ["--train-iters", str(iterations)]
-        words += [*SIZES[ranks].split(), *extra.split()]
+        words = lean_main_job(corpus, Path(folder), iterations)
+        words += ["--lr-warmup-iters", "0", *SIZES[ranks].split(), *extra.split()]
         torchrun(ROOT / "pretrain_gpt_moe.py", ranks, words)
         lines = read_metrics(folder)[2:]
         record = json.loads((Path(folder) / "run.json").read_text())

@@ -6,6 +6,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_LEFT_OUT = ("--save", "--save-interval", "--tensorboard-dir", "--eval-iters", "--log-interval")
+
+
+def lean_main_job(corpus: Path, folder: Path, steps: int) -> list[str]:
+    """The main job's flags without evaluation and saving, with each step logged.
+
+    Args:
+        corpus: from ``build_corpus``.
+        folder: the run directory.
+        steps: training iterations.
+    """
+    from main_job import training_flags  # in tools/, which not every benchmark has on its path
+
+    words = training_flags(corpus, folder, 10**9)
+    for name in _LEFT_OUT:
+        at = words.index(name)
+        del words[at : at + 2]
+    return [*words, "--eval-iters", "0", "--log-interval", "1", "--train-iters", str(steps)]
+
 
 def torchrun(
     script: Path, ranks: int, words: Sequence[str], settings: Mapping[str, str] | None = None

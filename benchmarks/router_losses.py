@@ -21,8 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
 from build_corpus import build_corpus  # noqa: E402
-from main_job import training_flags  # noqa: E402
-from processes import torchrun  # noqa: E402
+from processes import lean_main_job, torchrun  # noqa: E402
 
 from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
@@ -35,8 +34,7 @@ LOSSES = {
     "batch-wise, late counts": f"{BALANCE} global_aux_loss",
 }
 LAYOUTS = {"PP=1": (2, ""), "PP=2": (4, "--pipeline-model-parallel-size 2")}
-COMMON = "--moe-enable-echo --micro-batch-size 2 --eval-iters 0 --log-interval 1"
-LEFT_OUT = ("--save", "--save-interval", "--tensorboard-dir", "--eval-iters", "--log-interval")
+COMMON = "--moe-enable-echo --micro-batch-size 2"
 LAST = 10
 
 
@@ -44,12 +42,8 @@ def train(corpus: Path, layout: str, loss: str, steps: int) -> dict[str, list[fl
     """One run: the loss and the overload of experts at each step."""
     ranks, flags = LAYOUTS[layout]
     with tempfile.TemporaryDirectory() as folder:
-        words = training_flags(corpus, Path(folder), 10**9)
-        for name in LEFT_OUT:
-            at = words.index(name)
-            del words[at : at + 2]
-        words += f"{COMMON} {flags} {LOSSES[loss]}".split()
-        words += ["--train-iters", str(steps), "--moe-echo-trace-dir", f"{folder}/traces"]
+        words = lean_main_job(corpus, Path(folder), steps)
+        words += f"{COMMON} {flags} {LOSSES[loss]} --moe-echo-trace-dir {folder}/traces".split()
         torchrun(ROOT / "pretrain_gpt_moe.py", ranks, words)
         curve = [line["lm loss"] for line in read_metrics(folder)]
         return {"lm loss": curve, "overload": expert_overload(Path(folder) / "traces")}

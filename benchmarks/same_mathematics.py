@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 from build_corpus import build_corpus  # noqa: E402
-from main_job import training_flags  # noqa: E402
-from processes import torchrun  # noqa: E402
+from processes import lean_main_job, torchrun  # noqa: E402
 
 from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
@@ -64,22 +63,6 @@ COMPARISONS = (
 )
 
 
-def job(comparison: Comparison, corpus: Path, folder: Path, steps: int) -> list[str]:
-    """The main job's flags, without evaluation and saving."""
-    words = training_flags(corpus, folder, 10**9)
-    for name in (
-        "--save",
-        "--save-interval",
-        "--tensorboard-dir",
-        "--eval-iters",
-        "--log-interval",
-    ):
-        at = words.index(name)
-        del words[at : at + 2]
-    words += ["--eval-iters", "0", "--log-interval", "1", "--train-iters", str(steps)]
-    return words + comparison.flags.split()
-
-
 def as_flags(fields: dict[str, Any]) -> list[str]:
     """Configuration fields as command-line words."""
     words: list[str] = []
@@ -97,7 +80,7 @@ def step_by_step(comparison: Comparison, corpus: Path, steps: int) -> list[dict[
             "STEP_BY_STEP_FIELDS": json.dumps(comparison.ours),
             "STEP_BY_STEP_FILE": str(file),
         }
-        words = job(comparison, corpus, Path(folder), steps)
+        words = lean_main_job(corpus, Path(folder), steps) + comparison.flags.split()
         torchrun(ROOT / "benchmarks/step_by_step.py", comparison.ranks, words, settings)
         return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -111,7 +94,7 @@ def free_running(comparison: Comparison, corpus: Path, steps: int) -> dict[str, 
         ("reference, other rounding", [], OTHER_ROUNDING),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            words = job(comparison, corpus, Path(folder), steps) + extra
+            words = lean_main_job(corpus, Path(folder), steps) + comparison.flags.split() + extra
             torchrun(ROOT / "pretrain_gpt_moe.py", comparison.ranks, words, settings)
             curves[name] = [line["lm loss"] for line in read_metrics(folder)]
     reference = curves.pop("reference")

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.utils import unwrap_model
 from torch import nn
 
 from megatron_echo.offload.config import POLICIES, OffloadConfig
 from megatron_echo.offload.manager import ActivationOffloader
+from megatron_echo.step_hooks import StepHook
 
 _MEGATRON = {
     "fine_grained_activation_offloading": False,
@@ -138,11 +137,8 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     )
 
 
-class OffloadedTraining:
-    """An offloader in Megatron's training loop.
-
-    It stands in for ``config.finalize_model_grads_func``, the end of a step's backward passes.
-    """
+class OffloadedTraining(StepHook):
+    """An offloader in Megatron's training loop."""
 
     def __init__(self, config: OffloadConfig, model_config: Any) -> None:
         """Hook into a model that is going to be built.
@@ -151,25 +147,17 @@ class OffloadedTraining:
             config: what to offload.
             model_config: Megatron's, for example ``GPTModelConfig``.
         """
+        super().__init__(model_config)
         self.offloader = ActivationOffloader(config)
-        transformer = model_config.transformer
-        self._finalize = transformer.finalize_model_grads_func or finalize_model_grads
-        transformer.finalize_model_grads_func = self
-        model_config.post_wrap_hooks.append(self._attach)
 
-    def __deepcopy__(self, memo: dict) -> "OffloadedTraining":
-        return self  # Megatron copies configurations for some layers; the model stays one
+    def attach(self, chunks: list[nn.Module]) -> None:
+        """Hook into the modules."""
+        self.offloader.attach(chunks)
 
-    def _attach(self, chunks: list[nn.Module]) -> list[nn.Module]:
-        self.offloader.attach([unwrap_model(chunk) for chunk in chunks])
-        return chunks
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish the gradients and the offloader's step; publish its statistics."""
-        result = self._finalize(*args, **kwargs)
+    def end_step(self) -> None:
+        """End the offloader's step and publish its statistics."""
         self.offloader.step_end()
         self._publish(self.offloader.statistics())
-        return result
 
     @staticmethod
     def _publish(statistics: dict[str, float]) -> None:

@@ -1,0 +1,48 @@
+"""The two moments of Megatron's training loop that this package hooks into without a patch."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import unwrap_model
+from torch import nn
+
+
+class StepHook(ABC):
+    """Sees the model once it is built, and the end of each step's backward passes.
+
+    For the latter it stands in for ``config.finalize_model_grads_func``, which Megatron calls on
+    every rank before the optimizer; whatever stood there is called first.
+    """
+
+    def __init__(self, model_config: Any) -> None:
+        """Hook into a model that is going to be built.
+
+        Args:
+            model_config: Megatron's, for example ``GPTModelConfig``.
+        """
+        transformer = model_config.transformer
+        self._finalize = transformer.finalize_model_grads_func or finalize_model_grads
+        transformer.finalize_model_grads_func = self
+        model_config.post_wrap_hooks.append(self._built)
+
+    def __deepcopy__(self, memo: dict) -> "StepHook":
+        return self  # Megatron copies configurations for some layers; the model stays one
+
+    def _built(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        self.attach([unwrap_model(chunk) for chunk in chunks])
+        return chunks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish the gradients, then :meth:`end_step`."""
+        result = self._finalize(*args, **kwargs)
+        self.end_step()
+        return result
+
+    @abstractmethod
+    def attach(self, chunks: list[nn.Module]) -> None:
+        """Hook into the model chunks of this rank, without their wrappers."""
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """All gradients of the step are there."""
