@@ -77,7 +77,7 @@ for shape in {shapes}:
 
 
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    """For an H100, within its 227 KiB of shared memory: both algorithms, a small and a large shape."""
+    """For an H100, within its 227 KiB of shared memory: both algorithms, small and large."""
     shapes = [
         (64, 256, 4, False, False),
         (256, 1024, 3, False, True),
