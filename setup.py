@@ -11,7 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_echo", "megatron_echo.*"]),
-    package_data={"megatron_echo": ["py.typed"]},
+    package_data={"megatron_echo": ["py.typed", "observe/report_page/*"]},
     python_requires=">=3.12",
     install_requires=[
         "megatron-core[training]==0.19.2",

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
+from megatron_echo.observe.report import build_report  # noqa: E402
 
 SEQ_LENGTH = 256
 GLOBAL_BATCH_SIZE = 16
@@ -169,7 +170,8 @@ def main() -> None:
     run_dir = runs / time.strftime("train-%Y%m%d-%H%M%S")
     held_out_tokens = corpus["heldout"]["tokens"]
     flags = training_flags(runs / "corpus", run_dir, held_out_tokens)
-    flags += ["--moe-enable-echo", *sys.argv[1:]]
+    flags += ["--moe-enable-echo", "--moe-echo-trace-every", "10"]
+    flags += ["--moe-echo-trace-dir", str(run_dir / "traces"), *sys.argv[1:]]
     run_dir = Path(last_value(flags, "--run-dir"))
     run_dir.mkdir(parents=True, exist_ok=True)
     where = f"{num_processes()} GPU(s)" if torch.cuda.is_available() else "the CPU, 2 processes"
@@ -198,6 +200,9 @@ def main() -> None:
             f"({clones:.1f} clones a layer and microbatch)"
         )
     print(f"  speed            {tokens / seconds:,.0f} tokens/s (median iteration {seconds:.3f} s)")
+    page = run_dir / "report.html"
+    page.write_text(build_report([run_dir]))
+    print(f"  report           {page}   (opens in a browser, without a network)")
     print(f"  loss plot        {plot}")
     print(f"  metrics          {run_dir / 'metrics.jsonl'}, {run_dir / 'run.json'}")
     print(f"  TensorBoard      {last_value(flags, '--tensorboard-dir')}")

@@ -116,6 +116,8 @@ class StepEnd:
         at_log_interval = iteration % training.get_args().log_interval == 0
         if at_log_interval:
             values |= read_load_metrics(self._routers.exchange)
+            if self.overflow.dropped:
+                values["dropped"] = self.overflow.dropped
         if at_log_interval and self._has_clones:
             values |= self.statistics.read()
         values = {f"moe_echo/{name}": value for name, value in values.items()}
