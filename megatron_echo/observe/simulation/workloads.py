@@ -1,0 +1,290 @@
+"""Who wants which expert: from a trace, from named synthetic workloads, from published figures."""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from megatron_echo.observe.trace import StepTrace, read_traces
+
+WORKLOADS = (
+    "uniform",
+    "lognormal 0.5",
+    "lognormal 1.0",
+    "zipf 0.3",
+    "zipf 0.6",
+    "zipf 0.9",
+    "zipf 1.2",
+    "one hot rank",
+    "one hot expert",
+    "spread hot experts",
+    "ragged sources",
+    "empty experts and ranks",
+    "rotating hotspot",
+    "burst",
+)
+"""The planner benchmark's; a name's place is part of its seed. Draws are the benchmark's, too."""
+
+PUBLISHED = {"ultraep-low": 1.30, "ultraep-high": 4.01}
+"""Lowest and highest max/mean load of ranks that UltraEP (arXiv 2606.04101) reports of real runs.
+The shape is not published: lognormal is assumed, at the spread that gives the figure."""
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Counts of layer calls for any number of ranks.
+
+    Attributes:
+        name: for people.
+        basis: whether it is measured, published or synthetic, in a few words.
+        counts: ``counts(ranks, experts, topk, tokens, layer, microbatch)`` gives int64 ``[R, E]``,
+            pairs of each source rank (with ``tokens`` tokens) for each expert.
+        traces: the trace, where it is one.
+    """
+
+    name: str
+    basis: str
+    counts: Callable[[int, int, int, int, int, int], np.ndarray]
+    traces: tuple[StepTrace, ...] = ()
+
+    def draw(
+        self, ranks: int, experts: int, topk: int, tokens: int, calls: list[tuple[int, int]]
+    ) -> np.ndarray:
+        """Counts int64 ``[C, R, E]`` of layer calls, pairs of (layer, microbatch) from 0."""
+        return np.stack([self.counts(ranks, experts, topk, tokens, *call) for call in calls])
+
+
+def layer_calls(layers: int, microbatches: int, most: int) -> list[tuple[int, int]]:
+    """Layer calls of a step, ``(layer, microbatch)``, at most some of them, evenly spread."""
+    total = layers * microbatches
+    step = max(1.0, total / most) if most else 1.0
+    chosen = dict.fromkeys(int(i * step) for i in range(math.ceil(total / step)))
+    return [(i % layers, i // layers) for i in chosen if i < total]
+
+
+def _popularity(workload: str, ranks: int, experts: int, draw: int) -> np.ndarray:
+    """Share of each expert ``[E]``, not normalised, as in the planner's benchmark."""
+    generator = np.random.default_rng([draw, experts, WORKLOADS.index(workload)])
+    per_rank = experts // ranks
+    kind, _, parameter = workload.partition(" ")
+    if kind == "lognormal":
+        return generator.lognormal(0.0, float(parameter), experts)
+    if kind == "zipf":
+        return generator.permutation(np.arange(1, experts + 1) ** -float(parameter))
+    share = generator.lognormal(0.0, 0.2, experts)
+    if workload == "one hot rank":
+        first = int(generator.integers(ranks)) * per_rank
+        share[first : first + per_rank] *= 4
+    elif workload == "one hot expert":
+        share[generator.integers(experts)] *= experts / 8
+    elif workload == "spread hot experts":
+        share[generator.choice(experts, ranks // 4, replace=False)] *= 8
+    elif workload == "empty experts and ranks":
+        share[generator.random(experts) < 0.3] = 0
+        share[: per_rank * max(1, ranks // 8)] = 0
+    elif workload == "rotating hotspot":
+        share[(draw * per_rank) % experts : (draw * per_rank) % experts + 2] *= 12
+    elif workload == "burst":
+        share *= np.where(generator.random(experts) < 0.05, 10, 1)
+    return share
+
+
+def _draw(
+    share: np.ndarray, ranks: int, pairs: int, seed: list[int], ragged: bool = False
+) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    budget = np.full(ranks, pairs)
+    if ragged:
+        budget = (budget * generator.uniform(0.1, 1.9, ranks)).astype(np.int64)
+    return np.stack([generator.multinomial(n, share / share.sum()) for n in budget])
+
+
+def synthetic(workload: str) -> Loads:
+    """A named workload: an expert's popularity belongs to the layer, microbatches are draws."""
+
+    def counts(
+        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
+    ) -> np.ndarray:
+        share = _popularity(workload, ranks, experts, layer)
+        seed = [layer, ranks, experts, topk, *([microbatch] if microbatch else [])]
+        return _draw(share, ranks, tokens * topk, seed, workload == "ragged sources")
+
+    return Loads(workload, "synthetic, drawn", counts)
+
+
+@cache
+def _spread_for(overload: float, ranks: int, experts: int) -> float:
+    """The lognormal's sigma whose mean max/mean load of ranks, over 16 draws, is ``overload``."""
+    normal = np.random.default_rng([ranks, experts]).standard_normal((16, ranks, experts // ranks))
+
+    def reached(sigma: float) -> float:
+        load = np.exp(sigma * normal).sum(2)
+        return float((load.max(1) / load.mean(1)).mean())
+
+    low, high = 0.0, 8.0
+    if reached(high) < overload:
+        raise ValueError(
+            f"{ranks} ranks of {experts} experts cannot have a mean max/mean of {overload}. "
+            "Use more ranks or a lower figure."
+        )
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) < overload else (low, middle)
+    return high
+
+
+def at_overload(name: str, overload: float, basis: str) -> Loads:
+    """Lognormal popularity at a given mean max/mean load of ranks before planning."""
+
+    def counts(
+        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
+    ) -> np.ndarray:
+        sigma = _spread_for(overload, ranks, experts)
+        share = np.random.default_rng([layer, experts]).lognormal(0.0, sigma, experts)
+        return _draw(share, ranks, tokens * topk, [layer, ranks, experts, topk, microbatch])
+
+    return Loads(name, basis, counts)
+
+
+def shared_out(name: str, shares: np.ndarray, basis: str) -> Loads:
+    """Given shares of experts ``[L, E]``; layers beyond the last begin again at the first."""
+
+    def counts(
+        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
+    ) -> np.ndarray:
+        if shares.shape[1] != experts:
+            raise ValueError(
+                f"{name} has {shares.shape[1]} experts, the model {experts}. Use a model with as "
+                "many."
+            )
+        share = shares[layer % len(shares)]
+        return _draw(share, ranks, tokens * topk, [layer, ranks, experts, topk, microbatch])
+
+    return Loads(name, basis, counts)
+
+
+def traced(folder: str | Path) -> Loads:
+    """A run's routing trace: its own counts at its own size, elsewhere its shares, drawn again.
+
+    Raises:
+        ValueError: a file that is cut short, foreign, or does not fit the others.
+        FileNotFoundError: no trace in the folder.
+    """
+    traces = checked_traces(folder)
+    shape = traces[0].counts.shape[1:]
+    calls: dict[tuple[int, int], np.ndarray] = {}
+    for trace in traces:
+        keys = zip(trace.layer.tolist(), trace.microbatch.tolist(), strict=True)
+        for (layer, microbatch), call in zip(keys, trace.counts, strict=True):
+            calls[layer, trace.iteration * 10**6 + microbatch] = call
+    layers = sorted({layer for layer, _ in calls})
+    by_layer = {layer: [calls[key] for key in sorted(calls) if key[0] == layer] for layer in layers}
+
+    def counts(
+        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
+    ) -> np.ndarray:
+        recorded = by_layer[layers[layer % len(layers)]]
+        found = recorded[microbatch % len(recorded)].astype(np.int64)
+        if found.shape[1] != experts:
+            raise ValueError(
+                f"{folder} has {found.shape[1]} experts, the model {experts}. Use its own model."
+            )
+        if found.shape[0] == ranks and (found.sum(1) == tokens * topk).all():
+            return found
+        seed = [layer, ranks, experts, topk, microbatch]
+        return _draw(found.sum(0) + 1e-9, ranks, tokens * topk, seed)
+
+    basis = (
+        f"measured, a trace of EP={shape[0]} with {shape[1]} experts; at another EP or number of "
+        "tokens drawn from its shares"
+    )
+    return Loads(str(folder), basis, counts, tuple(traces))
+
+
+def checked_traces(folder: str | Path) -> list[StepTrace]:
+    """``read_traces``, with a sentence for each way in which a file can be bad."""
+    try:
+        traces = read_traces(folder)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{folder} holds a file that is cut short or not a routing trace "
+            f"({type(error).__name__}: {error}). Delete it, or trace again."
+        ) from error
+    for trace in traces:
+        calls, ranks, experts = trace.counts.shape if trace.counts.ndim == 3 else (0, 0, 1)
+        fits = (
+            calls > 0
+            and ranks > 0
+            and experts % ranks == 0
+            and trace.counts.shape[1:] == traces[0].counts.shape[1:]
+            and trace.slot_expert.ndim == 3
+            and trace.slot_expert.shape[:2] == (calls, ranks)
+            and trace.load_after.shape == (calls, ranks)
+            and trace.layer.shape == trace.microbatch.shape == (calls,)
+            and (trace.counts >= 0).all()
+            and np.array_equal(trace.load_after.sum(1), trace.counts.sum((1, 2)))
+        )
+        if not fits:
+            raise ValueError(
+                f"{folder} holds a trace of iteration {trace.iteration} whose arrays do not fit "
+                "each other or the other files. Keep the traces of one run in one folder."
+            )
+    return traces
+
+
+def load_workload(name: str) -> Loads:
+    """Loads by name: a workload, a published figure, ``overload X``, shares, or a trace's folder.
+
+    Raises:
+        ValueError: an unknown name or a bad file.
+        FileNotFoundError: a folder without traces.
+    """
+    if name in WORKLOADS:
+        return synthetic(name)
+    if name in PUBLISHED:
+        basis = f"published max/mean {PUBLISHED[name]} (UltraEP), lognormal assumed, drawn"
+        return at_overload(name, PUBLISHED[name], basis)
+    kind, _, figure = name.partition(" ")
+    if kind == "overload":
+        return at_overload(name, _overload(figure), "assumed max/mean, lognormal, drawn")
+    if Path(name).is_dir():
+        return traced(name)
+    if Path(name).is_file():
+        return shared_out(name, _shares(Path(name)), "shares from a file, drawn")
+    names = ", ".join((*WORKLOADS, *PUBLISHED, "overload X"))
+    raise ValueError(
+        f"{name} is no workload, folder of traces or file of shares. Use one of: {names}."
+    )
+
+
+def _overload(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise ValueError(f"overload {word} is not a number from 1 on. Use 2.0 for twice the mean.")
+    return value
+
+
+def _shares(path: Path) -> np.ndarray:
+    """``[L, E]`` from a JSON file: a list of shares, or one for each layer."""
+    try:
+        shares = np.atleast_2d(np.array(json.loads(path.read_text()), dtype=np.float64))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no JSON list of shares ({error}). Write [0.1, 0.2, ...], or one list for "
+            "each layer."
+        ) from error
+    if shares.ndim != 2 or not np.isfinite(shares).all() or (shares < 0).any():
+        raise ValueError(f"{path} has shares below 0 or not in rows. Write numbers from 0 on.")
+    if (shares.sum(1) <= 0).any():
+        raise ValueError(f"{path} has a layer without any share. Leave the layer out.")
+    return shares

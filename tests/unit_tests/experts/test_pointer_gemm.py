@@ -1,0 +1,348 @@
+"""The grouped products of two stacks against the references, in Triton's interpreter."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import launch
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton import language as tl
+from triton.runtime import interpreter
+from unit_tests.dispatch.test_kernels import run_script
+
+sys.path.insert(0, str(launch.ROOT / "benchmarks"))
+
+import gpu_grouped_gemm as benchmark
+
+from megatron_echo.experts import kernels, pointer_gemm
+from megatron_echo.experts.grouped_linear import grouped_outer_reference, grouped_product_reference
+from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EPSILON = 2.0**-24
+
+
+def _convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object):
+    """As a GPU converts between bf16 and fp32: to the nearest, and subnormals too."""
+    if source == tl.bfloat16 and target == tl.float32:
+        return (data.astype(np.uint32) << 16).view(np.uint32)
+    if source == tl.float32 and target == tl.bfloat16:
+        return torch.from_numpy(data).to(torch.bfloat16).view(torch.uint16).numpy()
+    return _unmended_convert_float(data, source, target, mode)
+
+
+_unmended_convert_float = interpreter._convert_float
+_unmended_dot = interpreter.InterpreterBuilder.create_dot
+_unmended_patch = interpreter._patch_lang_tensor
+
+
+def _dot(builder: object, a, b, *args: object):
+    """Not the product of the bit patterns of bf16."""
+    if a.dtype == tl.bfloat16:
+        a, b = (builder.cast_impl(t, tl.float32) for t in (a, b))
+    return _unmended_dot(builder, a, b, *args)
+
+
+def _patch_lang_tensor(tensor: type, scope: object) -> None:
+    """NumPy 2.5 makes no int of an array with one element, so that loops had no runtime bounds."""
+    _unmended_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+@pytest.fixture(autouse=True)
+def mended_interpreter() -> Iterator[None]:
+    with (
+        mock.patch.object(interpreter, "_convert_float", _convert_float),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
+        mock.patch.object(interpreter, "_patch_lang_tensor", _patch_lang_tensor),
+        mock.patch.object(pointer_gemm, "on_gpu", return_value=True),
+    ):
+        yield
+
+
+ENDS = {
+    "full": [70, 71, 199, 230, 300],
+    "tail": [64, 70, 128, 200, 201],
+    "empty ones": [0, 0, 130, 130, 290],
+    "one group": [0, 0, 0, 300, 300],
+    "first group": [300, 300, 300, 300, 300],
+    "no rows": [0, 0, 0, 0, 0],
+}
+ROWS = 300
+
+
+class Case:
+    """Rows of width i, gradients of width o, home weights and slots; NaN behind the last group."""
+
+    def __init__(
+        self, dtype: torch.dtype, widths: tuple[int, int], ends: list[int], rows: int = ROWS,
+        slots: int = 2, integers: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            if integers:
+                return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        made, taken = widths
+        self.rows, self.grad = draw(rows, taken), draw(rows, made)
+        self.weights = draw(len(ends), made, taken)
+        self.rows[ends[-1] :] = self.grad[ends[-1] :] = float("nan")
+        self.home, self.slots = self.weights, None
+        if slots:
+            self.home, self.slots = self.weights.split((len(ends) - slots, slots))
+        self.ends, self.last = torch.tensor(ends, dtype=torch.int32), ends[-1]
+
+    def products(self) -> list[Tensor]:
+        """Output and gradient of the rows."""
+        stacks = (self.home, self.slots, self.ends)
+        output = pointer_product(self.rows, *stacks, transpose=True)
+        to_rows = pointer_product(self.grad, *stacks, transpose=False)
+        return [output[: self.last], to_rows[: self.last]]
+
+    def outer(self, dtype: torch.dtype) -> Tensor:
+        """Gradient of the weights, written over NaN."""
+        grads = torch.full_like(self.weights, float("nan"), dtype=dtype)
+        parts = grads.split((len(self.home), len(grads) - len(self.home)))
+        pointer_outer(
+            self.grad, self.rows, self.ends, parts[0], parts[1] if len(parts[1]) else None
+        )
+        return grads
+
+    def references(self, dtype: torch.dtype, absolute: bool = False) -> list[Tensor]:
+        """What the three are, in this dtype; or sums of absolute values."""
+        rows, grad, weights = (
+            (tensor.abs() if absolute else tensor).to(dtype)
+            for tensor in (self.rows, self.grad, self.weights)
+        )
+        return [
+            grouped_product_reference(rows, weights.mT, self.ends)[: self.last],
+            grouped_product_reference(grad, weights, self.ends)[: self.last],
+            grouped_outer_reference(grad, rows, self.ends),
+        ]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("widths", [(72, 64), (33, 7)])
+def test_exact_sums_are_the_references_bits(widths: tuple[int, int], kind: str, name: str) -> None:
+    """Of small integers, in any order; an empty group's gradient is zero."""
+    case = Case(DTYPES[name], widths, ENDS[kind])
+    expected = case.references(torch.float32)
+    for result, reference in zip(case.products(), expected):
+        assert result.dtype == case.rows.dtype
+        assert torch.equal(result, reference.to(result.dtype))
+    assert torch.equal(case.outer(torch.float32), expected[2])
+    assert torch.equal(case.outer(case.rows.dtype), expected[2].to(case.rows.dtype))
+
+
+def random_case(seed: int, dtype: torch.dtype) -> Case:
+    draw = np.random.default_rng(seed)
+    groups = int(draw.integers(1, 9))
+    rows = int(draw.choice([0, 1, 63, 64, 65, 257, 400]))
+    last = int(draw.integers(rows + 1))
+    ends = sorted(draw.integers(last + 1, size=groups - 1).tolist()) + [last]
+    widths = (int(draw.choice([1, 8, 40, 65])), int(draw.choice([1, 16, 50])))
+    slots = int(draw.integers(groups))
+    return Case(dtype, widths, ends, rows, slots, integers=False, seed=seed)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_values_are_rounded_once(seed: int, name: str) -> None:
+    """Within half a unit in the last place and the error bound of a sum in fp32."""
+    case = random_case(seed, DTYPES[name])
+    unit = torch.finfo(case.rows.dtype).eps
+    results = [*case.products(), case.outer(case.rows.dtype)]
+    exact, size = case.references(torch.float64), case.references(torch.float64, absolute=True)
+    terms = (case.rows.shape[1], case.grad.shape[1], max(case.last, 1))
+    for result, value, magnitude, count in zip(results, exact, size, terms):
+        sum_error = count * EPSILON * magnitude
+        allowed = sum_error + unit / 2 * (value.abs() + sum_error)
+        assert ((result.double() - value).abs() <= allowed).all()
+
+
+def test_the_gradients_of_clones_are_not_rounded() -> None:
+    """257 ones are 257 in fp32, and 256 or 258 in bf16: each stack has its dtype."""
+    ones, ends = torch.ones(514, 8, dtype=torch.bfloat16), torch.tensor([257, 514]).int()
+    home, slots = torch.empty(1, 8, 8, dtype=torch.bfloat16), torch.empty(1, 8, 8)
+    pointer_outer(ones, ones, ends, home, slots)
+    assert (slots == 257).all()
+    assert (home == 256).all()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_nan_weights_stay_in_their_group(name: str) -> None:
+    case = Case(DTYPES[name], (72, 64), ENDS["tail"])
+    expected = case.products()
+    case.home[1] = case.slots[0] = float("nan")
+    for result, before in zip(case.products(), expected):
+        for rows in (slice(0, 64), slice(70, 128), slice(200, 201)):
+            assert torch.equal(result[rows], before[rows])
+        assert result[64:70].isnan().all()
+        assert result[128:200].isnan().all()
+
+
+def test_the_kernels_get_the_stacks_themselves() -> None:
+    """No copy of weights is made, and none of rows."""
+    case = Case(torch.bfloat16, (72, 64), ENDS["tail"])
+    with mock.patch.object(kernels, "_product_kernel") as kernel:
+        case.products()
+    for call, rows in zip(kernel.__getitem__.return_value.call_args_list, (case.rows, case.grad)):
+        given = [tensor.data_ptr() for tensor in call.args[:4]]
+        assert given == [t.data_ptr() for t in (rows, case.home, case.slots, case.ends)]
+
+
+@pytest.mark.parametrize("last", [0, 1, 10, 70, 640])
+def test_the_work_is_that_of_the_rows(last: int) -> None:
+    """Products of tiles in a buffer of 640 rows, of which some are used."""
+    case = Case(torch.float32, (72, 40), [last, last], rows=640, slots=1)
+    with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", autospec=True) as dot:
+        dot.side_effect = _dot
+        output, _ = case.products()
+        row_tiles = -(-last // 64)
+        assert dot.call_count == row_tiles * (2 * 2 + 1 * 3)  # tiles of 64 columns, 32 terms
+        dot.reset_mock()
+        case.outer(torch.float32)
+        assert dot.call_count == 2 * 1 * -(-last // 32)
+    assert len(output) == last
+
+
+@pytest.fixture
+def nan_for_uninitialised() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_rows_behind_the_last_group_are_not_written(nan_for_uninitialised: None) -> None:
+    case = Case(torch.float32, (40, 24), ENDS["tail"])
+    output = pointer_product(case.grad, case.home, case.slots, case.ends, transpose=False)
+    assert output[case.last :].isnan().all()
+    assert output[: case.last].isfinite().all()
+
+
+def test_ends_behind_the_buffer_are_its_end() -> None:
+    memory = torch.ones(128, 16)
+    memory[100:] = float("nan")
+    weights, ends = torch.ones(2, 8, 16), torch.tensor([60, 128], dtype=torch.int32)
+    output = pointer_product(memory[:100], weights, None, ends, transpose=True)
+    assert (output == 16).all()
+    grads = torch.empty(2, 8, 16)
+    pointer_outer(torch.ones(100, 8), memory[:100], ends, grads, None)
+    assert grads[:, 0, 0].tolist() == [60, 40]
+
+
+def test_several_tiles_of_columns() -> None:
+    """Of the largest tile, 128 by 256, with a long sum."""
+    case = Case(torch.bfloat16, (260, 200), [129, 140], slots=1)
+    for result, expected in zip(case.products(), case.references(torch.float32)):
+        assert torch.equal(result, expected.to(result.dtype))
+    assert torch.equal(case.outer(torch.float32), case.references(torch.float32)[2])
+
+
+def test_many_groups() -> None:
+    """Most of them smaller than a tile, some empty."""
+    counts = torch.randint(0, 5, (40,), generator=torch.Generator().manual_seed(0))
+    case = Case(torch.bfloat16, (8, 16), counts.cumsum(0).tolist(), rows=200, slots=12)
+    for result, expected in zip(case.products(), case.references(torch.float32)):
+        assert torch.equal(result, expected.to(result.dtype))
+
+
+@pytest.mark.parametrize("name", [*DTYPES, "fp64"])
+def test_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in fp64 with one."""
+    dtype = DTYPES.get(name, torch.float64)
+    if name != "fp64":
+        monkeypatch.setattr(pointer_gemm, "on_gpu", lambda tensor: False)
+    monkeypatch.setitem(sys.modules, "megatron_echo.experts.kernels", None)
+    case = Case(dtype, (72, 64), ENDS["tail"])
+    results = [*case.products(), case.outer(torch.float64)]
+    for result, expected in zip(results, case.references(torch.float64)):
+        assert torch.equal(result.double(), expected.to(result.dtype).double())
+
+
+def test_the_benchmark_runs_dry(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pointer_gemm, "on_gpu", lambda tensor: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_grouped_gemm.py", "--dry-run"])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0][9:] for line in lines] == ["forward", "dgrad", "wgrad"]
+    assert all(float(line.split()[-1]) < 2**-7 for line in lines)
+
+
+STACK = torch.zeros(2, 3, 4)
+THREE = torch.zeros(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("home", "slots", "ends", "message"),
+    [
+        (STACK.transpose(1, 2).contiguous(), STACK[:1], THREE, "width"),
+        (STACK, STACK[:1], THREE[:2], "ends"),
+        (STACK, None, THREE, "ends"),
+        (STACK, STACK[:1], THREE.long(), "ends"),
+        (STACK, STACK[:1, :2], THREE, "clones"),
+        (STACK.mT.contiguous().mT, STACK[:1], THREE, "contiguous"),
+        (STACK, STACK[:1].mT.contiguous().mT, THREE, "contiguous"),
+        (STACK.half(), STACK[:1], THREE, "dtype"),
+    ],
+)
+def test_what_does_not_fit(home: Tensor, slots: Tensor, ends: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pointer_product(torch.zeros(5, 4), home, slots, ends, transpose=True)
+    if message != "dtype":
+        with pytest.raises(ValueError, match=message):
+            pointer_outer(torch.zeros(5, 3), torch.zeros(5, 4), ends, home, slots)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_echo.experts import kernels
+
+for name, dtype, stacks, (constants, options) in {cases}:
+    kernel = getattr(kernels, name)
+    types = dict.fromkeys(kernel.arg_names, "*" + dtype)
+    types |= {{"home": "*" + stacks[0], "slots": "*" + stacks[1]}}
+    types |= {{"ends": "*i32", "num_rows": "i32"}}
+    types |= dict.fromkeys(constants, "constexpr")
+    aligned = {{(number,): [["tt.divisibility", 16]] for number in range(5)}}
+    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    copies = ptx.count("cp.async.cg.shared.global")
+    words = "wgmma.mma_async", "tf32", "ld.local"
+    print("COMPILED", compiled.metadata.shared, copies, *map(ptx.count, words))
+"""
+SHARED_MEMORY = 227 * 1024  # bytes that a block can have on sm_90
+
+
+def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    """For an H100: warp-group products, copies of 16 bytes into shared memory, no tf32."""
+    cases = []
+    for name, size in (("bf16", 2), ("fp32", 4)):
+        product = (40960, 32, 36, (7168, 4096), size)
+        for is_transposed in (True, False)[: 4 // size]:
+            constants = kernels.product_constants(*product, is_transposed=is_transposed)
+            cases.append(("_product_kernel", name, (name, name), constants))
+        constants = kernels.outer_constants(32, (4096, 7168), size)
+        cases.append(("_outer_kernel", name, (name, "fp32"), constants))
+    small = kernels.product_constants(1000, 32, 36, (2048, 1536), 2, is_transposed=True)
+    cases.append(("_product_kernel", "bf16", ("bf16", "bf16"), small))
+    lines = run_script(COMPILE.format(cases=cases), tmp_path).splitlines()
+    figures = [list(map(int, line.split()[1:])) for line in lines if line.startswith("COMPILED")]
+    assert len(figures) == len(cases)
+    for (_, name, *_), (shared, copies, warp_group, tf32, spilled) in zip(cases, figures):
+        assert shared <= SHARED_MEMORY
+        assert copies > 0
+        assert (warp_group > 0) == (name == "bf16")
+        assert tf32 == spilled == 0

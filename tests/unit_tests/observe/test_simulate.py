@@ -1,0 +1,464 @@
+"""The simulator: exact plans, arithmetic by hand, one sentence where it refuses."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_echo.observe import simulate
+from megatron_echo.observe.simulation import calibration, search, workloads
+from megatron_echo.observe.simulation.cluster import CLUSTERS, Cluster, load_cluster
+from megatron_echo.observe.simulation.cost_model import CostModel
+from megatron_echo.observe.simulation.layout import Layout, Work, stages
+from megatron_echo.observe.simulation.models import MODELS, Model, load_model
+from megatron_echo.observe.simulation.output import check_trace, megatron_flags
+from megatron_echo.observe.simulation.placement import fullest_part, place
+from megatron_echo.observe.trace import RoutingTrace, read_traces
+from megatron_echo.planner import plan_clones
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+TINY = Model("tiny", 2, 64, 4, 4, 16, 256, 128, 64, 8, 2)
+SMALL = Cluster("small", 8, 4, 100, 10, 40, 100)
+WORK = Work(sequence=128, micro_batch=1, global_batch=32)
+
+
+def traces_in(folder: Path, calls: int = 6, tolerance: float = 0.02) -> Path:
+    trace = RoutingTrace(str(folder), every=1)
+    generator = torch.Generator().manual_seed(0)
+    for call in range(calls):
+        counts = torch.randint(0, 200, (4, 8), generator=generator)
+        trace.record(1 + call % 2, 0, plan_clones(counts, 2, tolerance))
+    trace.end_step(7)
+    return folder
+
+
+def run(*words: str) -> list[str]:
+    return simulate.simulate(simulate.parser().parse_args(list(words)))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        simulate.main(list(words))
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert text.startswith("simulate: error: ")
+    return text
+
+
+COLUMNS = {
+    "clones": "clones",
+    "most sent": "most_sent",
+    "most received": "most_received",
+    "moved": "moved",
+    "leave rank": "leave_rank",
+    "leave node": "leave_node",
+}
+PLANNERS = {
+    "no clones": (lambda full: 0, 0.0, False),
+    "ours S=E/R": (lambda full: full, 0.0, False),
+    "ours S=E/R, 2 %": (lambda full: full, 0.02, False),
+    "ours S=E/R, nodes": (lambda full: full, 0.0, True),
+    "ours S=2": (lambda full: 2, 0.0, False),
+    "ours S=1": (lambda full: 1, 0.0, False),
+}
+
+
+@pytest.mark.parametrize(("ranks", "experts", "topk"), [(8, 64, 4), (16, 128, 8), (64, 256, 8)])
+def test_the_planner_table(ranks: int, experts: int, topk: int) -> None:
+    """Loads and plans are those of the planner's benchmark, in every workload."""
+    table = json.loads((RESULTS / "planner.json").read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    names = list(PLANNERS) if ranks < 64 else ["no clones", "ours S=E/R"]
+    seen = 0
+    for row in rows:
+        size = (row["R"], row["E"], row["K"])
+        if size != (ranks, experts, topk) or row["planner"] not in names:
+            continue
+        slots, tolerance, by_node = PLANNERS[row["planner"]]
+        draws = [(draw, 0) for draw in range(5)]
+        counts = workloads.synthetic(row["workload"]).draw(ranks, experts, topk, 1024, draws)
+        found = place(counts, slots(experts // ranks), tolerance, 8, by_node)
+        assert found.overload_placed.mean() == pytest.approx(row["max/mean"], abs=1e-5)
+        assert found.overload_placed.max() == pytest.approx(row["worst max/mean"], abs=1e-5)
+        for column, name in COLUMNS.items():
+            figure = getattr(found, name).mean()
+            assert figure == pytest.approx(row[column], abs=1e-5), (row["workload"], column)
+        seen += 1
+    assert seen == len(names) * len(workloads.WORKLOADS)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([(2, 8), (4, 8), (8, 16)]),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 0.05]),
+    st.booleans(),
+    st.integers(0, 2**30),
+)
+def test_plans_of_many_calls_are_those_of_each(
+    size: tuple[int, int], slots: int, tolerance: float, by_node: bool, seed: int
+) -> None:
+    ranks, experts = size
+    counts = np.random.default_rng(seed).integers(0, 50, (5, ranks, experts))
+    counts[0] = 0
+    counts[0, 0, 0] = 7
+    found = place(counts, slots, tolerance, 2, by_node)
+    for call, each in enumerate(counts):
+        node = 2 if by_node and ranks > 2 else None
+        plan = plan_clones(torch.from_numpy(each), slots, tolerance, 0, node)
+        assert found.placed[call] == plan.load_after.max()
+        assert found.routed[call] == plan.load_before.max()
+        assert found.clones[call] == plan.num_clones
+        assert found.clones_inside[call] + found.clones_across[call] >= found.most_received[call]
+
+
+def test_rows_that_leave_without_clones() -> None:
+    """By hand: two nodes of two ranks, one expert each; rank 0's expert is everyone's."""
+    counts = np.array([[[5, 1, 0, 0], [4, 0, 0, 0], [3, 0, 0, 2], [2, 0, 1, 0]]])
+    found = place(counts, 0, 0.0, 2)
+    assert found.routed[0] == 14
+    assert found.rows_inside[0] == 4
+    assert found.rows_across[0] == 5
+    assert found.leave_rank[0] == pytest.approx(13 / 18)
+    assert found.leave_node[0] == pytest.approx(5 / 18)
+    assert fullest_part(counts, found) == 5  # rank 0 to itself
+    assert found.fullest == 14
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+def test_a_trace_gives_its_own_figures(tmp_path: Path, tolerance: float) -> None:
+    folder = traces_in(tmp_path / "traces", tolerance=tolerance)
+    (trace,) = read_traces(folder)
+    check = check_trace([trace], tolerance, None)
+    mean = trace.counts.sum((1, 2)) / 4
+    assert np.array_equal(check.routed, trace.load_before.max(1) / mean)
+    assert np.array_equal(check.placed, trace.load_after.max(1) / mean)
+    assert (check.calls, check.same) == (6, 6)
+    assert check_trace([trace], 0.5, None).same < 6  # another tolerance is noticed
+
+
+def test_a_trace_as_loads(tmp_path: Path) -> None:
+    tokens = 100
+    trace = RoutingTrace(str(tmp_path), every=1)
+    rows = torch.tensor([[150, 50, 0, 0], [100, 40, 30, 30]])
+    trace.record(3, 0, plan_clones(rows, 1))
+    trace.end_step(1)
+    loads = workloads.load_workload(str(tmp_path))
+    assert np.array_equal(loads.draw(2, 4, 2, tokens, [(0, 0)])[0], rows.numpy())
+    wider = loads.draw(4, 4, 2, tokens, [(0, 0)])[0]
+    assert (wider.sum(1) == 200).all()
+    assert wider.sum(0) / 800 == pytest.approx(rows.sum(0).numpy() / 400, abs=0.06)
+    with pytest.raises(ValueError, match="has 4 experts, the model 8"):
+        loads.draw(2, 8, 2, tokens, [(0, 0)])
+
+
+@pytest.mark.parametrize("overload", [1.3, 2.0, 4.01])
+def test_an_overload_is_reached(overload: float) -> None:
+    calls = workloads.layer_calls(60, 1, 60)
+    counts = workloads.at_overload("x", overload, "").draw(64, 128, 8, 4096, calls)
+    assert place(counts, 0, 0.0, 8).overload_routed.mean() == pytest.approx(overload, rel=0.15)
+
+
+@pytest.mark.parametrize(("most", "length"), [(0, 960), (64, 64), (5000, 960), (7, 7)])
+def test_layer_calls(most: int, length: int) -> None:
+    calls = workloads.layer_calls(60, 16, most)
+    assert len(set(calls)) == len(calls) == length
+    assert all(0 <= layer < 60 and 0 <= microbatch < 16 for layer, microbatch in calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("mixtral-8x7b", 46.7),
+        ("qwen3-30b-a3b", 30.5),
+        ("qwen3-235b-a22b", 235.1),
+        ("deepseek-v3", 671.0),
+    ],
+)
+def test_published_parameters(name: str, billions: float) -> None:
+    assert MODELS[name].parameters / 1e9 == pytest.approx(billions, rel=0.002)
+
+
+def two_calls(slots: int) -> tuple[CostModel, search.Placement]:
+    counts = workloads.synthetic("one hot expert").draw(8, 8, 2, 128, [(0, 0), (1, 0)])
+    return CostModel(SMALL, TINY, WORK), place(counts, slots, 0.0, 4)
+
+
+def test_time_by_hand() -> None:
+    model, placed = two_calls(0)
+    time = model.step_time(Layout(8, 8), placed)
+    calls = TINY.moe_layers * 4  # 32 sequences on 8 GPUs
+    rate = 100e12 * model.assumed.efficiency
+    assert time.compute == pytest.approx(18 * 64 * 64 * placed.placed.mean() * calls / rate)
+    inside, across = placed.rows_inside * 128 / 80e9, placed.rows_across * 128 / 8e9
+    assert time.tokens == pytest.approx(
+        4 * calls * (np.maximum(inside, across).mean() + model.assumed.exchange_us * 1e-6)
+    )
+    assert time.clones == time.bubble == 0
+    assert time.total == pytest.approx(time.compute + time.tokens + time.rest + time.exposed)
+
+
+def test_clones_by_hand() -> None:
+    model, placed = two_calls(1)
+    layout = Layout(8, 8, tokens_by="all_gather", weights_by="p2p")
+    time = model.step_time(layout, placed)
+    size = 3 * 64 * 64 * (2 + 2 + 4)
+    busy = np.maximum(placed.clones_inside * size / 80e9, placed.clones_across * size / 8e9)
+    fixed = (6 * model.assumed.exchange_us + model.assumed.plan_us) * 1e-6
+    assert time.clones == pytest.approx(8 * (busy.mean() + fixed))
+    collective = model.step_time(dataclasses.replace(layout, weights_by="collective"), placed)
+    assert collective.clones == pytest.approx(8 * (4 * size / 8e9 + fixed))
+
+
+def test_pipelines_and_recomputation() -> None:
+    model, placed = two_calls(0)
+    plain, piped = (model.step_time(Layout(8, 4, stages), placed) for stages in (1, 2))
+    # The same layer calls a rank, half the layers and twice the microbatches, and a bubble.
+    assert piped.compute == pytest.approx(plain.compute)
+    busy = piped.compute + piped.tokens + piped.rest
+    assert piped.bubble == pytest.approx(busy / 8)
+    layout = Layout(8, 4)
+    again = model.step_time(dataclasses.replace(layout, recompute=True), placed)
+    assert again.compute == pytest.approx(plain.compute * 4 / 3)
+    kept = model.memory(layout, placed).activations
+    assert model.memory(dataclasses.replace(layout, recompute=True), placed).activations < kept
+
+
+def test_memory_by_hand() -> None:
+    model, placed = two_calls(0)
+    memory = model.memory(Layout(8, 8), placed)
+    dense = 2 * (4 * 64 * 64 + 64 * 8) + 2 * 256 * 64
+    states = 2 * 3 * 64 * 64 * (6 + 12) + dense * (6 + 12 / 8)
+    assert memory.states * 2**30 == pytest.approx(states)
+    kept = 2 * 128 * (4 * 64 + 4 * 64) + placed.fullest * 2 * (64 + 3 * 64)
+    assert memory.activations * 2**30 == pytest.approx(2 * kept)
+    assert memory.clones == 0
+    with_clones = two_calls(1)[1]
+    layout = Layout(8, 8, tokens_by="all_gather", weights_by="p2p")
+    assert model.capacity(layout, with_clones) is None  # a slot for each expert: auto
+    assert model.buffer_rows(layout, with_clones, None) == 256
+    assert model.memory(layout, with_clones).clones > 0
+    assert model.memory(layout, with_clones).activations < memory.activations
+
+
+def test_stages() -> None:
+    """DeepSeek-V3 on 16 stages: three dense layers, and one layer at the end."""
+    found = stages(MODELS["deepseek-v3"], Layout(128, 8, 16), 10)
+    assert [stage.dense + stage.moe for stage in found] == [4] * 15 + [1]
+    assert [stage.dense for stage in found] == [3] + [0] * 15
+    assert [stage.in_flight for stage in found] == [10] * 7 + list(range(9, 0, -1))
+    assert found[0].first
+    assert found[-1].last
+
+
+def search_for(loads: str, **changes: object) -> search.Search:
+    made = search.Search(
+        workloads.load_workload(loads), 8, (2, 4, 8), (1, 2), (search.Setting(1, 0.02),), 8
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_the_search_takes_the_fastest_that_fits() -> None:
+    model = CostModel(SMALL, TINY, WORK)
+    found, left_out = search.candidates(model, search_for("one hot expert", experts=(3, 2, 4, 8)))
+    assert left_out == ["EP=3 does not divide 8 experts. Use a divisor of 8."]
+    real = [one for one in found if one.kind != "what if"]
+    best = search.fastest(real, 40)
+    assert best is not None
+    assert best.time.total == min(one.time.total for one in real)
+    totals = sorted(one.memory.total for one in real)
+    tight = search.fastest(real, totals[0])
+    assert tight is not None
+    assert tight.memory.total == totals[0]
+    assert search.fastest(real, 0.1) is None
+    names = {one.name for one in search.best_by_name(found, 40)}
+    assert names == {"plain EP", "plain EP, balanced", "ECHO S=1, 2%", "ECHO, exact"}
+
+
+def test_what_is_faster_is_never_slower() -> None:
+    found = {
+        name: search.fastest(
+            search.candidates(CostModel(cluster, TINY, WORK), search_for("zipf 0.9"))[0], 40
+        )
+        for name, cluster in {
+            "slow": SMALL,
+            "network": dataclasses.replace(SMALL, network_gb_s=20),
+            "products": dataclasses.replace(SMALL, tflops=200),
+        }.items()
+    }
+    slow, network, products = (one.time.total for one in found.values() if one)
+    assert max(network, products) <= slow
+
+
+@pytest.mark.parametrize("name", [*MODELS, "tiny"])
+def test_flags_are_megatrons(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The winner's flags go through the real parser."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_echo.arguments import add_echo_arguments
+
+    shape = MODELS.get(name, TINY)
+    ranks = min(8, shape.experts)
+    calls = [(0, 0), (1, 0)]
+    counts = workloads.synthetic("zipf 0.9").draw(ranks, shape.experts, shape.topk, 64, calls)
+    model = CostModel(CLUSTERS["h100-nvl8"], shape, Work(64, 1, 64))
+    layout = Layout(64, ranks, 2, True, "all_to_all", "p2p", 0.5)
+    placed = place(counts, 1, 0.02, 8)
+    one = search._candidate(model, layout, placed)
+    words = shlex.split(" ".join(megatron_flags(model, one, by_node=True)))
+    parser = add_echo_arguments(add_megatron_arguments(simulate.argparse.ArgumentParser()))
+    args, unknown = parser.parse_known_args(words)
+    assert unknown == []
+    assert args.num_experts == shape.experts
+    assert args.moe_num_echo_experts == ranks
+    assert args.moe_echo_peer_capacity == 0.5
+    freq = args.moe_layer_freq
+    assert freq == ([0] * 3 + [1] * 58 if shape.dense_layers else 1)
+    last = args.decoder_last_pipeline_num_layers
+    assert last == (None if shape.layers % 2 == 0 else shape.layers // 2)
+
+
+def test_the_whole_of_it(tmp_path: Path) -> None:
+    model = tmp_path / "tiny.json"
+    model.write_text(json.dumps({k: v for k, v in dataclasses.asdict(TINY).items() if k != "name"}))
+    cluster = tmp_path / "small.yaml"
+    cluster.write_text(json.dumps(dataclasses.asdict(SMALL)))
+    traces = traces_in(tmp_path / "traces")
+    picture, record = tmp_path / "sweep.png", tmp_path / "sweep.json"
+    lines = run(
+        *("--model", str(model), "--cluster", str(cluster), "--loads", str(traces)),
+        *("--seq-length", "64", "--calls", "4", "--results", str(RESULTS)),
+        *("--plot", str(picture), "--json", str(record)),
+    )
+    text = "\n".join(lines)
+    for part in ("Trace, 6 layer calls, measured", "6 of 6 calls", "Best: ", "Assumed, not measu"):
+        assert part in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(record.read_text())
+    assert {row["kind"] for row in rows} == {"plain", "echo", "what if"}
+    assert load_model(str(model)) == dataclasses.replace(TINY, name="tiny")
+
+
+def test_calibration_of_the_repositorys_results(tmp_path: Path) -> None:
+    found = calibration.calibrate(RESULTS)
+    ratios = [check for check in found.checks if check.name.startswith("clones / no clones")]
+    moe_layer = [check for check in ratios if check.name.endswith("moe_layer.json")]
+    assert len(moe_layer) == 2
+    assert all(abs(check.error) < 0.15 for check in moe_layer)
+
+
+def test_calibration_recovers_constants(tmp_path: Path) -> None:
+    """Results made with known constants: they come back, and every prediction is exact."""
+
+    def milliseconds(hidden: int, ffn: int, rows: float) -> float:
+        return 20.0 * 18e-9 * hidden * ffn * rows + 60.0 * 1e-6 * hidden * rows
+
+    layers = {
+        f"{name}, balanced": {"ours ms": milliseconds(*sizes)}
+        for name, sizes in calibration.LAYERS.items()
+    }
+    (tmp_path / "moe_layer.json").write_text(json.dumps(layers))
+    assert calibration.calibrate(tmp_path).clone_ms is None
+    whole = milliseconds(128, 128, 4096)
+    seconds, balance = {}, {}
+    for skew, routed in (("natural", 1.2), ("skew 1.0", 1.5)):
+        seconds[f"no clones, {skew}"] = (300 + 4 * whole * routed) / 1e3
+        seconds[f"clones, {skew}"] = (300 + 4 * (whole * 1.01 + 7)) / 1e3
+        balance[f"clones, {skew}"] = {"overload_routed": routed, "overload_placed": 1.01}
+    result = {"ranks": 2, "seconds": seconds, "balance": balance}
+    (tmp_path / "echo.json").write_text(json.dumps({"results": [result, {"ranks": 4}]}))
+    found = calibration.calibrate(tmp_path)
+    assert found.gflops == pytest.approx(50)
+    assert found.row_ns == pytest.approx(60)
+    assert found.clone_ms == pytest.approx(7)
+    assert len(found.checks) == 5
+    assert all(abs(check.error) < 1e-9 for check in found.checks)
+    (tmp_path / "echo.json").write_text("{")
+    assert "cannot be read" in calibration.calibrate(tmp_path).notes[0]
+    with pytest.raises(ValueError, match=r"has no CPU results of benchmarks/moe_layer\.py"):
+        calibration.calibrate(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--ep 3", "EP=3 does not divide 256 experts"),
+        ("--gpus 24 --ep 16", "24 GPUs are not divisible by EP=16"),
+        ("--gpus 12", "12 GPUs do not fill nodes of 8"),
+        ("--gpus 0", "gpus is 0"),
+        ("--tflops nan", "tflops is nan"),
+        ("--global-batch-size 7 --ep 8", "The global batch 7 is not divisible"),
+        ("--loads nonsense", "nonsense is no workload"),
+        ("--loads", None),
+        ("--slots many", "--slots many is not a number of slots"),
+        ("--model gpt", "Model gpt is unknown"),
+        ("--cluster moon", "Cluster moon is unknown"),
+        ("--cluster moon.json", "There is no cluster file moon.json"),
+        ("--ep 0 8", "--ep 0 is below 1"),
+        ("--pp 0 1", "--pp 0 is below 1"),
+        ("--slots 0", "--slots 0 is not a number of slots"),
+        ("--tolerance -1", "--tolerance -1.0 is not between"),
+        ("--efficiency 0", "--efficiency 0.0 is out of range"),
+        ("--results nowhere --ep 8 --calls 1", "nowhere has no CPU results"),
+    ],
+)
+def test_bad_values(capsys: pytest.CaptureFixture[str], words: str, says: str | None) -> None:
+    if says is None:
+        assert "overload x is not a number" in refusal(capsys, "--loads", "overload x")
+        return
+    assert says in refusal(capsys, *words.split())
+
+
+def test_bad_clusters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = dataclasses.asdict(SMALL)
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k != "network_gb_s"}))
+    assert "lacks network_gb_s" in refusal(capsys, "--cluster", str(path))
+    assert load_cluster(str(path), {"network_gb_s": 10}) == SMALL  # the flag mends it
+    path.write_text(json.dumps({**fields, "speed": 1}))
+    assert "unknown fields speed" in refusal(capsys, "--cluster", str(path))
+    path.write_text("{")
+    assert "is not valid json" in refusal(capsys, "--cluster", str(path))
+    path.write_text(json.dumps({**fields, "gpus": "many"}))
+    assert "gpus is 'many'" in refusal(capsys, "--cluster", str(path))
+    yaml = tmp_path / "cluster.yaml"
+    yaml.write_text("gpus: [")
+    assert "is not valid yaml" in refusal(capsys, "--cluster", str(yaml))
+
+
+def test_bad_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no traces" in refusal(capsys, "--loads", str(tmp_path))
+    folder = traces_in(tmp_path / "traces")
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cut short or not a routing trace" in refusal(capsys, "--loads", str(folder))
+    np.savez(path, other=np.zeros(3))
+    assert "cut short or not a routing trace" in refusal(capsys, "--loads", str(folder))
+    np.savez(path, iteration=np.array([{}], dtype=object), stage=0)  # would be a pickle
+    assert "cut short or not a routing trace" in refusal(capsys, "--loads", str(folder))
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["load_after"] = arrays["load_after"] + 1
+    np.savez(path, **arrays)
+    assert "do not fit each other" in refusal(capsys, "--loads", str(folder))
+
+
+def test_bad_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "shares.json"
+    for text, says in (
+        ("[[1, 2], [3]]", "no JSON list of shares"),
+        ("[1, -2]", "shares below 0"),
+        ("[0, 0]", "without any share"),
+        ("[1, 2]", "has 2 experts, the model 256"),
+    ):
+        path.write_text(text)
+        assert says in refusal(capsys, "--loads", str(path), "--ep", "8", "--calls", "1")
