@@ -90,26 +90,41 @@ def estimate(argv: Sequence[str], ranks: int) -> list[RankEstimate]:
     Raises:
         ValueError: the command line does not run; the message has the reason.
     """
+    # A process of its own: what this one has done with torch.distributed must not matter.
+    answer = _run(multiprocessing.get_context("spawn"), _all_stages, list(argv), ranks)
+    if isinstance(answer, str):
+        raise ValueError(f"This command line cannot be estimated:\n{answer}")
+    return answer
+
+
+def _run(context: Any, work: Any, *args: Any) -> Any:
+    """What a function sends from a process of its own; words if it sends nothing."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(sender, *args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return "its process ended without an answer"
+    finally:
+        process.join()
+
+
+def _all_stages(sender: Connection, argv: list[str], ranks: int) -> None:
+    """Send the estimates of all pipeline ranks, or what is wrong."""
     cpu_backend.enable(verbose=False)
     import megatron.training  # noqa: F401  (once, for all children)
 
-    pipeline_size = _value_of("--pipeline-model-parallel-size", argv)
     context = multiprocessing.get_context("fork")
     found = []
-    for rank in range(pipeline_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sender, list(argv), ranks, rank))
-        process.start()
-        sender.close()
-        try:
-            answer = receiver.recv()
-        except EOFError:
-            answer = f"the process of pipeline rank {rank} ended without an answer"
-        process.join()
+    for rank in range(_value_of("--pipeline-model-parallel-size", argv)):
+        answer = _run(context, _child, argv, ranks, rank)
         if isinstance(answer, str):
-            raise ValueError(f"This command line cannot be estimated:\n{answer}")
+            sender.send(f"pipeline rank {rank}: {answer}")
+            return
         found.append(answer)
-    return found
+    sender.send(found)
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> int:
