@@ -123,6 +123,8 @@ def _check_expert_dispatcher(value: str, config: Any) -> str | None:
 def _check_every(value: int, config: Any) -> str | None:
     if value and config.cuda_graph_impl != "none":
         return "adds work in some steps, which a CUDA graph cannot. Leave one of the two out."
+    if value and config.moe_echo_overflow == "drop":
+        return "cannot tell a dropped pair from a wrong one. Use --moe-echo-overflow raise."
     return _check_not_negative(value, config)
 
 

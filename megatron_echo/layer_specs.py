@@ -142,8 +142,11 @@ def gpt_mtp_block_spec(
 def moe_module_spec(config: TransformerConfig) -> functools.partial:
     """The MoE layer alone: the ``mlp`` of a ``TransformerLayerSubmodules``, for any model.
 
-    Megatron's ``HybridModel`` takes it in the ``moe_layer`` of its stack spec.
+    Megatron's ``HybridModel`` takes it in the ``moe_layer`` of its stack spec. Call it on every
+    rank, also on those of pipeline stages without MoE layers: they take part in the checks at the
+    end of a step.
     """
+    StepEnd.of(config)
     spec = get_moe_module_spec(
         use_te=_uses_transformer_engine(config),
         num_experts=config.num_moe_experts,

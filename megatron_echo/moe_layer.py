@@ -78,6 +78,7 @@ class EchoMoELayer(MoELayer):
         See ``EchoTokenDispatcher.dispatch_preprocess``.
         """
         self.token_dispatcher.training = self.training
+        self._doubted = None  # of a call that did not reach combine
         if self.training and self._self_check.takes(self._place):
             self._doubted = hidden_states.detach(), probs.detach(), routing_map
         return super().preprocess(hidden_states, probs, routing_map)

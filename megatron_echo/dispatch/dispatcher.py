@@ -203,7 +203,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Bring the tokens to the ranks that compute them: ``[N, H]`` and ``[N, K]``."""
         call = self._current()
-        delivery = self._transport.dispatch(hidden_states, call.experts, probs)
+        delivery = self._transport.dispatch(
+            hidden_states, call.experts, probs, is_limited=self.training
+        )
         self._call = replace(call, experts=delivery.experts, receipt=delivery.receipt)
         if delivery.limit is not None and self.training:
             most, cut = delivery.limit

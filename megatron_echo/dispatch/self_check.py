@@ -85,6 +85,10 @@ class SelfCheck:
         self._seen = torch.stack((relative_error(actual, expected), differs))
         self._limit = _LIMITS.get(dtype, 4 * torch.finfo(dtype).eps)
 
+    def forget(self) -> None:
+        """Drop the result of the step in progress."""
+        self._is_taken, self._seen = False, None
+
     def check(self) -> float | None:
         """End a step; in a step with a check read its result, on all ranks.
 
@@ -95,12 +99,12 @@ class SelfCheck:
             EchoCheckError: the error is above the rounding of the experts' dtype, or plans differ.
         """
         is_due = self._every > 0 and self._step % self._every == 0
+        seen = self._seen
         self._step += 1
-        self._is_taken = False
+        self.forget()
         if not is_due:
             return None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        seen, self._seen = self._seen, None
         seen = torch.zeros(2, dtype=torch.float64, device=device) if seen is None else seen
         result = torch.cat((seen, seen.new_tensor([self._limit])))
         dist.all_reduce(result, op=dist.ReduceOp.MAX)

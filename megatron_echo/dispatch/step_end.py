@@ -97,8 +97,12 @@ class StepEnd:
         """
         result = self._finalize(*args, **kwargs)
         self._steps += 1
-        self.overflow.check()
-        error = self.self_check.check()
+        try:
+            self.overflow.check()
+            error = self.self_check.check()
+        except RuntimeError:
+            self._forget()
+            raise
         training = _training()
         iteration = self._steps if training is None else training.get_args().curr_iteration + 1
         self.trace.end_step(iteration)
@@ -108,6 +112,14 @@ class StepEnd:
         if training is not None:
             self._publish(training, iteration, error)
         return result
+
+    def _forget(self) -> None:
+        """Leave nothing of a step that failed to the next one."""
+        self.self_check.forget()
+        self.trace.forget()
+        self._captured.clear()
+        if self.capture is not None:
+            self.capture.forget()
 
     def _publish(self, training: Any, iteration: int, error: float | None) -> None:
         """Hand the metrics of the interval to TensorBoard, wandb and the console."""

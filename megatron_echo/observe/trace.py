@@ -82,11 +82,16 @@ class RoutingTrace:
             (layer, microbatch, plan.counts.int(), plan.slot_expert.int(), plan.load_after.int())
         )
 
+    def forget(self) -> None:
+        """Drop what the step in progress has recorded."""
+        self._records = []
+        self._calls.clear()
+
     def end_step(self, iteration: int) -> None:
         """Write what the step left, if it was traced."""
-        records, self._records = self._records, []
-        self._calls.clear()
+        records = self._records
         self._step += 1
+        self.forget()
         if not records or self._folder is None:
             return
         layers, microbatches, *tensors = zip(*records, strict=True)

@@ -209,6 +209,10 @@ class RoutingCapture:
         self._unread[handle] = None
         return handle
 
+    def forget(self) -> None:
+        """Leave the step in progress unwritten; its handles stay valid."""
+        self._step = {}
+
     def end_step(self, iteration: int) -> None:
         """Wait for the step's copies and write them, by microbatch and layer.
 

@@ -227,10 +227,13 @@ class _Skew:
 
     config: Any
     layer_number: int | None
+    _cached_bias: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``[..., E]``."""
-        return super().gating(input) + self._bias(input.device)  # type: ignore[misc]
+        if self._cached_bias is None or self._cached_bias.device != input.device:
+            self._cached_bias = self._bias(input.device)
+        return super().gating(input) + self._cached_bias  # type: ignore[misc]
 
     def _bias(self, device: Any) -> Tensor:
         experts = self.config.num_moe_experts

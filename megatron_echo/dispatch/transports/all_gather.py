@@ -15,7 +15,9 @@ class AllGatherTransport(TokenTransport):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def dispatch(self, hidden: Tensor, experts: Tensor, probs: Tensor) -> Delivery:
+    def dispatch(
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, is_limited: bool = True
+    ) -> Delivery:
         """See :class:`TokenTransport`."""
         return Delivery(
             hidden=all_gather(hidden, self._group),

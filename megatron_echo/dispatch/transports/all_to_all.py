@@ -44,10 +44,12 @@ class AllToAllTransport(TokenTransport):
         """C for T tokens."""
         return min(tokens, max(1, share_of(self._peer_capacity, tokens)))
 
-    def dispatch(self, hidden: Tensor, experts: Tensor, probs: Tensor) -> Delivery:
+    def dispatch(
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, is_limited: bool = True
+    ) -> Delivery:
         """See :class:`TokenTransport`."""
         tokens, ranks = hidden.shape[0], self._group.size()
-        places = self.places(tokens)
+        places = self.places(tokens) if is_limited else tokens
         none = ranks * self._experts_per_rank
         owner = (experts // self._experts_per_rank).to(torch.int64)  # R where there is no expert
         wanted = owner.new_zeros(tokens, ranks + 1).scatter_(1, owner, 1)[:, :ranks]

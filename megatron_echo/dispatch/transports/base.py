@@ -31,7 +31,9 @@ class TokenTransport(ABC):
     """Moves tokens with static shapes. One object serves all calls and keeps no state of them."""
 
     @abstractmethod
-    def dispatch(self, hidden: Tensor, experts: Tensor, probs: Tensor) -> Delivery:
+    def dispatch(
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, is_limited: bool = True
+    ) -> Delivery:
         """Bring each token to every rank that computes one of its experts.
 
         Args:
@@ -39,6 +41,7 @@ class TokenTransport(ABC):
             experts: int32 ``[T, K]``, physical expert ids: rank ``p // G`` computes ``p``, and
                 ``R * G`` stands for no expert.
             probs: ``[T, K]``.
+            is_limited: False, in evaluation, where nothing may be cut off.
         """
 
     @abstractmethod

@@ -97,6 +97,10 @@ def test_evaluation(ranks: int) -> None:
     run("evaluation", ranks)
 
 
+def test_evaluation_drops_nothing() -> None:
+    run("evaluation_drops_nothing", 3)
+
+
 def test_training_after_inference() -> None:
     """The pool was made in inference mode."""
     run("inference_first", 2)

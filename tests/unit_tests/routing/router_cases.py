@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_echo.config import EchoTransformerConfig
 from megatron_echo.routing.counts import RouterStep
 from megatron_echo.routing.router import EchoRouter
 
@@ -59,7 +60,7 @@ def only(kind: str, coefficient: float = 0.1) -> dict[str, Any]:
     return {"moe_router_load_balancing_type": KINDS[kind], "moe_aux_loss_coeff": coefficient}
 
 
-def config(**fields: Any) -> TransformerConfig:
+def config(**fields: Any) -> EchoTransformerConfig:
     """A configuration; the fields of this package that it lacks are set on the object."""
     ours = {name: fields.pop(name) for name in list(fields) if name.startswith("moe_echo")}
     settings: dict[str, Any] = {
@@ -73,7 +74,7 @@ def config(**fields: Any) -> TransformerConfig:
         "add_bias_linear": False,
         **fields,
     }
-    made = TransformerConfig(**settings)
+    made = EchoTransformerConfig(**settings)
     for name, value in ours.items():
         setattr(made, name, value)
     return made

@@ -297,7 +297,7 @@ def check_load_metrics() -> None:
     assert abs(found["expert_overload"] - float(total.max() / total.double().mean())) < 1e-12
     assert found["dead_experts"] == float((total == 0).sum())
     assert 0 < found["expert_entropy"] < 1
-    assert read_load_metrics(None)["dead_experts"] == 0
+    assert read_load_metrics(None) == {}
 
 
 def check_virtual_stages() -> None:

@@ -517,6 +517,15 @@ def check_evaluation() -> None:
         StepEnd.of(layer.config).overflow.check()
 
 
+def check_evaluation_drops_nothing() -> None:
+    """A peer capacity that is too small in training does not cut in evaluation."""
+    case = case_of("hot", 2, torch.float64)
+    fields: dict[str, Any] = {"moe_echo_token_transport": "all_to_all", "moe_num_echo_experts": 0}
+    expected = inference(build(2, torch.float64, **fields).eval(), case)
+    found = inference(build(2, torch.float64, moe_echo_peer_capacity=0.25, **fields).eval(), case)
+    assert torch.equal(found, expected)
+
+
 def check_inference_first() -> None:
     """Training after the pool was made in inference mode."""
     case = case_of("hot", 2, torch.float64)
