@@ -52,7 +52,8 @@ function frame(label, xs, [low, high], unit) {
 
 const isNumber = (value) => typeof value === "number";
 
-// series: [{name, xs, ys, color, dash, thin, dots}]; ys may hold null or words, which make gaps.
+// series: [{name, xs, ys, color, dash, thin, dots}]; ys may hold null, for a step that was
+// not recorded, and words (nan), which make gaps.
 function lineChart(parent, label, series, { unit = "", stacked = false } = {}) {
   series = series.filter((one) => one.ys.some(isNumber));
   if (!series.length) return false;
@@ -68,6 +69,7 @@ function lineChart(parent, label, series, { unit = "", stacked = false } = {}) {
   for (const one of drawn) {
     let path = "", pen = "M";
     one.xs.forEach((at, i) => {
+      if (one.ys[i] === null || one.ys[i] === undefined) return;
       if (!isNumber(one.ys[i])) return void (pen = "M");
       path += `${pen}${x(at).toFixed(1)} ${y(one.ys[i]).toFixed(1)}`;
       if (one.dots) path += "h.01";
