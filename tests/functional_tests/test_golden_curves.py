@@ -18,7 +18,10 @@ def first_steps(curves: golden.Curves, steps: int) -> golden.Curves:
     return {name: {s: v for s, v in curve.items() if s <= steps} for name, curve in curves.items()}
 
 
-SLOW_CASES = ("moe_allgather_pp2", "moe_allgather_tp2_sp", "moe_echo_ep1", "moe_mla_ep2")
+SLOW_CASES = (
+    *("moe_allgather_ep2_bf16", "moe_allgather_pp2", "moe_allgather_tp2_sp"),
+    *("moe_echo_ep1", "moe_mla_ep2"),
+)
 """Cases of which another one with more parallelism, or our layer, runs the same code."""
 
 

@@ -81,7 +81,7 @@ def test_kept_clones_are_announced(tmp_path: Path) -> None:
     assert f"up to {4 * 2 * 3 * 64 * 64 * 4 / 2**20:.1f} MiB of clones" in output
 
 
-@pytest.mark.parametrize("way", ["collective", "p2p"])
+@pytest.mark.parametrize("way", ["collective", pytest.param("p2p", marks=pytest.mark.slow)])
 def test_one_rank_fails(way: str, tmp_path: Path) -> None:
     """Every process ends, with an error, and torchrun says which rank it was."""
     script = tmp_path / "failing.py"
