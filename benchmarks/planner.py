@@ -25,61 +25,19 @@ import planner_baselines as baselines  # noqa: E402
 import torch  # noqa: E402
 
 from megatron_echo import environment  # noqa: E402
+from megatron_echo.observe.simulation.workloads import WORKLOADS, synthetic  # noqa: E402
 from megatron_echo.planner import ClonePlan, balance_bound, plan_clones  # noqa: E402
 
 DRAWS = 5
 TOKENS_PER_RANK = 1024
 RANKS_PER_NODE = 8
 SKEWED = ("lognormal 0.5", "lognormal 1.0", "zipf 0.3", "zipf 0.6", "zipf 0.9", "zipf 1.2")
-WORKLOADS = (
-    "uniform",
-    *SKEWED,
-    "one hot rank",
-    "one hot expert",
-    "spread hot experts",
-    "ragged sources",
-    "empty experts and ranks",
-    "rotating hotspot",
-    "burst",
-)
-
-
-def popularity(workload: str, ranks: int, experts: int, draw: int) -> np.ndarray:
-    """Share of each expert ``[E]``, not normalised."""
-    generator = np.random.default_rng([draw, experts, WORKLOADS.index(workload)])
-    per_rank = experts // ranks
-    kind, _, parameter = workload.partition(" ")
-    if kind == "lognormal":
-        return generator.lognormal(0.0, float(parameter), experts)
-    if kind == "zipf":
-        return generator.permutation(np.arange(1, experts + 1) ** -float(parameter))
-    share = generator.lognormal(0.0, 0.2, experts)
-    if workload == "one hot rank":
-        first = int(generator.integers(ranks)) * per_rank
-        share[first : first + per_rank] *= 4
-    elif workload == "one hot expert":
-        share[generator.integers(experts)] *= experts / 8
-    elif workload == "spread hot experts":
-        share[generator.choice(experts, ranks // 4, replace=False)] *= 8
-    elif workload == "empty experts and ranks":
-        share[generator.random(experts) < 0.3] = 0
-        share[: per_rank * max(1, ranks // 8)] = 0
-    elif workload == "rotating hotspot":
-        share[(draw * per_rank) % experts : (draw * per_rank) % experts + 2] *= 12
-    elif workload == "burst":
-        share *= np.where(generator.random(experts) < 0.05, 10, 1)
-    return share
 
 
 def draw_counts(workload: str, ranks: int, experts: int, topk: int, draw: int) -> torch.Tensor:
     """Counts int64 ``[R, E]`` of one draw, from the workload's name and the draw's number only."""
-    share = popularity(workload, ranks, experts, draw)
-    generator = np.random.default_rng([draw, ranks, experts, topk])
-    budget = np.full(ranks, TOKENS_PER_RANK * topk)
-    if workload == "ragged sources":
-        budget = (budget * generator.uniform(0.1, 1.9, ranks)).astype(np.int64)
-    rows = [generator.multinomial(n, share / share.sum()) for n in budget]
-    return torch.from_numpy(np.stack(rows)).to(torch.int64)
+    counts = synthetic(workload).counts(ranks, experts, topk, TOKENS_PER_RANK, draw, 0)
+    return torch.from_numpy(counts).to(torch.int64)
 
 
 def plan_from(counts: torch.Tensor, moved: np.ndarray) -> ClonePlan:

@@ -28,7 +28,7 @@ WORKLOADS = (
     "rotating hotspot",
     "burst",
 )
-"""The planner benchmark's; a name's place is part of its seed. Draws are the benchmark's, too."""
+"""Also the planner benchmark's; a name's place is part of its seed."""
 
 PUBLISHED = {"ultraep-low": 1.30, "ultraep-high": 4.01}
 """Lowest and highest max/mean load of ranks that UltraEP (arXiv 2606.04101) reports of real runs.
@@ -68,7 +68,7 @@ def layer_calls(layers: int, microbatches: int, most: int) -> list[tuple[int, in
 
 
 def _popularity(workload: str, ranks: int, experts: int, draw: int) -> np.ndarray:
-    """Share of each expert ``[E]``, not normalised, as in the planner's benchmark."""
+    """Share of each expert ``[E]``, not normalised."""
     generator = np.random.default_rng([draw, experts, WORKLOADS.index(workload)])
     per_rank = experts // ranks
     kind, _, parameter = workload.partition(" ")
