@@ -1,37 +1,26 @@
 """The two moments of Megatron's training loop that this package hooks into without a patch."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import unwrap_model
 from torch import nn
 
 
-class StepHook(ABC):
-    """Sees the model once it is built, and the end of each step's backward passes.
+class EndOfStep(ABC):
+    """Stands in for ``config.finalize_model_grads_func``.
 
-    For the latter it stands in for ``config.finalize_model_grads_func``, which Megatron calls on
-    every rank before the optimizer; whatever stood there is called first.
+    Megatron calls that on every rank after the backward passes of all microbatches and before the
+    optimizer. What stood there is kept as ``_finalize`` and called first.
     """
 
-    def __init__(self, model_config: Any) -> None:
-        """Hook into a model that is going to be built.
+    def __init__(self, finalize: Any) -> None:
+        """Keep what stood there; None for Megatron's function."""
+        self._finalize = finalize or finalize_model_grads
 
-        Args:
-            model_config: Megatron's, for example ``GPTModelConfig``.
-        """
-        transformer = model_config.transformer
-        self._finalize = transformer.finalize_model_grads_func or finalize_model_grads
-        transformer.finalize_model_grads_func = self
-        model_config.post_wrap_hooks.append(self._built)
-
-    def __deepcopy__(self, memo: dict) -> "StepHook":
+    def __deepcopy__(self, memo: dict) -> Self:
         return self  # Megatron copies configurations for some layers; the model stays one
-
-    def _built(self, chunks: list[nn.Module]) -> list[nn.Module]:
-        self.attach([unwrap_model(chunk) for chunk in chunks])
-        return chunks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Finish the gradients, then :meth:`end_step`."""
@@ -40,9 +29,28 @@ class StepHook(ABC):
         return result
 
     @abstractmethod
-    def attach(self, chunks: list[nn.Module]) -> None:
-        """Hook into the model chunks of this rank, without their wrappers."""
-
-    @abstractmethod
     def end_step(self) -> None:
         """All gradients of the step are there."""
+
+
+class StepHook(EndOfStep):
+    """Sees the model once it is built, and the end of each step's backward passes."""
+
+    def __init__(self, model_config: Any) -> None:
+        """Hook into a model that is going to be built.
+
+        Args:
+            model_config: Megatron's, for example ``GPTModelConfig``.
+        """
+        transformer = model_config.transformer
+        super().__init__(transformer.finalize_model_grads_func)
+        transformer.finalize_model_grads_func = self
+        model_config.post_wrap_hooks.append(self._built)
+
+    def _built(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        self.attach([unwrap_model(chunk) for chunk in chunks])
+        return chunks
+
+    @abstractmethod
+    def attach(self, chunks: list[nn.Module]) -> None:
+        """Hook into the model chunks of this rank, without their wrappers."""

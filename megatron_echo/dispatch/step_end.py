@@ -13,15 +13,17 @@ from torch import Tensor
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.self_check import SelfCheck
+from megatron_echo.observe.metrics import publish
 from megatron_echo.observe.statistics import StepStatistics, console_line
 from megatron_echo.observe.trace import RoutingTrace
 from megatron_echo.routing.capture import RoutingCapture
 from megatron_echo.routing.counts import RouterStep
 from megatron_echo.routing.metrics import read_load_metrics
+from megatron_echo.step_hooks import EndOfStep
 
 
-class StepEnd:
-    """Stands in for ``config.finalize_model_grads_func``. One object for a model: :meth:`of`.
+class StepEnd(EndOfStep):
+    """The end of a step for the MoE layers of a model. One object for each model: :meth:`of`.
 
     Attributes:
         overflow: whether every token-expert pair had a row.
@@ -39,7 +41,7 @@ class StepEnd:
             finalize: Megatron's function, or what stands in for it.
             routers: the model's, for their metrics.
         """
-        self._finalize = finalize
+        super().__init__(finalize)
         self._routers = routers
         self._has_clones = num_clone_slots(config) > 0
         self._steps = 0
@@ -72,9 +74,6 @@ class StepEnd:
             config.finalize_model_grads_func = cls(config, finalize, routers)
         return config.finalize_model_grads_func
 
-    def __deepcopy__(self, memo: dict) -> "StepEnd":
-        return self  # Megatron copies configurations for some layers; the model stays one
-
     def record_routing(self, layer: int, experts: Tensor, weights: Tensor) -> None:
         """Capture one forward pass of a layer, if asked for; a recomputation must not call.
 
@@ -88,14 +87,13 @@ class StepEnd:
             self._captured[layer] += 1
             self.capture.record(layer, microbatch, experts, weights.detach())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish the gradients, then check, raise, publish and write.
+    def end_step(self) -> None:
+        """Check, raise, publish and write.
 
         Raises:
             MoEOverflowError: see :meth:`OverflowCheck.check`.
             EchoCheckError: see :meth:`SelfCheck.check`.
         """
-        result = self._finalize(*args, **kwargs)
         self._steps += 1
         try:
             self.overflow.check()
@@ -103,15 +101,14 @@ class StepEnd:
         except RuntimeError:
             self._forget()
             raise
-        training = _training()
-        iteration = self._steps if training is None else training.get_args().curr_iteration + 1
+        args = _training_args()
+        iteration = self._steps if args is None else args.curr_iteration + 1
         self.trace.end_step(iteration)
         if self.capture is not None:
             self.capture.end_step(iteration)
             self._captured.clear()
-        if training is not None:
-            self._publish(training, iteration, error)
-        return result
+        if args is not None:
+            self._publish(iteration, iteration % args.log_interval == 0, error)
 
     def _forget(self) -> None:
         """Leave nothing of a step that failed to the next one."""
@@ -121,11 +118,10 @@ class StepEnd:
         if self.capture is not None:
             self.capture.forget()
 
-    def _publish(self, training: Any, iteration: int, error: float | None) -> None:
+    def _publish(self, iteration: int, at_log_interval: bool, error: float | None) -> None:
         """Hand the metrics of the interval to TensorBoard, wandb and the console."""
         self.statistics.end_step()
         values = {} if error is None else {"check_error": error}
-        at_log_interval = iteration % training.get_args().log_interval == 0
         if at_log_interval:
             values |= read_load_metrics(self._routers.exchange)
             if self.overflow.dropped:
@@ -135,20 +131,16 @@ class StepEnd:
         values = {f"moe_echo/{name}": value for name, value in values.items()}
         if not values:
             return
-        if (board := training.get_tensorboard_writer()) is not None:
-            for name, value in values.items():
-                board.add_scalar(name, value, iteration)
-        if (wandb := training.get_wandb_writer()) is not None:
-            wandb.log(values, iteration)
+        publish(values, iteration)
         if at_log_interval and self._has_clones and dist.get_rank() == dist.get_world_size() - 1:
             print(console_line(values, iteration), flush=True)
 
 
-def _training() -> Any:
-    """Megatron's global variables while its training loop runs, None outside it."""
+def _training_args() -> Any:
+    """Megatron's arguments while its training loop runs, None outside it."""
     try:
         from megatron.training import global_vars
     except ImportError:  # where only Megatron-Core is used
         return None
-    is_training = hasattr(global_vars._GLOBAL_ARGS, "curr_iteration")
-    return global_vars if is_training else None
+    args = global_vars._GLOBAL_ARGS
+    return args if hasattr(args, "curr_iteration") else None

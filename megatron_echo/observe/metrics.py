@@ -4,7 +4,7 @@ import atexit
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,21 @@ def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
     writer = MetricsWriter(Path(run_dir), active_seconds, global_vars.get_tensorboard_writer())
     global_vars._GLOBAL_TENSORBOARD_WRITER = writer
     return writer
+
+
+def publish(values: Mapping[str, float], iteration: int) -> None:
+    """Hand the scalars of an iteration to Megatron's TensorBoard and wandb writers.
+
+    Those are on the last rank; on the others this does nothing. Megatron's global variables must
+    be set.
+    """
+    from megatron.training import global_vars
+
+    if (board := global_vars.get_tensorboard_writer()) is not None:
+        for name, value in values.items():
+            board.add_scalar(name, value, iteration)
+    if (wandb := global_vars.get_wandb_writer()) is not None:
+        wandb.log(dict(values), iteration)
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:

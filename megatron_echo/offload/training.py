@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_echo.observe.metrics import publish
 from megatron_echo.offload.config import POLICIES, OffloadConfig
 from megatron_echo.offload.manager import ActivationOffloader
 from megatron_echo.step_hooks import StepHook
@@ -176,12 +177,7 @@ class OffloadedTraining(StepHook):
             name: most if name.removeprefix("offload/") in _HIGHEST else total
             for name, total, most in zip(names, sums.tolist(), highest.tolist(), strict=True)
         }
-        iteration = global_vars.get_args().curr_iteration + 1
-        if (board := global_vars.get_tensorboard_writer()) is not None:
-            for name, value in values.items():
-                board.add_scalar(name, value, iteration)
-        if (wandb := global_vars.get_wandb_writer()) is not None:
-            wandb.log(values, iteration)
+        publish(values, global_vars.get_args().curr_iteration + 1)
 
 
 def announcement(config: OffloadConfig) -> str:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
+
+from megatron_echo.step_hooks import EndOfStep
 
 
 def in_backward() -> bool:
@@ -217,7 +218,7 @@ class CountExchange:
         return [work]
 
 
-class RouterStep:
+class RouterStep(EndOfStep):
     """Ends the step of a model's routers, after Megatron's ``finalize_model_grads``.
 
     Attributes:
@@ -225,7 +226,7 @@ class RouterStep:
     """
 
     def __init__(self, finalize: Any) -> None:
-        self._finalize = finalize
+        super().__init__(finalize)
         self.exchange: CountExchange | None = None
 
     @classmethod
@@ -240,16 +241,11 @@ class RouterStep:
             holder, name = getattr(holder, name), "_finalize"
             if isinstance(holder, cls):
                 return holder
-        step = cls(getattr(holder, name) or finalize_model_grads)
+        step = cls(getattr(holder, name))
         setattr(holder, name, step)
         return step
 
-    def __deepcopy__(self, memo: dict) -> "RouterStep":
-        return self  # Megatron copies configurations for some layers; the model stays one
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish the gradients, then begin the routers' next step."""
-        result = self._finalize(*args, **kwargs)
+    def end_step(self) -> None:
+        """Begin the routers' next step."""
         if self.exchange is not None:
             self.exchange.end_step()
-        return result
