@@ -3,8 +3,6 @@
 import json
 import math
 import statistics
-import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,12 @@ import numpy as np
 
 from megatron_echo.observe.metrics import METRICS_FILE, read_metrics
 from megatron_echo.observe.run_record import RUN_FILE
-from megatron_echo.observe.trace import StepTrace
+from megatron_echo.observe.trace import StepTrace, TraceError, trace_files
+from megatron_echo.observe.trace import read_trace as load_trace
 
 MAX_POINTS = 1000
 """Iterations in a chart; of longer runs each n-th is shown, and the page says so."""
 
-_DIMENSIONS = {
-    "layer": "C",
-    "microbatch": "C",
-    "counts": "CRE",
-    "slot_expert": "CRS",
-    "load_after": "CR",
-}
 _RECORD_KEYS = ("started", "command", "versions", "git_commit", "device", "layout", "flags")
 
 Json = dict[str, Any]
@@ -207,7 +199,7 @@ def _trace_files(folder: Path, flags: Json) -> list[Path]:
     """The traces, in the folder that the run was told or, if it was moved, in its own."""
     told = flags.get("moe_echo_trace_dir")
     for place in ([Path(told)] if told else []) + [folder / "traces"]:
-        if paths := sorted(place.glob("step-*-stage-*.npz")):
+        if paths := trace_files(place):
             return paths
     return []
 
@@ -222,31 +214,10 @@ def _how_to_trace(flags: Json) -> str:
 
 
 def _load_trace(path: Path) -> StepTrace:
-    """One file, checked.
-
-    Raises:
-        ReportError: it cannot be read or is no trace.
-    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("iteration", "stage", *_DIMENSIONS)}
-    except KeyError as error:
-        raise ReportError(f"{path} is no routing trace: {error}. Take it away.") from None
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
-        raise ReportError(
-            f"{path} is cut short or no .npz file of numbers. Take it away, or trace again."
-        ) from None
-    sizes: dict[str, int] = {}
-    is_sound = all(array.dtype.kind in "iu" for array in arrays.values())
-    for name, letters in _DIMENSIONS.items():
-        is_sound &= arrays[name].ndim == len(letters)
-        for letter, size in zip(letters, arrays[name].shape, strict=False):
-            is_sound &= sizes.setdefault(letter, size) == size
-    is_sound &= arrays["iteration"].ndim == arrays["stage"].ndim == 0
-    if not is_sound or not (sizes["C"] and sizes["R"]) or sizes["E"] % sizes["R"]:
-        raise ReportError(f"{path} is no routing trace: its arrays do not fit. Take it away.")
-    iteration, stage = int(arrays.pop("iteration")), int(arrays.pop("stage"))
-    return StepTrace(iteration, stage, **arrays)
+        return load_trace(path)
+    except TraceError as error:
+        raise ReportError(str(error)) from None
 
 
 def read_trace(paths: Sequence[Path], tolerance: float, numbers: int) -> Json:

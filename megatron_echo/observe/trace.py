@@ -5,6 +5,8 @@ One file for each traced step and pipeline stage, for the first expert-parallel 
 """
 
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,21 +116,62 @@ class RoutingTrace:
             print(f"WARNING: {path} cannot be written ({error}): no more traces.", flush=True)
 
 
+_DIMENSIONS = {
+    "layer": "C",
+    "microbatch": "C",
+    "counts": "CRE",
+    "slot_expert": "CRS",
+    "load_after": "CR",
+}
+
+
+class TraceError(ValueError):
+    """A file that is no routing trace, or is damaged."""
+
+
+def trace_files(folder: str | os.PathLike) -> list[Path]:
+    """The traces in a folder, by iteration and stage."""
+    return sorted(Path(folder).glob("step-*-stage-*.npz"))
+
+
+def read_trace(path: Path) -> StepTrace:
+    """One file, checked.
+
+    Raises:
+        TraceError: it cannot be read or is no trace.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("iteration", "stage", *_DIMENSIONS)}
+    except KeyError as error:
+        raise TraceError(f"{path} is no routing trace: {error}. Take it away.") from None
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+        raise TraceError(
+            f"{path} is cut short or no .npz file of numbers. Take it away, or trace again."
+        ) from None
+    sizes: dict[str, int] = {}
+    is_sound = all(array.dtype.kind in "iu" for array in arrays.values())
+    for name, letters in _DIMENSIONS.items():
+        is_sound &= arrays[name].ndim == len(letters)
+        for letter, size in zip(letters, arrays[name].shape, strict=False):
+            is_sound &= sizes.setdefault(letter, size) == size
+    is_sound &= arrays["iteration"].ndim == arrays["stage"].ndim == 0
+    if not is_sound or not (sizes["C"] and sizes["R"]) or sizes["E"] % sizes["R"]:
+        raise TraceError(f"{path} is no routing trace: its arrays do not fit. Take it away.")
+    iteration, stage = int(arrays.pop("iteration")), int(arrays.pop("stage"))
+    return StepTrace(iteration, stage, **arrays)
+
+
 def read_traces(folder: str | os.PathLike) -> list[StepTrace]:
     """All traces of a folder, by iteration and stage.
 
     Raises:
         FileNotFoundError: there is none.
+        TraceError: a file is no trace, or is damaged.
     """
-    paths = sorted(Path(folder).glob("step-*-stage-*.npz"))
+    paths = trace_files(folder)
     if not paths:
         raise FileNotFoundError(
             f"{folder} holds no traces. Start the run with --moe-echo-trace-dir {folder}."
         )
-    traces = []
-    for path in paths:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        iteration, stage = int(arrays.pop("iteration")), int(arrays.pop("stage"))
-        traces.append(StepTrace(iteration, stage, **arrays))
-    return traces
+    return [read_trace(path) for path in paths]
