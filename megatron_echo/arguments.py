@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron.core.transformer import MLATransformerConfig
@@ -45,13 +45,18 @@ def add_echo_arguments(parser: ArgumentParser) -> ArgumentParser:
 
     Use it as ``extra_args_provider`` of ``megatron.training.parse_and_validate_args``.
     """
+    add_flags(parser, (*echo_fields(), *dataclasses.fields(RunArguments)))
+    return parser
+
+
+def add_flags(parser: ArgumentParser, fields: Iterable[dataclasses.Field]) -> None:
+    """Add fields made with ``config.flag`` to a parser, each in its group."""
     groups: dict[str, Any] = {}
-    for field in (*echo_fields(), *dataclasses.fields(RunArguments)):
+    for field in fields:
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(f"megatron_echo: {title}")
         _add_flag(groups[title], field)
-    return parser
 
 
 def repair_help(parser: ArgumentParser) -> None:

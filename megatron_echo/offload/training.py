@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_echo.arguments import add_flags
+from megatron_echo.config import flag
 from megatron_echo.observe.metrics import publish
 from megatron_echo.offload.config import POLICIES, OffloadConfig
 from megatron_echo.offload.manager import ActivationOffloader
@@ -33,6 +35,51 @@ _HIGHEST = ("peak_device_bytes", "host_bytes", "host_allocated_bytes")
 """Statistics of which the highest rank counts, not the sum."""
 
 
+@dataclasses.dataclass
+class OffloadArguments:
+    """Flags beside Megatron's for offloading."""
+
+    offload_implementation: str = flag(
+        "echo",
+        "Whose manager --fine-grained-activation-offloading starts. echo: this package's; works "
+        "without Transformer Engine and knows the modules router and shared_experts too. "
+        "megatron: the stock one.",
+        group="offload",
+        choices=("echo", "megatron"),
+    )
+    offload_policy: str = flag(
+        "earliest",
+        "Which storages go first where --activation-offload-fraction or --offload-target-bytes "
+        "leave a choice. auto also says for each module whether to offload, keep or recompute it.",
+        group="offload",
+        choices=POLICIES,
+    )
+    offload_target_bytes: int | None = flag(
+        None,
+        "Offload no more than brings the saved bytes of the modules down to this.",
+        group="offload",
+        metavar="N",
+    )
+    offload_max_slowdown: float = flag(
+        0.0,
+        "How much longer a step may take for offloading, 0.05 for 5 %. What the link cannot move "
+        "within that stays on the device.",
+        group="offload",
+        metavar="X",
+    )
+    offload_host_bytes: int | None = flag(
+        None,
+        "Most host memory on each rank; when it is full, tensors stay on the device.",
+        group="offload",
+        metavar="N",
+    )
+    offload_strict: bool = flag(
+        False,
+        "A module name that matches nothing, or saves nothing, is an error, not a warning.",
+        group="offload",
+    )
+
+
 def add_offload_arguments(parser: ArgumentParser, argv: Sequence[str]) -> None:
     """Add what Megatron's offloading flags lack, and take those over.
 
@@ -41,37 +88,7 @@ def add_offload_arguments(parser: ArgumentParser, argv: Sequence[str]) -> None:
         argv: the command line; with ``--offload-implementation megatron`` in it Megatron's flags
             stay as they are.
     """
-    group = parser.add_argument_group("megatron_echo: offload")
-    group.add_argument(
-        "--offload-implementation", choices=("echo", "megatron"), default="echo",
-        help="Whose manager --fine-grained-activation-offloading starts. echo: this package's; "
-        "works without Transformer Engine and knows the modules router and shared_experts too. "
-        "megatron: the stock one. (default: echo)",
-    )  # fmt: skip
-    group.add_argument(
-        "--offload-policy", choices=POLICIES, default="earliest",
-        help="Which storages go first where --activation-offload-fraction or "
-        "--offload-target-bytes leave a choice. auto also says for each module whether to "
-        "offload, keep or recompute it. (default: earliest)",
-    )  # fmt: skip
-    group.add_argument(
-        "--offload-target-bytes", type=int, metavar="N",
-        help="Offload no more than brings the saved bytes of the modules down to this.",
-    )  # fmt: skip
-    group.add_argument(
-        "--offload-max-slowdown", type=float, default=0.0, metavar="X",
-        help="How much longer a step may take for offloading, 0.05 for 5 %%. What the link cannot "
-        "move within that stays on the device. (default: 0.0)",
-    )  # fmt: skip
-    group.add_argument(
-        "--offload-host-bytes", type=int, metavar="N",
-        help="Most host memory on each rank; when it is full, tensors stay on the device.",
-    )  # fmt: skip
-    group.add_argument(
-        "--offload-strict", action="store_true",
-        help="A module name that matches nothing, or saves nothing, is an error, not a warning.",
-    )  # fmt: skip
-
+    add_flags(parser, dataclasses.fields(OffloadArguments))
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--offload-implementation")
     if peek.parse_known_args(argv)[0].offload_implementation != "megatron":
