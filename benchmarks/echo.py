@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-from build_corpus import build_corpus  # noqa: E402
-from processes import lean_main_job, torchrun  # noqa: E402
+from processes import (  # noqa: E402
+    lean_main_job,
+    main_job_corpus,
+    torchrun,
+    write_results,
+)
 
-from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
 from megatron_echo.observe.trace import read_traces  # noqa: E402
 
@@ -145,15 +147,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     args = parser.parse_args()
-    corpus = ROOT / "runs" / "corpus"
-    build_corpus(corpus, Path(sysconfig.get_path("stdlib")))
+    corpus = main_job_corpus()
     results = [measure(corpus, ranks, args.rounds, args.iterations) for ranks in args.ranks]
-    record = {
-        "machine": environment.device_name(),
-        "versions": environment.versions(),
-        "results": results,
-    }
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_results(args.output, results)
     args.output.with_suffix(".md").write_text(table(results))
     print(table(results))
 

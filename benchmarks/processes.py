@@ -1,23 +1,49 @@
-"""Starts the ranks of a benchmark."""
+"""What benchmarks of training share: the main job, starting its ranks, and the results file."""
 
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from megatron_echo import environment
+
+ROOT = Path(__file__).resolve().parent.parent
 
 _LEFT_OUT = ("--save", "--save-interval", "--tensorboard-dir", "--eval-iters", "--log-interval")
+
+
+def main_job_corpus() -> Path:
+    """The main job's data, built where it is missing."""
+    from build_corpus import build_corpus  # in tools/, which not every benchmark has on its path
+
+    corpus = ROOT / "runs" / "corpus"
+    build_corpus(corpus, Path(sysconfig.get_path("stdlib")))
+    return corpus
+
+
+def write_results(output: Path, results: Any) -> None:
+    """Write ``output`` with the suffix ``.json``: the results, and where they are from."""
+    record = {
+        "machine": environment.device_name(),
+        "versions": environment.versions(),
+        "results": results,
+    }
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def lean_main_job(corpus: Path, folder: Path, steps: int) -> list[str]:
     """The main job's flags without evaluation and saving, with each step logged.
 
     Args:
-        corpus: from ``build_corpus``.
+        corpus: from :func:`main_job_corpus`.
         folder: the run directory.
         steps: training iterations.
     """
-    from main_job import training_flags  # in tools/, which not every benchmark has on its path
+    from main_job import training_flags  # as above
 
     words = training_flags(corpus, folder, 10**9)
     for name in _LEFT_OUT:

@@ -8,9 +8,7 @@ mean over layers. Writes ``.json`` and ``.png`` and prints a table.
 """
 
 import argparse
-import json
 import sys
-import sysconfig
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -20,10 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
-from build_corpus import build_corpus  # noqa: E402
-from processes import lean_main_job, torchrun  # noqa: E402
+from processes import (  # noqa: E402
+    lean_main_job,
+    main_job_corpus,
+    torchrun,
+    write_results,
+)
 
-from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
 from megatron_echo.observe.trace import read_traces  # noqa: E402
 
@@ -88,8 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
-    corpus = ROOT / "runs" / "corpus"
-    build_corpus(corpus, Path(sysconfig.get_path("stdlib")))
+    corpus = main_job_corpus()
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
     print(f"| | loss | lm loss, mean of last {LAST} steps | max/mean load of experts, the same |")
     print("|---|---|---|---|")
@@ -99,12 +99,7 @@ def main() -> None:
             curves = results[layout][name] = train(corpus, layout, name, args.steps)
             ends = [float(np.mean(curves[key][-LAST:])) for key in ("lm loss", "overload")]
             print(f"| {layout} | {name} | {ends[0]:.4f} | {ends[1]:.3f} |", flush=True)
-    record = {
-        "machine": environment.device_name(),
-        "versions": environment.versions(),
-        "results": results,
-    }
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_results(args.output, results)
     plot(results, args.output.with_suffix(".png"))
 
 

@@ -10,7 +10,6 @@ another instruction set. Writes ``.json`` and ``.png``.
 import argparse
 import json
 import sys
-import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-from build_corpus import build_corpus  # noqa: E402
-from processes import lean_main_job, torchrun  # noqa: E402
+from processes import (  # noqa: E402
+    lean_main_job,
+    main_job_corpus,
+    torchrun,
+    write_results,
+)
 
-from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
 
 OTHER_ROUNDING = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
@@ -144,8 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of comparisons, from 0")
     args = parser.parse_args()
-    corpus = ROOT / "runs" / "corpus"
-    build_corpus(corpus, Path(sysconfig.get_path("stdlib")))
+    corpus = main_job_corpus()
     results = []
     chosen = args.only if args.only is not None else range(len(COMPARISONS))
     for comparison in (COMPARISONS[number] for number in chosen):
@@ -169,12 +170,7 @@ def main() -> None:
         results.append(
             {"name": comparison.name, "holds": holds, "step by step": stepwise, "free": free}
         )
-    record = {
-        "machine": environment.device_name(),
-        "versions": environment.versions(),
-        "results": results,
-    }
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_results(args.output, results)
     plot(results, args.output.with_suffix(".png"))
 
 
