@@ -7,6 +7,7 @@ One file for each traced step and pipeline stage, for the first expert-parallel 
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.savez) -> None:
+    """Write a file that is there whole or not at all; its folder is made where it is missing.
+
+    Args:
+        path: the file.
+        arrays: by name.
+        save: ``np.savez``, or ``np.savez_compressed``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "wb") as file:
+        save(file, **arrays)
+    os.replace(unfinished, path)
 
 
 @dataclass(frozen=True)
@@ -105,12 +124,9 @@ class RoutingTrace:
         arrays["layer"] = np.array(layers, np.int32)
         arrays["microbatch"] = np.array(microbatches, np.int32)
         path = self._folder / f"step-{iteration:08d}-stage-{self._stage:03d}.npz"
+        arrays |= {"iteration": iteration, "stage": self._stage}
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".tmp")
-            with open(unfinished, "wb") as file:
-                np.savez_compressed(file, iteration=iteration, stage=self._stage, **arrays)
-            os.replace(unfinished, path)
+            write_npz(path, arrays, np.savez_compressed)
         except OSError as error:
             self._folder = None
             print(f"WARNING: {path} cannot be written ({error}): no more traces.", flush=True)

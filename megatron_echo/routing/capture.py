@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_echo.observe.trace import write_npz
 from megatron_echo.offload.backends import Backend, CudaBackend, Lane
 
 _MOST_EXPERTS = 2**16 - 1
@@ -233,12 +234,8 @@ class RoutingCapture:
                     bits = part.view(torch.uint16) if part.dtype is torch.bfloat16 else part
                     arrays[f"{name}/{layer}/{microbatch}"] = bits.numpy()
         path = self._folder / f"step-{iteration:08d}-rank-{self._rank:05d}.npz"
-        unfinished = path.with_suffix(".tmp")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with open(unfinished, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(unfinished, path)
+            write_npz(path, arrays)
         except OSError as error:
             self.is_on = False
             print(f"WARNING: {path} cannot be written ({error}): no more captures.", flush=True)
