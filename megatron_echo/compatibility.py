@@ -78,11 +78,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "is not captured layer by layer. Leave --cuda-graph-impl {config.cuda_graph_impl} out.",
     ),
     (
-        lambda c: c.cuda_graph_impl == "full_iteration",
-        "reads whether everything fitted at the end of a step, within what would be captured. "
-        "Leave --cuda-graph-impl full_iteration out.",
-    ),
-    (
         lambda c: c.experimental_attention_variant is not None,
         "is not in the layers of --experimental-attention-variant. Leave one of the two out.",
     ),

@@ -32,6 +32,7 @@ import torch.utils._device
 
 from megatron_echo import environment
 from megatron_echo.cuda_stand_ins import DefaultGenerator, Event, Stream
+from megatron_echo.graphs.recorded import RecordedGraph, capture
 
 _PREFIX = "[megatron_echo.cpu_backend]"
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -215,7 +216,10 @@ def _patch_streams() -> None:
     _patches.set(torch.cuda, "device", use_stream)
     for name in ("set_stream", "synchronize", "set_device"):
         _patches.set(torch.cuda, name, lambda *args, **kwargs: None)
-    _patches.set(torch.cuda, "is_current_stream_capturing", lambda: False)
+    _patches.set(torch.cuda, "CUDAGraph", RecordedGraph)
+    _patches.set(torch.cuda, "graph", capture)
+    _patches.set(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    _patches.set(torch.cuda, "is_current_stream_capturing", RecordedGraph.is_capturing)
     for name in ("range_push", "range_pop", "mark"):
         _patches.set(torch.cuda.nvtx, name, lambda *args, **kwargs: None)
 

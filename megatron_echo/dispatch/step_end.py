@@ -2,13 +2,18 @@
 
 Megatron calls ``config.finalize_model_grads_func`` after the backward passes of all microbatches
 and before the optimizer, on every rank. There, and nowhere else, values are read from the device.
+With ``--cuda-graph-impl full_iteration`` that call is inside the graph, where nothing may be read
+and Python does not run again: then the end of the step is what PyTorch calls before an optimizer's
+step. Weights and optimizer state are as they were before the step in both places.
 """
 
+import weakref
 from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.overflow import OverflowCheck
@@ -45,6 +50,10 @@ class StepEnd(EndOfStep):
         self._routers = routers
         self._has_clones = num_clone_slots(config) > 0
         self._steps = 0
+        self._ended: int | None = None
+        self._is_in_graph = config.cuda_graph_impl == "full_iteration"
+        if self._is_in_graph:
+            register_optimizer_step_pre_hook(_EndBeforeOptimizer(self))
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = echo_setting(config, "moe_received_token_capacity") is None
         self.overflow = OverflowCheck(policy, is_auto)
@@ -73,6 +82,19 @@ class StepEnd(EndOfStep):
             finalize = config.finalize_model_grads_func
             config.finalize_model_grads_func = cls(config, finalize, routers)
         return config.finalize_model_grads_func
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish the gradients, then :meth:`end_step` if that may read here."""
+        if self._is_in_graph:
+            return self._finalize(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def before_optimizer(self) -> None:
+        """:meth:`end_step`, once for all optimizers of a step."""
+        args = _training_args()
+        if args is None or args.curr_iteration != self._ended:
+            self._ended = None if args is None else args.curr_iteration
+            self.end_step()
 
     def record_routing(self, layer: int, experts: Tensor, weights: Tensor) -> None:
         """Capture one forward pass of a layer, if asked for; a recomputation must not call.
@@ -134,6 +156,18 @@ class StepEnd(EndOfStep):
         publish(values, iteration)
         if at_log_interval and self._has_clones and dist.get_rank() == dist.get_world_size() - 1:
             print(console_line(values, iteration), flush=True)
+
+
+class _EndBeforeOptimizer:
+    """The hook; it does not keep the model's object alive."""
+
+    def __init__(self, step_end: StepEnd) -> None:
+        self._step_end = weakref.ref(step_end)
+
+    def __call__(self, *_: Any) -> None:
+        step_end = self._step_end()
+        if step_end is not None:
+            step_end.before_optimizer()
 
 
 def _training_args() -> Any:

@@ -65,7 +65,9 @@ class StepStatistics:
             "tokens_moved": moved / max(pairs, 1),
             "layer_calls": calls / max(self._steps, 1),
         }
-        self._sums, self._highest, self._steps = *self._zeros(self._sums.device), 0
+        self._sums.zero_()  # in place: a CUDA graph adds to these tensors
+        self._highest.zero_()
+        self._steps = 0
         return values
 
     @staticmethod

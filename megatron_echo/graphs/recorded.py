@@ -1,0 +1,282 @@
+"""A CUDA graph's stand-in on a CPU: the operations of a step, recorded once and replayed.
+
+What holds for a CUDA graph holds here, so that what would break on a GPU breaks on a laptop:
+
+- Python runs at capture only. A replay repeats the operations, on the tensors of the capture.
+- A capture has no effect: what its operations wrote into tensors from outside is put back. The
+  first replay has the effect.
+- The host must not read a value in a capture; that is an error, as on a GPU.
+
+What a CPU cannot show: streams that are not joined, random numbers (refused here), memory reuse.
+``cpu_backend`` puts :class:`RecordedGraph` in the place of ``torch.cuda.CUDAGraph``.
+"""
+
+import atexit
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
+
+_POINT_TO_POINT = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
+_EMPTY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+_graphs: "weakref.WeakSet[RecordedGraph]" = weakref.WeakSet()
+
+
+@atexit.register
+def _reset_all() -> None:
+    """Let process groups go while the interpreter lives: gloo's threads hang in a later end."""
+    for graph in list(_graphs):
+        graph.reset()
+
+
+class CaptureError(RuntimeError):
+    """An operation that a graph cannot hold."""
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """One recorded call.
+
+    Attributes:
+        function: the operator.
+        arguments: its positional and keyword arguments; tensors share memory with the originals.
+        storages: keys of the memory that it touches.
+        fresh: for each output tensor the one of the capture, which a replay fills; None for a view.
+    """
+
+    function: Any
+    arguments: tuple[tuple, dict]
+    storages: frozenset[int]
+    fresh: tuple[Tensor | None, ...]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, record: Callable[..., Any]) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        return self._record(func, args, kwargs or {})
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+def _written(function: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The tensors that a call may write into."""
+    if function.namespace == "c10d":
+        yield from _tensors((args, kwargs))
+        return
+    for index, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from _tensors(value)
+
+
+def _reads_a_value(function: Any, args: tuple) -> bool:
+    """Whether the host waits for a value, or for the size of the result."""
+    if function._schema.name in _INDEXING:  # by numbers, or one value into a mask, is static
+        is_fill = len(args) > 2 and args[2].numel() == 1
+        masks = (index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
+        return not is_fill and any(masks)
+    return any(tag in function.tags for tag in _READS)
+
+
+class RecordedGraph:
+    """``torch.cuda.CUDAGraph``'s methods for operations on a CPU."""
+
+    _current: ClassVar["RecordedGraph | None"] = None
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        """An empty graph; the argument is CUDA's and has no meaning here."""
+        self._operations: list[_Operation] = []
+        self._inside: dict[int, Tensor] = {}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._of_host: dict[int, Tensor] = {}
+        self._sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._state_shape = torch.default_generator.get_state().shape
+        self._mode: _Recorder | None = None
+        _graphs.add(self)
+
+    @classmethod
+    def is_capturing(cls) -> bool:
+        """Whether this process is in a capture: ``torch.cuda.is_current_stream_capturing``."""
+        return cls._current is not None
+
+    def __len__(self) -> int:
+        """How many operations a replay repeats."""
+        return len(self._operations)
+
+    def register_generator_state(self, generator: Any) -> None:
+        """Nothing: random operations are refused."""
+
+    def pool(self) -> tuple[int, int]:
+        """An identifier as CUDA's memory pools have one."""
+        return (0, 0)
+
+    def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start recording.
+
+        Raises:
+            CaptureError: another graph is being captured.
+        """
+        if RecordedGraph._current is not None:
+            raise CaptureError("A graph is being captured already. End that capture first.")
+        RecordedGraph._current = self
+        self._mode = _Recorder(self._record)
+        self._mode.__enter__()
+
+    def capture_end(self) -> None:
+        """Stop recording, and undo what the operations did to memory from outside."""
+        assert self._mode is not None, "capture_begin has not been called"
+        self._mode.__exit__(None, None, None)
+        self._mode = RecordedGraph._current = None
+        for storage, size in self._sizes.values():
+            if storage.nbytes() < size:
+                storage.resize_(size)
+        for memory, before in self._before.values():
+            memory.copy_(before)
+        self._before.clear()
+        self._of_host.clear()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._operations.clear()
+        self._inside.clear()
+        self._sizes.clear()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Repeat the recorded operations."""
+        in_flight: list[tuple[frozenset[int], dist.Work]] = []
+        for operation in self._operations:
+            for transfer in [each for each in in_flight if each[0] & operation.storages]:
+                transfer[1].wait()
+                in_flight.remove(transfer)
+            args, kwargs = operation.arguments
+            result = operation.function(*args, **kwargs)
+            if operation.function.namespace == "c10d":
+                work = _work(result)
+                if operation.function._schema.name in _POINT_TO_POINT:
+                    in_flight.append((operation.storages, work))
+                else:
+                    work.wait()
+            for old, new in zip(operation.fresh, _tensors(result), strict=True):
+                if old is not None:
+                    old.copy_(new)
+        for _, work in in_flight:
+            work.wait()
+
+    def _record(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        """Run one operation of the capture and keep it."""
+        if self._is_of_host(args, kwargs):
+            result = function(*args, **kwargs)
+            self._of_host |= {_key(tensor): tensor for tensor in _tensors(result)}
+            return result
+        name = function._schema.name
+        if _reads_a_value(function, args):
+            raise CaptureError(
+                f"{name} cannot be captured: the host would read a value of the device. Move it "
+                "out of the captured part."
+            )
+        for tensor in _written(function, args, kwargs):
+            self._keep(tensor)
+        is_random = torch.Tag.nondeterministic_seeded in function.tags
+        generator = torch.default_generator.get_state() if is_random else None
+        # Later changes of a tensor's own size or data leave what is recorded as it is now.
+        aliases = tree_map_only(Tensor, torch.ops.aten.detach.default, (args, kwargs))
+        result = function(*args, **kwargs)
+        if generator is not None and not torch.equal(
+            generator, torch.default_generator.get_state()
+        ):
+            raise CaptureError(
+                f"{name} draws random numbers, which a graph on a CPU cannot replay. Use "
+                "--attention-dropout 0 --hidden-dropout 0, or a GPU."
+            )
+        self._add(function, aliases, result)
+        if function.namespace == "c10d" and name not in _POINT_TO_POINT:
+            result = _waited(result)
+        return result
+
+    def _is_of_host(self, *arguments: Any) -> bool:
+        """Whether a call computes with states of generators only, as Megatron's tracker does.
+
+        They would be in the host's memory on a GPU machine too, so they are not part of a graph.
+        """
+        tensors = list(_tensors(arguments))
+        return bool(tensors) and all(
+            _key(tensor) in self._of_host
+            or (tensor.dtype == torch.uint8 and tensor.shape == self._state_shape)
+            for tensor in tensors
+        )
+
+    def _add(self, function: Any, arguments: tuple[tuple, dict], result: Any) -> None:
+        touched = {_key(tensor): tensor for tensor in _tensors(arguments)}
+        fresh: list[Tensor | None] = []
+        for tensor in _tensors(result):
+            is_fresh = _key(tensor) not in touched
+            fresh.append(torch.ops.aten.detach.default(tensor) if is_fresh else None)
+            if is_fresh:
+                self._inside[_key(tensor)] = tensor
+        for tensor in (*touched.values(), *(each for each in fresh if each is not None)):
+            storage = tensor.untyped_storage()
+            size = max(storage.nbytes(), self._sizes.get(_key(tensor), (storage, 0))[1])
+            self._sizes[_key(tensor)] = storage, size
+        is_view = all(each is None for each in fresh) and not any(
+            True for _ in _written(function, *arguments)
+        )
+        is_empty = function._schema.name in _EMPTY
+        if not is_view and not is_empty:
+            storages = frozenset(touched) | {_key(each) for each in fresh if each is not None}
+            self._operations.append(_Operation(function, arguments, storages, tuple(fresh)))
+
+    def _keep(self, tensor: Tensor) -> None:
+        """Remember memory from outside as it was before the capture first writes it."""
+        key = _key(tensor)
+        if key not in self._inside and key not in self._before:
+            memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            self._before[key] = memory, memory.clone()
+
+
+@contextlib.contextmanager
+def capture(graph: RecordedGraph, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """``torch.cuda.graph`` for a :class:`RecordedGraph`; pools and streams have no meaning here."""
+    graph.capture_begin()
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+def _work(result: Any) -> dist.Work:
+    """The handle in what a collective of the dispatcher returned."""
+    script = next(leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.ScriptObject))
+    return dist.Work.unbox(script)
+
+
+def _waited(result: Any) -> Any:
+    """The same with a handle that is done: the real one computes in ``wait``, unrecorded."""
+    _work(result).wait()
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(None)
+    done = dist.Work.boxed(_create_work_from_future(future))
+    return tree_map_only(torch.ScriptObject, lambda _: done, result)
