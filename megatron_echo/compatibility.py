@@ -78,6 +78,11 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "is not captured layer by layer. Leave --cuda-graph-impl {config.cuda_graph_impl} out.",
     ),
     (
+        lambda c: c.cuda_graph_impl == "full_iteration" and c.cuda_graph_warmup_steps < 1,
+        "makes its buffers in the first step, before the graph. Use --cuda-graph-warmup-steps 1 or "
+        "more.",
+    ),
+    (
         lambda c: c.experimental_attention_variant is not None,
         "is not in the layers of --experimental-attention-variant. Leave one of the two out.",
     ),
@@ -101,28 +106,45 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
 )
 
-_ARGUMENTS: tuple[tuple[str, str], ...] = (
+_ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
-        "use_torch_fsdp2",
+        lambda a: a.use_torch_fsdp2,
         "keeps its experts whole. Leave --use-torch-fsdp2 out and use --use-distributed-optimizer.",
     ),
     (
-        "use_megatron_fsdp",
+        lambda a: a.use_megatron_fsdp,
         "keeps its experts whole. Leave --use-megatron-fsdp out and use "
         "--use-distributed-optimizer.",
     ),
     (
-        "moe_use_upcycling",
+        lambda a: a.moe_use_upcycling,
         "cannot be built from a dense checkpoint. Upcycle with Megatron's own layer, save, and "
         "load that checkpoint.",
     ),
     (
-        "delay_wgrad_compute",
+        lambda a: a.delay_wgrad_compute,
         "computes weight gradients with the other gradients. Leave --delay-wgrad-compute out.",
     ),
     (
-        "fine_grained_activation_offloading",
+        lambda a: a.fine_grained_activation_offloading,
         "is unknown to Megatron's offloading manager. Leave --offload-implementation megatron out.",
+    ),
+    (
+        lambda a: a.cuda_graph_impl == "full_iteration" and a.optimizer_cuda_graph,
+        "checks between the graph of the step and the optimizer whether everything fitted. Leave "
+        "--optimizer-cuda-graph out.",
+    ),
+    (
+        lambda a: (
+            a.cuda_graph_impl == "full_iteration" and a.overlap_param_gather_with_optimizer_step
+        ),
+        "cannot wait inside a graph for what was started outside. Leave "
+        "--overlap-param-gather-with-optimizer-step out.",
+    ),
+    (
+        lambda a: a.cuda_graph_impl == "full_iteration" and (a.timing_log_level or a.log_straggler),
+        "cannot be timed inside a graph, where the host must not wait. Leave --timing-log-level "
+        "and --log-straggler out.",
     ),
 )
 
@@ -140,7 +162,7 @@ def config_refusal(config: Any) -> str | None:
 
 def argument_refusal(args: Any) -> str | None:
     """The same for settings that stand on the command line only, from Megatron's namespace."""
-    for name, reason in _ARGUMENTS:
-        if getattr(args, name, None):
+    for refused, reason in _ARGUMENTS:
+        if refused(args):
             return reason
     return None

@@ -129,7 +129,7 @@ def _check_every(value: int, config: Any) -> str | None:
 
 
 def _check_trace_dir(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl != "none":
+    if value is not None and config.cuda_graph_impl not in ("none", "full_iteration"):
         return "collects the plans in Python, which a CUDA graph skips. Leave one of the two out."
     return None
 

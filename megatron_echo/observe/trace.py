@@ -35,6 +35,14 @@ def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np
     os.replace(unfinished, path)
 
 
+_Record = tuple[int, int, Tensor, Tensor, Tensor]
+"""Layer, microbatch, counts, slots and load after."""
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class StepTrace:
     """One file: C layer calls of one step on one pipeline stage. R ranks, E experts, S slots.
@@ -67,6 +75,8 @@ class StepTrace:
 class RoutingTrace:
     """Collects the plans of a step on the device and writes them at its end.
 
+    What is collected while a CUDA graph is captured is collected once: a replay fills the same
+    tensors again, so they are kept and read after each traced step.
     A folder that cannot be written ends the tracing with a warning, not the training.
     """
 
@@ -82,12 +92,17 @@ class RoutingTrace:
         self._step = 0
         self._stage = 0
         self._calls: dict[int, int] = {}
-        self._records: list[tuple[int, int, Tensor, Tensor, Tensor]] = []
+        self._records: list[_Record] = []
+        self._in_graph: list[_Record] = []
 
     @property
     def is_on(self) -> bool:
-        """Whether the current step is traced."""
-        return self._folder is not None and self._step % self._every == 0
+        """Whether the current step is traced; all are whose graph is captured."""
+        return self._folder is not None and (self._is_traced_step or _is_capturing())
+
+    @property
+    def _is_traced_step(self) -> bool:
+        return self._step % self._every == 0
 
     def record(self, layer: int, stage: int, plan: Any) -> None:
         """Keep one layer call. Nothing is read.
@@ -99,7 +114,8 @@ class RoutingTrace:
         """
         microbatch = self._calls[layer] = self._calls.get(layer, -1) + 1
         self._stage = stage
-        self._records.append(
+        records = self._in_graph if _is_capturing() else self._records
+        records.append(
             (layer, microbatch, plan.counts.int(), plan.slot_expert.int(), plan.load_after.int())
         )
 
@@ -110,7 +126,7 @@ class RoutingTrace:
 
     def end_step(self, iteration: int) -> None:
         """Write what the step left, if it was traced."""
-        records = self._records
+        records = (self._records or self._in_graph) if self._is_traced_step else []
         self._step += 1
         self.forget()
         if not records or self._folder is None:
