@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    _create_work_from_future,  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import (  # type: ignore[attr-defined]
+    _create_work_from_future,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
@@ -215,9 +215,7 @@ class RecordedGraph:
                 "--attention-dropout 0 --hidden-dropout 0, or a GPU."
             )
         self._add(function, aliases, result)
-        if function.namespace == "c10d" and name not in _POINT_TO_POINT:
-            result = _waited(result)
-        return result
+        return arrived(function, result)
 
     def _is_of_host(self, *arguments: Any) -> bool:
         """Whether a call computes with states of generators only, as Megatron's tracker does.
@@ -275,8 +273,14 @@ def _work(result: Any) -> dist.Work:
     return dist.Work.unbox(script)
 
 
-def _waited(result: Any) -> Any:
-    """The same with a handle that is done: the real one computes in ``wait``, unrecorded."""
+def arrived(function: Any, result: Any) -> Any:
+    """What an operator returned, with a handle that is done if it was a collective.
+
+    Gloo computes part of a collective when its handle is waited for, with operators that belong to
+    the collective and must not be recorded. A message is waited for where the program does so.
+    """
+    if function.namespace != "c10d" or function._schema.name in _POINT_TO_POINT:
+        return result
     _work(result).wait()
     future: torch.futures.Future = torch.futures.Future()
     future.set_result(None)

@@ -30,6 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from megatron_echo.graphs.recorded import arrived
 from megatron_echo.testing.no_host_sync import _OWN_FILES as _TRIPWIRES
 from megatron_echo.testing.no_host_sync import _TORCH, Hit, no_host_sync
 
@@ -149,7 +150,7 @@ class _Recorder(TorchDispatchMode):
         outputs = self._made(tree_leaves(result), True, name, where)
         constants = tuple(_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         self.operators.append(Operator(name, inputs, outputs, constants, where))
-        return result
+        return arrived(func, result)
 
     def _made(
         self, leaves: Sequence[Any], is_output: bool, operator: str, where: str

@@ -44,7 +44,7 @@ SLOW = pytest.mark.slow
 def test_curves_plans_and_metrics_are_those_of_eager_steps(name: str, tmp_path: Path) -> None:
     """Ten routings, nine of them replayed: every logged number and every plan has the same bits."""
     case = golden.load_case(name)
-    has_clones = case.model_args.get("--expert-model-parallel-size", 1) > 1
+    has_clones = "--moe-num-echo-experts" not in case.model_args
     flags = {"train_iters": 10, "log_interval": 2, "eval_interval": 6, "eval_iters": 4}
     lines, traces = {}, {}
     for way, graph in (("eager", {}), ("graph", GRAPH)):
