@@ -1,4 +1,4 @@
-# make train | test | test-all | lint | gpu-check   (ARGS="..." passes flags on to train)
+# make train | test | test-all | lint | gpu-check   (ARGS="..." passes flags on)
 
 VENV := .venv
 ARGS ?=
@@ -39,7 +39,7 @@ format: $(READY)
 	$(PYTHON) -m ruff check --fix .
 
 gpu-check: $(READY)
-	$(PYTHON) tools/gpu_check.py
+	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 # Records the golden loss curves again and prints what changed.
 goldens: $(READY)

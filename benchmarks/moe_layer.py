@@ -29,7 +29,7 @@ cpu_backend.enable(verbose=False)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from processes import torchrun  # noqa: E402
+from processes import as_table, torchrun  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_echo.observe.metrics import read_metrics  # noqa: E402
@@ -61,8 +61,18 @@ def shapes(on_gpu: bool) -> dict[str, Shape]:
     }
 
 
-def build(shape: Shape, dtype: torch.dtype, ours: bool, capacity: float | None) -> torch.nn.Module:
-    """One MoE layer, Megatron's all-gather one or ours, with the same weights."""
+def build(
+    shape: Shape, dtype: torch.dtype, ours: bool, capacity: float | None, **settings: Any
+) -> torch.nn.Module:
+    """One MoE layer, Megatron's all-gather one or ours, with the same weights.
+
+    Args:
+        shape: its sizes.
+        dtype: of the weights.
+        ours: this package's layer.
+        capacity: ``--moe-received-token-capacity``.
+        settings: other fields of the configuration.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -71,14 +81,15 @@ def build(shape: Shape, dtype: torch.dtype, ours: bool, capacity: float | None) 
     from megatron_echo.layer_specs import moe_module_spec
 
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    defaults = {"moe_token_dispatcher_type": "allgather", "transformer_impl": "local"}
     config = EchoTransformerConfig(
         num_layers=1, hidden_size=shape.hidden, num_attention_heads=4, ffn_hidden_size=shape.ffn,
         moe_ffn_hidden_size=shape.ffn, num_moe_experts=shape.experts, moe_router_topk=shape.topk,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
-        moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
-        transformer_impl="local", bf16=dtype == torch.bfloat16, params_dtype=dtype,
+        moe_router_load_balancing_type="none", bf16=dtype == torch.bfloat16, params_dtype=dtype,
         moe_enable_echo=ours, moe_num_echo_experts=0, moe_received_token_capacity=capacity,
+        **{**defaults, **settings},
     )  # fmt: skip
     spec = moe_module_spec if ours else _stock_spec(get_moe_module_spec)
     layer = spec(config)(config=config, pg_collection=None)
@@ -87,7 +98,11 @@ def build(shape: Shape, dtype: torch.dtype, ours: bool, capacity: float | None) 
 
 
 def _stock_spec(get_spec: Any) -> Any:
-    return lambda config: get_spec(use_te=False, num_experts=config.num_moe_experts)
+    return lambda config: get_spec(
+        use_te=config.transformer_impl == "transformer_engine",
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+    )
 
 
 def forced_routing(stock: Any) -> Any:
@@ -228,18 +243,6 @@ def compare_training(routing: str, runs: int, iterations: int) -> dict[str, Any]
         **{f"{name} ms": statistics.median(medians[name]) * 1e3 for name in sides},
         "time ratio": statistics.median(ratios),
     }
-
-
-def as_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown; a missing cell is a dash."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = [row.get(column, "-") for column in columns]
-        lines.append(
-            "| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |"
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +34,44 @@ def write_results(output: Path, results: Any) -> None:
         "results": results,
     }
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run_limited(command: Sequence[str], seconds: float, **options: Any) -> int | None:
+    """Run a command in a session of its own; after so many seconds kill it and what it started.
+
+    Args:
+        command: program and arguments.
+        seconds: it may take.
+        options: of ``subprocess.Popen``.
+
+    Returns:
+        Its exit code, None if it was killed.
+    """
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def as_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Rows as Markdown; a missing cell is a dash. ``columns``: all that there are by default."""
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [_as_cell(row.get(column, "-")) for column in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _as_cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def lean_main_job(corpus: Path, folder: Path, steps: int) -> list[str]:

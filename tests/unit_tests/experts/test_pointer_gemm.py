@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import launch
 import numpy as np
 import pytest
 import torch
@@ -13,10 +12,6 @@ from torch import Tensor
 from triton import language as tl
 from triton.runtime import interpreter
 from unit_tests.dispatch.test_kernels import run_script
-
-sys.path.insert(0, str(launch.ROOT / "benchmarks"))
-
-import gpu_grouped_gemm as benchmark
 
 from megatron_echo.experts import kernels, pointer_gemm
 from megatron_echo.experts.grouped_linear import grouped_outer_reference, grouped_product_reference
@@ -265,17 +260,6 @@ def test_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [*case.products(), case.outer(torch.float64)]
     for result, expected in zip(results, case.references(torch.float64)):
         assert torch.equal(result.double(), expected.to(result.dtype).double())
-
-
-def test_the_benchmark_runs_dry(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(pointer_gemm, "on_gpu", lambda tensor: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_grouped_gemm.py", "--dry-run"])
-    benchmark.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0][9:] for line in lines] == ["forward", "dgrad", "wgrad"]
-    assert all(float(line.split()[-1]) < 2**-7 for line in lines)
 
 
 STACK = torch.zeros(2, 3, 4)
