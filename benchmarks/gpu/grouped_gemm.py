@@ -107,7 +107,6 @@ def measure(direction: str, shape: Shape) -> Figures:
         raise ValueError(f"the results differ by {difference:.1e} of the largest")
     times = device_microseconds(functions, rounds=12)
     copied = times.pop("copy")
-    release_memory()
     return {
         "kernel_us": times["kernel"],
         **{f"{name}_tflops": 2 * rows * taken * made / times[name] / 1e6 for name in times},
@@ -147,6 +146,7 @@ def run(recorder: Recorder, dry: bool) -> None:
         for direction in DIRECTIONS:
             function = partial(measure, direction, shape)
             recorder.measure(f"{model}, {direction}", function, TARGETS)
+            release_memory()
 
 
 def run_tiles(recorder: Recorder, dry: bool) -> None:
@@ -155,3 +155,4 @@ def run_tiles(recorder: Recorder, dry: bool) -> None:
         for sizes in TILES:
             name = f"{model}, {'x'.join(map(str, sizes))}"
             recorder.measure(name, partial(measure_tile, sizes, shape))
+            release_memory()

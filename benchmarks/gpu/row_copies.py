@@ -15,7 +15,7 @@ from timing import copy_of, device, device_microseconds, release_memory
 from torch import Tensor
 
 from megatron_echo.dispatch.dispatcher import compact_routing
-from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
+from megatron_echo.dispatch.layout import DispatchLayout, build_layout, round_rows
 from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 
@@ -40,17 +40,17 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, device=device()).bfloat16()
 
 
-def draw_rows(shape: Shape) -> RowMap:
-    """Rows of a random even routing in a buffer that just holds them."""
+def draw_layout(shape: Shape) -> DispatchLayout:
+    """The layout of a random even routing in a buffer that just holds it."""
     tokens, _, _, topk, experts = shape
     chosen = torch.rand(tokens, experts, device=device()).topk(topk).indices
-    return build_layout(chosen, experts, round_rows(tokens * topk)).rows
+    return build_layout(chosen, experts, round_rows(tokens * topk))
 
 
 def operation_of(name: str, shape: Shape) -> tuple[Callable[[], Tensor], list[Tensor], list[int]]:
     """An operation, the tensors that have gradients, and the floor's bytes in both directions."""
     tokens, hidden, ffn, topk, _ = shape
-    pairs, rows = tokens * topk, draw_rows(shape)
+    pairs, rows = tokens * topk, draw_layout(shape).rows
     buffer_rows = rows.row_src.shape[0]
     if name == "dispatch":
         given = [draw(tokens, hidden).requires_grad_()]
@@ -77,7 +77,6 @@ def measure(name: str, direction: str, shape: Shape) -> Figures:
         gradient = torch.randn_like(output)
         function = partial(torch.autograd.grad, output, given, gradient, retain_graph=True)
     times = device_microseconds({"kernel": function, "copy": copy_of(floor)})
-    release_memory()
     return {
         "kernel_us": times["kernel"],
         "floor_mib": floor / 2**20,
@@ -107,5 +106,6 @@ def run(recorder: Recorder, dry: bool) -> None:
             for direction in DIRECTIONS:
                 function = partial(measure, name, direction, shape)
                 recorder.measure(f"{model}, {name} {direction}", function, TARGETS)
+                release_memory()
     for model, shape in shapes.items():
         recorder.measure(f"{model}, layout", partial(measure_layout, shape))

@@ -59,7 +59,7 @@ PARTS = {
     "capture": Part("What a CUDA graph needs of the layer", 50, "capture_safety"),
     "rows": Part("Copies of rows, and the activation", 50, "row_copies"),
     "layers": Part("One MoE layer, forward and backward", 90, "layers"),
-    "gemm": Part("Grouped products", 70, "grouped_gemm"),
+    "gemm": Part("Grouped products", 80, "grouped_gemm"),
     "training": Part("A training step of 1.4 billion parameters", 300, "training_step"),
     "tiles": Part("Grouped products with other tiles", 300, "grouped_gemm", "run_tiles"),
 }

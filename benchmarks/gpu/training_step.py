@@ -2,7 +2,8 @@
 
 1.4 billion parameters: eight layers with 32 experts as small as Qwen3-30B-A3B's, bf16, mock data,
 Adam in fp32. Each run is a process of its own. The times are of whole iterations, optimizer and
-data loading included.
+data loading included. Nobody checks for NaN, which a captured step could not do and which costs a
+wait for the device in each microbatch.
 """
 
 import os
@@ -54,7 +55,7 @@ TARGETS = {
 BASES = {"over_stock_local": "stock local", "over_stock_te": "stock TE", "over_ours": "ours"}
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4}  # dense bf16, of the SXM modules' data sheets
 WARM_UP_ITERATIONS = 6  # Megatron captures in the fourth
-RUN_SECONDS = 90  # at most, for one run
+RUN_SECONDS = 110  # at most, for one run
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Model:
             --train-iters {self.iterations} --lr 1e-4 --bf16 --mock-data --num-workers 0
             --tokenizer-type NullTokenizer --vocab-size {self.vocabulary} --log-interval 1
             --eval-iters 0 --run-dir {folder} --tensorboard-dir {folder}
-            --log-memory-to-tensorboard
+            --log-memory-to-tensorboard --no-check-for-nan-in-loss-and-grad
         """.split()
 
 

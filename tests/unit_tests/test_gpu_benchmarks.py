@@ -15,6 +15,7 @@ sys.path.insert(0, str(launch.ROOT / "benchmarks"))
 sys.path.insert(0, str(launch.ROOT / "benchmarks" / "gpu"))
 
 import capture_safety
+import gpu_check
 import grouped_gemm
 import layers
 import moe_layer
@@ -182,6 +183,22 @@ def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None
     time.sleep(2)
     assert not mark.exists()
     assert processes.run_limited(["bash", "-c", "exit 3"], 20) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "is_passed", "summary"),
+    [
+        ("print('=== 2 passed in 1s ===')", True, "2 passed in 1s"),
+        ("print('1 failed, 2 passed'); raise SystemExit(1)", False, "1 failed, 2 passed"),
+        ("import time; time.sleep(60)", False, "stopped after 2 s; "),
+    ],
+)
+def test_tests_before_the_benchmarks(
+    script: str, is_passed: bool, summary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "pytest_command", lambda: [sys.executable, "-Sc", script])
+    monkeypatch.setattr(gpu_check, "TEST_SECONDS", 2)
+    assert gpu_check.run_tests() == (is_passed, summary)
 
 
 @pytest.fixture
