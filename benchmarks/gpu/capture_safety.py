@@ -108,7 +108,9 @@ def check_replays(shape: Shape) -> Figures:
                 if not same_bits(tensor, other[name]):
                     differing.append(f"{name} of {routing} {seed}, {kind}")
     if differing or allocations:
-        raise AssertionError(f"{allocations} allocations; differ: {'; '.join(differing)}")
+        raise AssertionError(
+            f"{allocations} allocations; {len(differing)} results are wrong: {'; '.join(differing)}"
+        )
     return {"routings": len(ROUTINGS), "tensors": len(expected), "allocations": allocations}
 
 

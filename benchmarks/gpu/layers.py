@@ -24,6 +24,8 @@ CASES = (  # model, tokens, routing
     ("Qwen3-30B-A3B", 4096, "zipf"),
     ("DeepSeek-V3", 4096, "zipf"),
     ("Mixtral-8x7B", 4096, "zipf"),
+    ("Qwen3-30B-A3B", 512, "even"),
+    ("Qwen3-30B-A3B", 8192, "even"),
 )
 DRY_CASES = (("dry run", 32, "even"), ("dry run", 32, "zipf"))
 DRY_SHAPE = Shape(hidden=32, ffn=16, experts=8, topk=2, tokens=32)

@@ -105,7 +105,7 @@ class Recorder:
         """Write the row of something that did not work."""
         traceback.print_exception(error)
         note = f"{type(error).__name__}: {error}"
-        note = note if len(note) <= _NOTE_CHARACTERS else "... " + note[-_NOTE_CHARACTERS:]
+        note = note if len(note) <= _NOTE_CHARACTERS else note[:_NOTE_CHARACTERS] + " ..."
         self._write(Row(self._part, name, "failed", targets=tuple(targets), note=note))
 
     def _write(self, row: Row) -> None:

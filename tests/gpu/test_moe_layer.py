@@ -1,4 +1,4 @@
-"""The MoE layer on a GPU: no host synchronisation, and the CPU's results."""
+"""The MoE layer on a GPU: no host synchronisation, and the results of a dense loop."""
 
 import pytest
 import torch
@@ -44,8 +44,8 @@ def test_no_synchronisation(transport: str) -> None:
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_the_results_of_the_cpu() -> None:
-    """Output and gradients against the same layer in fp64 on the CPU."""
+def test_the_results_of_a_dense_loop() -> None:
+    """Output and gradients against a loop over the experts in fp64."""
     layer = build("all_gather")
     hidden = torch.randn(TOKENS, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
     hidden.requires_grad_()
