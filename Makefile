@@ -1,4 +1,4 @@
-# make train | test | test-all | lint | gpu-check   (ARGS="..." passes flags on)
+# make train | test | test-all | lint | gpu-check   (ARGS="..." passes flags on to train)
 
 VENV := .venv
 ARGS ?=
