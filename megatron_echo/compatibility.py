@@ -75,7 +75,8 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda c: c.cuda_graph_impl in ("local", "transformer_engine"),
-        "is not captured layer by layer. Leave --cuda-graph-impl {config.cuda_graph_impl} out.",
+        "counts its calls in Python, which graphs of single layers skip. Use --cuda-graph-impl "
+        "full_iteration.",
     ),
     (
         lambda c: c.cuda_graph_impl == "full_iteration" and c.cuda_graph_warmup_steps < 1,

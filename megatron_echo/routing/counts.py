@@ -173,6 +173,9 @@ class CountExchange:
                 batch = torch.stack([self.of_batch(row, call) for call in calls])
                 state.previous().copy_(batch.double().mean(0))
         self.last_step = torch.stack(list(self._step_totals()))
+        for slot in self._slots.values():
+            for work in slot.work:  # a CUDA graph must not end before what it has started
+                work.wait()
         self._slots.clear()
         self._pending.clear()
         for state in self._rows:

@@ -126,7 +126,7 @@ ROWS = (
         {**SELECTIVE, "recompute_modules": "moe_act", "moe_grouped_gemm": True},
         "recomputes the activation in backward anyway."),
     Row("CUDA graphs of single layers", {"cuda_graph_impl": "local"},
-        "is not captured layer by layer."),
+        "counts its calls in Python, which graphs of single layers skip."),
     Row("sinkhorn routing",
         {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 1},
         "never reads the device, but sinkhorn routing does so in a loop."),
