@@ -32,7 +32,6 @@ _EMPTY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_str
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
-
 _graphs: "weakref.WeakSet[RecordedGraph]" = weakref.WeakSet()
 
 
@@ -233,10 +232,9 @@ class RecordedGraph:
         touched = {_key(tensor): tensor for tensor in _tensors(arguments)}
         fresh: list[Tensor | None] = []
         for tensor in _tensors(result):
-            is_fresh = _key(tensor) not in touched
-            fresh.append(torch.ops.aten.detach.default(tensor) if is_fresh else None)
-            if is_fresh:
-                self._inside[_key(tensor)] = tensor
+            fresh.append(None)
+            if _key(tensor) not in touched:
+                fresh[-1] = self._inside[_key(tensor)] = torch.ops.aten.detach.default(tensor)
         for tensor in (*touched.values(), *(each for each in fresh if each is not None)):
             storage = tensor.untyped_storage()
             size = max(storage.nbytes(), self._sizes.get(_key(tensor), (storage, 0))[1])
