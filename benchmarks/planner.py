@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.simulation.workloads import WORKLOADS, synthetic  # noqa: E402
 from megatron_echo.planner import ClonePlan, balance_bound, plan_clones  # noqa: E402
+from megatron_echo.progress import track  # noqa: E402
 
 DRAWS = 5
 TOKENS_PER_RANK = 1024
@@ -128,21 +129,20 @@ def configurations(quick: bool) -> Iterator[tuple[int, int, int]]:
 def run(quick: bool) -> list[dict[str, Any]]:
     """One row for each configuration, workload and planner: means, and the worst draw's balance."""
     rows = []
-    for ranks, experts, topk in configurations(quick):
-        for workload in WORKLOADS:
-            draws = [draw_counts(workload, ranks, experts, topk, d) for d in range(DRAWS)]
-            for name, planner in planners(ranks, experts).items():
-                begin = time.perf_counter()
-                plans = [planner(counts) for counts in draws]
-                milliseconds = (time.perf_counter() - begin) / DRAWS * 1e3
-                figures = [measure(plan) for plan in plans]
-                row: dict[str, Any] = {
-                    key: statistics.fmean(f[key] for f in figures) for key in figures[0]
-                }
-                row["worst max/mean"] = max(f["max/mean"] for f in figures)
-                row |= {"R": ranks, "E": experts, "K": topk, "workload": workload}
-                rows.append({**row, "planner": name, "ms": milliseconds})
-        print(f"  R {ranks}, E {experts}, K {topk} done", flush=True)
+    grid = list(itertools.product(configurations(quick), WORKLOADS))
+    for (ranks, experts, topk), workload in track(grid, "Workloads"):
+        draws = [draw_counts(workload, ranks, experts, topk, d) for d in range(DRAWS)]
+        for name, planner in planners(ranks, experts).items():
+            begin = time.perf_counter()
+            plans = [planner(counts) for counts in draws]
+            milliseconds = (time.perf_counter() - begin) / DRAWS * 1e3
+            figures = [measure(plan) for plan in plans]
+            row: dict[str, Any] = {
+                key: statistics.fmean(f[key] for f in figures) for key in figures[0]
+            }
+            row["worst max/mean"] = max(f["max/mean"] for f in figures)
+            row |= {"R": ranks, "E": experts, "K": topk, "workload": workload}
+            rows.append({**row, "planner": name, "ms": milliseconds})
     return rows
 
 
@@ -190,14 +190,16 @@ def optimum_gap() -> float:
     """Mean excess over the exact optimum's max/mean, R <= 8, S = 1 and 2."""
     from megatron_echo.planner.oracle import optimum
 
+    sizes = ((4, 16), (4, 32), (8, 32), (8, 64))
+    workloads = ("lognormal 0.5", "lognormal 1.0", "zipf 0.6", "one hot rank", "burst")
     gaps = []
-    for ranks, experts in ((4, 16), (4, 32), (8, 32), (8, 64)):
-        for workload in ("lognormal 0.5", "lognormal 1.0", "zipf 0.6", "one hot rank", "burst"):
-            for slots in (1, 2):
-                counts = draw_counts(workload, ranks, experts, 8, 0)
-                best = optimum(counts.numpy(), slots).max_load
-                reached = plan_clones(counts, slots).load_after.max().item()
-                gaps.append((reached - best) * ranks / counts.sum().item())
+    for (ranks, experts), workload, slots in track(
+        list(itertools.product(sizes, workloads, (1, 2))), "Exact optima"
+    ):
+        counts = draw_counts(workload, ranks, experts, 8, 0)
+        best = optimum(counts.numpy(), slots).max_load
+        reached = plan_clones(counts, slots).load_after.max().item()
+        gaps.append((reached - best) * ranks / counts.sum().item())
     return statistics.fmean(gaps)
 
 

@@ -22,6 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_echo.progress import track
+
 END_OF_FILE = 256
 VOCAB_SIZE = 257
 HELD_OUT_ONE_IN = 50
@@ -66,7 +70,7 @@ def write_dataset(prefix: Path, files: Iterable[Path]) -> dict[str, Any]:
     dtype = DType.optimal_dtype(VOCAB_SIZE)
     builder = IndexedDatasetBuilder(f"{prefix}.bin.part", dtype=dtype)
     number = 0
-    for path in files:
+    for path in track(files, f"Corpus: {prefix.name}"):
         content = np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.int32)
         tokens = np.append(content, END_OF_FILE)
         counts += np.bincount(tokens, minlength=VOCAB_SIZE)
