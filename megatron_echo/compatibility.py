@@ -67,7 +67,7 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda c: c.variable_seq_lengths,
         "has static shapes, but the sequence length varies between microbatches. Leave "
-        "--variable-seq-lengths out.",
+        "variable_seq_lengths False.",
     ),
     (
         lambda c: c.recompute_granularity == "selective" and "moe_act" in c.recompute_modules,

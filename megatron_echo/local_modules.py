@@ -41,7 +41,7 @@ class LocalNorm:
             )
         for setting, flag in (
             ("layernorm_zero_centered_gamma", "--apply-layernorm-1p"),
-            ("memory_efficient_layer_norm", "--memory-efficient-layer-norm"),
+            ("memory_efficient_layer_norm", "memory_efficient_layer_norm"),
         ):
             if getattr(config, setting):
                 raise ValueError(
