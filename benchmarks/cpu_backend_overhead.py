@@ -4,7 +4,7 @@ Alternates, step by step in one process, plain torch, the backend as it is (wrap
 factories and ``Tensor.to``), and the alternative that was not taken: a ``TorchFunctionMode`` that
 looks at every torch call. Prints medians and ratios to plain torch::
 
-    python benchmarks/cpu_backend_overhead.py [--write-readme]
+    python benchmarks/cpu_backend_overhead.py [--rounds 200] [--write-readme]
 """
 
 import argparse
@@ -107,6 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=200, help="steps of each way")
     parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    default = ROOT / "benchmarks" / "results" / "cpu_backend_overhead.json"
+    parser.add_argument("--output", type=Path, default=default)
     args = parser.parse_args()
     if torch.cuda.is_available():
         parser.error("this machine has a CUDA device: the CPU backend is never enabled here.")
@@ -117,8 +119,7 @@ def main() -> None:
     text = f"{as_table(results)}\n\n{note}"
     print(text)
     record = {"machine": machine, "rounds": args.rounds, "results": results}
-    target = ROOT / "benchmarks" / "results" / "cpu_backend_overhead.json"
-    target.write_text(json.dumps(record, indent=2) + "\n")
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
     if args.write_readme:
         readme = ROOT / "README.md"
         before, rest = readme.read_text().split(BEGIN)

@@ -13,6 +13,7 @@ from megatron_echo.observe.metrics import METRICS_FILE, read_metrics
 from megatron_echo.observe.run_record import RUN_FILE
 from megatron_echo.observe.trace import StepTrace, TraceError, trace_files
 from megatron_echo.observe.trace import read_trace as load_trace
+from megatron_echo.progress import track
 
 MAX_POINTS = 1000
 """Iterations in a chart; of longer runs each n-th is shown, and the page says so."""
@@ -261,7 +262,7 @@ def read_trace(paths: Sequence[Path], tolerance: float, numbers: int) -> Json:
         "slots": slots,
         "traced": len(groups),
         "every": every,
-        "steps": [first, *map(read_step, groups[every::every])],
+        "steps": [first, *map(read_step, track(groups[every::every], "Traces"))],
     }
 
 

@@ -24,7 +24,7 @@ def patched(script: str, diff: str) -> str:
 
 
 def test_five_lines_train_with_our_layer(tmp_path: Path) -> None:
-    """With all flags; MLA, where Megatron replaces the configuration class; MTP; the same losses."""
+    """MLA, where Megatron replaces the configuration class, and MTP; the same losses as ours."""
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(re.findall(r"^\+(?!\+\+)", diff, re.MULTILINE)) == 5
     script = tmp_path / "pretrain_gpt.py"

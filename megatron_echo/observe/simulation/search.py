@@ -10,6 +10,7 @@ from megatron_echo.observe.simulation.layout import Layout
 from megatron_echo.observe.simulation.placement import Placement, check_ranks, fullest_part, place
 from megatron_echo.observe.simulation.workloads import Loads, layer_calls
 from megatron_echo.planner.balance import MAX_RANKS
+from megatron_echo.progress import track
 
 PIPELINES = (1, 2, 4, 8, 16)
 
@@ -93,7 +94,7 @@ def candidates(model: CostModel, search: Search) -> tuple[list[Candidate], list[
     """
     found: list[Candidate] = []
     left_out: list[str] = []
-    for ranks in search.experts:
+    for ranks in track(search.experts, "Expert-parallel sizes"):
         try:
             check_ranks(ranks, model.model.experts, 0)
             found += list(_of_size(model, search, ranks, _layouts(model, search, ranks)))
