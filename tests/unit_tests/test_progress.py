@@ -33,12 +33,13 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     return replace
 
 
-def test_a_terminal_sees_a_bar(streams: Streams) -> None:
+def test_a_terminal_sees_a_bar_that_goes_away(streams: Streams) -> None:
     _, terminal = streams()
     assert list(track([5, 6, 7], "counting")) == [5, 6, 7]
     shown = terminal.getvalue()
     assert "counting" in shown
     assert "100%" in shown
+    assert shown.endswith("\x1b[2K"), "the line is erased"
 
 
 def test_the_total_of_an_iterator_can_be_told(streams: Streams) -> None:
