@@ -57,7 +57,7 @@ WAYS = (
     Way(r"make (test|test-all|lint|format)", test=THE_TESTS),
     Way(r"python -m pytest tests/\S+( tests/\S+)*", test=THE_TESTS),
     Way(r"make train( ARGS=.*)?",
-        run="python tools/main_job.py --train-iters 11 --eval-iters 1 --moe-router-topk 4 "
+        run="python tools/main_job.py --train-iters 5 --lr-warmup-iters 0 --eval-iters 1 --moe-router-topk 4 "
         "--run-dir {tmp} --tensorboard-dir {tmp}/tensorboard --save {tmp}/checkpoints"),
     Way(r"make docs", test=f"{UNIT}/test_docs.py::test_the_site_builds"),
     Way(r"make goldens .*",
@@ -93,7 +93,7 @@ WAYS = (
     Way(r"python benchmarks/same_mathematics\.py.*",
         run="python benchmarks/same_mathematics.py --steps 11 --only 1 --output {tmp}/same"),
     Way(r"python benchmarks/echo\.py",
-        run="python benchmarks/echo.py --rounds 1 --iterations 11 --ranks 2 --output {tmp}/echo"),
+        run="python benchmarks/echo.py --rounds 1 --iterations 3 --ranks 2 --output {tmp}/echo"),
     Way(r"python benchmarks/router_losses\.py",
         run="python benchmarks/router_losses.py --steps 11 --output {tmp}/losses"),
     Way(r"python benchmarks/aux_loss\.py",
