@@ -58,7 +58,7 @@ WAYS = (
     Way(r"python -m pytest tests/\S+( tests/\S+)*", test=THE_TESTS),
     Way(r"make train( ARGS=.*)?",
         run="python tools/main_job.py --train-iters 5 --lr-warmup-iters 0 --eval-iters 1 "
-        "--moe-router-topk 4 --run-dir {tmp} --tensorboard-dir {tmp}/tensorboard --save {tmp}/checkpoints"),
+        "--moe-router-topk 4 --run-dir {tmp} --tensorboard-dir {tmp}/tb --save {tmp}/ckpt"),
     Way(r"make docs", test=f"{UNIT}/test_docs.py::test_the_site_builds"),
     Way(r"make goldens .*",
         run="python tests/functional_tests/record_goldens.py moe_echo_ep1 --dry-run"),
