@@ -198,11 +198,14 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert (tmp_path / "concepts.html").is_file()
 
 
-def test_the_workflow_runs_targets_that_exist() -> None:
+def test_the_workflow_and_the_hooks() -> None:
     path = launch.ROOT / ".github" / "workflows" / "ci.yml"
-    steps = yaml.safe_load(path.read_text())["jobs"]["test"]["steps"]
-    assert steps[-1]["run"] == "make lint test"
-    python = next(step for step in steps if "setup-python" in step.get("uses", ""))
-    assert python["with"]["python-version"] == (launch.ROOT / ".python-version").read_text().strip()
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    ends = {name: job["steps"][-1]["run"] for name, job in jobs.items()}
+    assert ends == {"test": "make lint test", "docs": "make docs PYTHON=python"}
+    version = (launch.ROOT / ".python-version").read_text().strip()
+    for step in (step for job in jobs.values() for step in job["steps"]):
+        if "setup-python" in step.get("uses", ""):
+            assert step["with"]["python-version"] == version
     hooks = yaml.safe_load((launch.ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]
     assert [hook["id"] for hook in hooks["hooks"]] == ["ruff-format", "ruff-check", "mypy"]
