@@ -181,7 +181,7 @@ def test_make_targets_exist_and_start_files_that_do() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", [way for way in WAYS if way.run], ids=lambda way: way.pattern)
 def test_command(way: Way, tmp_path: Path) -> None:
     """One at a time: several build the same corpus, and all of them measure."""
