@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_echo.compatibility import config_refusal
+from megatron_echo.environment import interprets_triton
 
 Check = Callable[[Any, Any], str | None]
 """``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
@@ -117,6 +119,16 @@ def _check_not_negative(value: float, config: Any) -> str | None:
 def _check_expert_dispatcher(value: str, config: Any) -> str | None:
     if value == "p2p" and config.cuda_graph_impl != "none":
         return "reads the plan on the host, which a CUDA graph cannot. Use collective."
+    return None
+
+
+def _check_grouped_gemm(value: str, config: Any) -> str | None:
+    # The CPU backend leaves torch.accelerator truthful.
+    if value == "triton" and not (torch.accelerator.is_available() or interprets_triton()):
+        return (
+            "needs a GPU. Use auto or torch, or set TRITON_INTERPRET=1 to run the kernels on a "
+            "CPU, very slowly."
+        )
     return None
 
 
@@ -242,6 +254,15 @@ class EchoConfigMixin:
         "auto",
         "What plans: torch operations, one Triton kernel, or by device.",
         group="echo",
+        choices=("auto", "torch", "triton"),
+    )
+    moe_echo_grouped_gemm: str = flag(
+        "auto",
+        "What multiplies the experts' rows. torch: grouped_mm, for which the home weights are "
+        "copied beside the clones. triton: kernels of this package that read both where they lie. "
+        "auto: torch, as the kernels have not been measured on a GPU yet.",
+        group="echo",
+        check=_check_grouped_gemm,
         choices=("auto", "torch", "triton"),
     )
     moe_echo_recompute_expert_dispatch: bool = flag(

@@ -20,6 +20,17 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and not isinstance(tensor, FakeTensor)
 
 
+def interprets_triton() -> bool:
+    """Whether Triton's kernels run on a CPU, in its interpreter and very slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """True for a tensor that Triton's kernels work on: :func:`on_gpu`, or in its interpreter."""
+    is_real_cpu = tensor.is_cpu and not isinstance(tensor, FakeTensor)
+    return on_gpu(tensor) or (is_real_cpu and interprets_triton())
+
+
 def _find_transformer_engine() -> bool:
     """True if it imports: an installed one whose libraries do not fit is as good as none."""
     if importlib.util.find_spec("transformer_engine") is None:

@@ -15,13 +15,15 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.config import num_clone_slots
 from megatron_echo.dispatch.permute import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
-from megatron_echo.experts.grouped_linear import grouped_outer, grouped_product
+from megatron_echo.experts.grouped_linear import GroupedGemm
 
 
 class WeightPool:
-    """``[m + S, out, in]`` for each projection, shared by all layers: home experts, then slots.
+    """A stack of slots ``[S, out, in]`` for each projection, shared by all layers.
 
-    One object for a model, kept on its configuration: :meth:`of` finds or makes it.
+    Where the grouped products want all weights in one stack, it is ``[m + S, out, in]``, with the
+    home experts before the slots. One object for a model, kept on its configuration: :meth:`of`
+    finds or makes it.
     """
 
     def __init__(self) -> None:
@@ -38,9 +40,9 @@ class WeightPool:
     def __deepcopy__(self, memo: dict) -> "WeightPool":
         return self  # Megatron copies configurations for some layers; the model stays one
 
-    def stack(self, weight: Tensor, slots: int) -> Tensor:
-        """The buffer for home weights ``[m, out, in]`` and some slots; what it holds is stale."""
-        shape = (weight.shape[0] + slots, *weight.shape[1:])
+    def stack(self, weight: Tensor, size: int) -> Tensor:
+        """The buffer for so many matrices like those of ``weight``; what it holds is stale."""
+        shape = (size, *weight.shape[1:])
         key = (shape, weight.dtype, weight.device)
         if key not in self._stacks:
             with torch.inference_mode(False):  # evaluation may come first
@@ -49,7 +51,7 @@ class WeightPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, the copies of home weights included."""
+        """Bytes held, copies of home weights included."""
         return sum(stack.nbytes for stack in self._stacks.values())
 
     @property
@@ -88,48 +90,49 @@ class _ClonedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones,
-        pool: WeightPool, keep: bool,
+        pool: WeightPool, gemm: GroupedGemm, keep: bool,
     ) -> Tensor:  # fmt: skip
-        stack = _filled(pool, weight, clones)
-        kept = [stack[clones.experts_per_rank :].clone()] if keep else []
+        stack = _filled(pool, gemm, weight, clones)
+        kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(rows, weight, ends, clones.slot_expert, *kept)
-        ctx.pool = pool
+        ctx.pool, ctx.gemm = pool, gemm
         ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
-        return grouped_product(rows, stack.transpose(1, 2), ends)
+        return gemm.product(rows, weight, stack, ends, transpose=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends, slot_expert, *kept = ctx.saved_tensors
         clones = Clones(slot_expert, *ctx.of_clones)
-        stack = _filled(ctx.pool, weight, clones, *kept)
+        stack = _filled(ctx.pool, ctx.gemm, weight, clones, *kept)
         grad = grad.contiguous()
-        to_rows = grouped_product(grad, stack, ends) if ctx.needs_input_grad[0] else None
-        to_weight = None
+        to_rows = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_rows = ctx.gemm.product(grad, weight, stack, ends, transpose=False)
         if ctx.needs_input_grad[1]:
-            wide = wide_dtype(weight.dtype)
-            if rows.is_cpu:  # CUDA has no fast grouped product of fp32: there each part is rounded
-                grad, rows = grad.to(wide), rows.to(wide)
-            parts = grouped_outer(grad, rows, ends).to(wide)
+            parts = ctx.gemm.outer(grad, rows, ends, wide_dtype(weight.dtype))
             home = clones.transport.bring_home(parts, slot_expert, clones.announced)
             to_weight = home.to(weight.dtype)
-        return to_rows, to_weight, None, None, None, None
+        return to_rows, to_weight, None, None, None, None, None
 
 
-def _filled(pool: WeightPool, weight: Tensor, clones: Clones, kept: Tensor | None = None) -> Tensor:
-    """``[m + S, out, in]``: the home experts, and the clones, brought or taken from ``kept``."""
-    stack, experts = pool.stack(weight, clones.slots), clones.experts_per_rank
-    stack[:experts].copy_(weight)
+def _filled(
+    pool: WeightPool, gemm: GroupedGemm, weight: Tensor, clones: Clones, kept: Tensor | None = None
+) -> Tensor:
+    """The pool's stack; in its last S matrices the clones, brought or taken from ``kept``."""
+    stack = pool.stack(weight, gemm.stack_size(len(weight), clones.slots))
+    slots = stack[-clones.slots :]
     if kept is not None:
-        stack[experts:].copy_(kept)
+        slots.copy_(kept)
     else:
-        clones.transport.push(weight, clones.slot_expert, clones.announced, stack[experts:])
+        clones.transport.push(weight, clones.slot_expert, clones.announced, slots)
     return stack
 
 
 def cloned_linear(
-    rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones, pool: WeightPool, keep: bool = False
-) -> Tensor:
+    rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones, pool: WeightPool,
+    gemm: GroupedGemm, keep: bool = False,
+) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` for each group of rows: the home experts', then the slots'.
 
     All ranks of the group must call it together, in forward and in backward. Backward returns the
@@ -143,9 +146,10 @@ def cloned_linear(
         ends: int32 ``[m + S]``, end offset of each group.
         clones: which experts sit in the slots; used as it is now, also in backward.
         pool: where the weights are brought to.
+        gemm: what computes the products.
         keep: keep a copy of the clones for backward in place of bringing them again.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
-    return _ClonedLinear.apply(rows, weight, ends, clones, pool, keep)
+    return _ClonedLinear.apply(rows, weight, ends, clones, pool, gemm, keep)

@@ -1,5 +1,6 @@
 """Matrix products of grouped rows with a stack of weights, with offsets on the device."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -76,27 +77,95 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return grouped_outer_reference(left, right, ends)
 
 
+class GroupedGemm(ABC):
+    """What computes the grouped products of a layer; keeps no state."""
+
+    @abstractmethod
+    def stack_size(self, experts: int, slots: int) -> int:
+        """Matrices that the pool must hold for m home experts and S clones."""
+
+    @abstractmethod
+    def product(
+        self, rows: Tensor, weight: Tensor, stack: Tensor | None, ends: Tensor, *, transpose: bool
+    ) -> Tensor:
+        """``rows[g] @ w[g].T`` with ``transpose``, else ``rows[g] @ w[g]``, for each group of rows.
+
+        Args:
+            rows: ``[B, i]``.
+            weight: ``[m, out, in]``, the home experts.
+            stack: the pool's buffer, the clones in its last S matrices; None if there are none.
+            ends: int32 ``[m + S]``, end offset of each group, on the device.
+            transpose: multiply with the transposed weights, as a linear layer does.
+
+        Returns:
+            ``[B, out]``, or ``[B, in]`` without ``transpose``; anything in the rows beyond the
+            last end.
+        """
+
+    @abstractmethod
+    def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        """``left[g].T @ right[g]``, a weight gradient, for each group of rows.
+
+        Args:
+            left: ``[B, out]``.
+            right: ``[B, in]``.
+            ends: int32 ``[G]``.
+            dtype: of the result, not narrower than that of the rows.
+
+        Returns:
+            ``[G, out, in]``; zeros for a group without rows.
+        """
+
+
+class TorchGemm(GroupedGemm):
+    """torch's ``grouped_mm``: it wants one stack, and so a copy of the home experts in the pool."""
+
+    def stack_size(self, experts: int, slots: int) -> int:
+        """See :class:`GroupedGemm`."""
+        return experts + slots
+
+    def product(
+        self, rows: Tensor, weight: Tensor, stack: Tensor | None, ends: Tensor, *, transpose: bool
+    ) -> Tensor:
+        """See :class:`GroupedGemm`."""
+        if stack is not None:
+            stack[: len(weight)].copy_(weight)
+            weight = stack
+        return grouped_product(rows, weight.mT if transpose else weight, ends)
+
+    def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`GroupedGemm`."""
+        if left.is_cpu:  # CUDA has no fast grouped product of fp32: there each part is rounded
+            left, right = left.to(dtype), right.to(dtype)
+        return grouped_outer(left, right, ends).to(dtype)
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, ends)
-        return grouped_product(rows, weights.transpose(1, 2), ends)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, gemm: GroupedGemm) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        ctx.gemm = gemm
+        return gemm.product(rows, weight, None, ends, transpose=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weights, ends = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
-        needs_rows, needs_weights, _ = ctx.needs_input_grad
-        to_rows = grouped_product(grad, weights, ends) if needs_rows else None
-        to_weights = grouped_outer(grad, rows, ends) if needs_weights else None
-        return to_rows, to_weights, None
+        to_rows = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_rows = ctx.gemm.product(grad, weight, None, ends, transpose=False)
+        if ctx.needs_input_grad[1]:
+            to_weight = ctx.gemm.outer(grad, rows, ends, weight.dtype)
+        return to_rows, to_weight, None, None
 
 
-def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(
+    rows: Tensor, weights: Tensor, ends: Tensor, gemm: GroupedGemm | None = None
+) -> Tensor:
     """``rows[g] @ weights[g].T`` for each group of rows.
 
-    Rows beyond the last end are neither read nor, with torch's kernel, written: the output holds
+    Rows beyond the last end are neither read nor, with a kernel, written: the output holds
     anything there. The same is true of the gradient with respect to ``rows``. The gradient of a
     group without rows is zero.
 
@@ -104,8 +173,9 @@ def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         rows: ``[B, i]``.
         weights: ``[G, o, i]``, the same dtype.
         ends: int32 ``[G]``, end offset of each group, not above B, on the device.
+        gemm: what computes the products, by default torch's.
 
     Returns:
         ``[B, o]``.
     """
-    return _GroupedLinear.apply(rows, weights, ends)
+    return _GroupedLinear.apply(rows, weights, ends, gemm or TorchGemm())

@@ -19,7 +19,15 @@ from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 from megatron_echo.experts.checkpoint import empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, cloned_linear
-from megatron_echo.experts.grouped_linear import grouped_linear
+from megatron_echo.experts.grouped_linear import GroupedGemm, TorchGemm, grouped_linear
+from megatron_echo.experts.pointer_gemm import PointerGemm
+
+GROUPED_GEMMS: dict[str, type[GroupedGemm]] = {
+    "auto": TorchGemm,  # until the kernels have been measured on a GPU
+    "torch": TorchGemm,
+    "triton": PointerGemm,
+}
+"""By the word of ``--moe-echo-grouped-gemm``."""
 
 
 class GroupedLinear(torch.nn.Module):
@@ -46,6 +54,7 @@ class GroupedLinear(torch.nn.Module):
         setattr(self.weight, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
 
         self._pool = WeightPool.of(config)
+        self._gemm = GROUPED_GEMMS[echo_setting(config, "moe_echo_grouped_gemm")]()
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
 
     def forward(self, rows: Tensor, ends: Tensor, clones: Clones | None = None) -> Tensor:
@@ -55,8 +64,10 @@ class GroupedLinear(torch.nn.Module):
         Megatron's parameter all-gather is waited for before it.
         """
         if clones is None:
-            return grouped_linear(rows, self.weight, ends)
-        return cloned_linear(rows, self.weight, ends, clones, self._pool, self._keeps_clones)
+            return grouped_linear(rows, self.weight, ends, self._gemm)
+        return cloned_linear(
+            rows, self.weight, ends, clones, self._pool, self._gemm, self._keeps_clones
+        )
 
 
 class WeightedActivation(torch.nn.Module):

@@ -4,16 +4,17 @@
 These take the stack in two parts: ``home``, the parameter itself, and ``slots``, the pool of the
 clones. Group g is ``home[g]`` for g below m, else ``slots[g - m]``.
 
-On a GPU they are Triton kernels, for bf16, fp16 and (not rounded to tf32) fp32, on any device that
-Triton knows; no value is read on the host. Elsewhere they are the products of ``grouped_linear``,
-on the two parts put together; its references say what the kernels compute.
+On a GPU, and in Triton's interpreter, they are Triton kernels, for bf16, fp16 and (not rounded to
+tf32) fp32, on any device that Triton knows; no value is read on the host. Elsewhere they are the
+products of ``grouped_linear``, on the two parts put together; its references say what the kernels
+compute.
 """
 
 import torch
 from torch import Tensor
 
-from megatron_echo.environment import on_gpu
-from megatron_echo.experts.grouped_linear import grouped_outer, grouped_product
+from megatron_echo.environment import runs_triton
+from megatron_echo.experts.grouped_linear import GroupedGemm, grouped_outer, grouped_product
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -83,8 +84,28 @@ def pointer_outer(
         slots.copy_(parts[len(home) :])
 
 
+class PointerGemm(GroupedGemm):
+    """The products above: the pool holds clones only."""
+
+    def stack_size(self, experts: int, slots: int) -> int:
+        """See :class:`GroupedGemm`."""
+        return slots
+
+    def product(
+        self, rows: Tensor, weight: Tensor, stack: Tensor | None, ends: Tensor, *, transpose: bool
+    ) -> Tensor:
+        """See :class:`GroupedGemm`."""
+        return pointer_product(rows, weight, stack, ends, transpose=transpose)
+
+    def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`GroupedGemm`; sums are rounded once, to ``dtype``."""
+        parts = left.new_empty(len(ends), left.shape[1], right.shape[1], dtype=dtype)
+        pointer_outer(left, right, ends, parts, None)
+        return parts
+
+
 def _takes_kernel(rows: Tensor) -> bool:
-    return on_gpu(rows) and rows.dtype in _KERNEL_DTYPES
+    return runs_triton(rows) and rows.dtype in _KERNEL_DTYPES
 
 
 def _check(

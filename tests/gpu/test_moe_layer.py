@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_rank")]
 TOKENS, HIDDEN = 512, 256
 
 
-def build(transport: str) -> EchoMoELayer:
+def build(transport: str, gemm: str) -> EchoMoELayer:
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = EchoTransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, ffn_hidden_size=512,
@@ -21,16 +21,21 @@ def build(transport: str) -> EchoMoELayer:
         activation_func=torch.nn.functional.silu, add_bias_linear=False, transformer_impl="local",
         moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather", bf16=True,
         params_dtype=torch.bfloat16, moe_enable_echo=True, moe_echo_token_transport=transport,
+        moe_echo_grouped_gemm=gemm,
     )  # fmt: skip
     layer = moe_module_spec(config)(config=config, pg_collection=None)
     layer.set_layer_number(1)
     return layer.cuda()
 
 
+gemms = pytest.mark.parametrize("gemm", ["torch", "triton"])
+
+
+@gemms
 @pytest.mark.parametrize("transport", ["all_gather", "all_to_all"])
-def test_no_synchronisation(transport: str) -> None:
+def test_no_synchronisation(transport: str, gemm: str) -> None:
     """CUDA's own check and our tripwire, forward and backward, after a warm-up."""
-    layer = build(transport)
+    layer = build(transport, gemm)
     hidden = torch.randn(TOKENS, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
     hidden.requires_grad_()
     for step in range(2):
@@ -44,9 +49,10 @@ def test_no_synchronisation(transport: str) -> None:
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_the_results_of_a_dense_loop() -> None:
+@gemms
+def test_the_results_of_a_dense_loop(gemm: str) -> None:
     """Output and gradients against a loop over the experts in fp64."""
-    layer = build("all_gather")
+    layer = build("all_gather", gemm)
     hidden = torch.randn(TOKENS, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
     hidden.requires_grad_()
     probs, chosen = layer.route(hidden)

@@ -8,8 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import triton_interpreter
 from torch import Tensor
-from triton import language as tl
 from triton.runtime import interpreter
 from unit_tests.dispatch.test_kernels import run_script
 
@@ -21,41 +21,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EPSILON = 2.0**-24
 
 
-def _convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object):
-    """As a GPU converts between bf16 and fp32: to the nearest, and subnormals too."""
-    if source == tl.bfloat16 and target == tl.float32:
-        return (data.astype(np.uint32) << 16).view(np.uint32)
-    if source == tl.float32 and target == tl.bfloat16:
-        return torch.from_numpy(data).to(torch.bfloat16).view(torch.uint16).numpy()
-    return _unmended_convert_float(data, source, target, mode)
-
-
-_unmended_convert_float = interpreter._convert_float
-_unmended_dot = interpreter.InterpreterBuilder.create_dot
-_unmended_patch = interpreter._patch_lang_tensor
-
-
-def _dot(builder: object, a, b, *args: object):
-    """Not the product of the bit patterns of bf16."""
-    if a.dtype == tl.bfloat16:
-        a, b = (builder.cast_impl(t, tl.float32) for t in (a, b))
-    return _unmended_dot(builder, a, b, *args)
-
-
-def _patch_lang_tensor(tensor: type, scope: object) -> None:
-    """NumPy 2.5 makes no int of an array with one element, so that loops had no runtime bounds."""
-    _unmended_patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
 @pytest.fixture(autouse=True)
 def mended_interpreter() -> Iterator[None]:
-    with (
-        mock.patch.object(interpreter, "_convert_float", _convert_float),
-        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
-        mock.patch.object(interpreter, "_patch_lang_tensor", _patch_lang_tensor),
-        mock.patch.object(pointer_gemm, "on_gpu", return_value=True),
-    ):
+    with triton_interpreter.mended():
         yield
 
 
@@ -198,7 +166,7 @@ def test_the_work_is_that_of_the_rows(last: int) -> None:
     """Products of tiles in a buffer of 640 rows, of which some are used."""
     case = Case(torch.float32, (72, 40), [last, last], rows=640, slots=1)
     with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", autospec=True) as dot:
-        dot.side_effect = _dot
+        dot.side_effect = triton_interpreter.dot
         output, _ = case.products()
         row_tiles = -(-last // 64)
         assert dot.call_count == row_tiles * (2 * 2 + 1 * 3)  # tiles of 64 columns, 32 terms
@@ -254,7 +222,7 @@ def test_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And in fp64 with one."""
     dtype = DTYPES.get(name, torch.float64)
     if name != "fp64":
-        monkeypatch.setattr(pointer_gemm, "on_gpu", lambda tensor: False)
+        monkeypatch.setattr(pointer_gemm, "runs_triton", lambda tensor: False)
     monkeypatch.setitem(sys.modules, "megatron_echo.experts.kernels", None)
     case = Case(dtype, (72, 64), ENDS["tail"])
     results = [*case.products(), case.outer(torch.float64)]

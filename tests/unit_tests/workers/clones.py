@@ -47,6 +47,7 @@ from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.dispatch.transports import CollectiveWeights, PeerToPeerWeights
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.clones import WeightPool
+from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.planner import ClonePlan, balance_bound
 from megatron_echo.testing import no_host_sync
@@ -417,12 +418,13 @@ def check_unused_slots() -> None:
     original, filled = clones_module._filled, 0
 
     def fill(
-        pool: WeightPool, weight: Tensor, clones: Clones, kept: Tensor | None = None
-    ) -> Tensor:
+        pool: WeightPool, gemm: GroupedGemm, weight: Tensor, clones: Clones,
+        kept: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         nonlocal filled
-        stack = original(pool, weight, clones, kept)
+        stack = original(pool, gemm, weight, clones, kept)
         unused = clones.slot_expert[dist.get_rank()] < 0
-        stack[clones.experts_per_rank :][unused] = float("nan")
+        stack[-clones.slots :][unused] = float("nan")
         filled += int(unused.sum())
         return stack
 

@@ -1,0 +1,99 @@
+"""EchoMoELayer with Triton's grouped products against the same with torch's.
+
+In Triton's interpreter; the argument names a check, a function ``check_...`` below.
+"""
+
+import itertools
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import triton_interpreter
+from torch import Tensor
+from unit_tests.workers.clones import case_of, cloned, plain
+from unit_tests.workers.moe_layer import (
+    Problem,
+    dense,
+    errors,
+    fill_uninitialized_memory,
+    main,
+    report,
+    run,
+    same_bits,
+)
+
+from megatron_echo import cpu_backend
+from megatron_echo.experts import grouped_linear, kernels
+from megatron_echo.experts.clones import WeightPool
+from megatron_echo.moe_layer import EchoMoELayer
+
+# Of the largest value: eight units in the last place of fp32, as the two sum in another order, and
+# one of bf16.
+LIMITS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8}
+
+
+def layer_of(kind: str, dtype: torch.dtype, slots: int, keep: bool) -> EchoMoELayer:
+    """With S clone slots, or none, and the grouped products of ``kind``."""
+    fields = {"moe_echo_grouped_gemm": kind, "moe_echo_recompute_expert_dispatch": not keep}
+    return cloned(2, dtype, slots, **fields) if slots else plain(2, dtype, **fields)
+
+
+def run_in_triton(layer: EchoMoELayer, case: Problem) -> dict[str, Tensor]:
+    """Forward and backward: four products and two weight gradients, all of them Triton's."""
+    with (
+        triton_interpreter.mended(),
+        mock.patch.object(kernels, "product", wraps=kernels.product) as products,
+        mock.patch.object(kernels, "outer", wraps=kernels.outer) as outers,
+        mock.patch.object(grouped_linear, "grouped_mm", side_effect=AssertionError),
+    ):
+        result = run(layer, case)
+    assert (products.call_count, outers.call_count) == (4, 2)
+    return result
+
+
+def check_the_results_of_torch() -> None:
+    """Output and all gradients, with and without clones; the pool holds the slots alone."""
+    worst = dict.fromkeys(LIMITS, 0.0)
+    slots_of = itertools.cycle((6, 0, 1, 6) if dist.get_world_size() > 1 else (0,))
+    for dtype, kind in itertools.product(LIMITS, ("hot", "empty", "padding")):
+        slots, case = next(slots_of), case_of(kind, 2, dtype)
+        keep = kind == "padding"
+        expected = run(layer_of("torch", dtype, slots, keep), case)
+        layer = layer_of("triton", dtype, slots, keep)
+        found = errors(run_in_triton(layer, case), {k: v.double() for k, v in expected.items()})
+        assert max(found.values()) <= LIMITS[dtype], (dtype, kind, slots, found)
+        worst[dtype] = max(worst[dtype], *found.values())
+        expert = sum(weight[0].nbytes for weight in layer.experts.parameters())
+        assert WeightPool.of(layer.config).nbytes == slots * expert
+    report("triton against torch", {str(dtype): f"{value:.1e}" for dtype, value in worst.items()})
+
+
+def check_same_bits() -> None:
+    """Every run, also with NaN in all uninitialised memory."""
+    case = case_of("hot", 2, torch.bfloat16)
+    first = run_in_triton(layer_of("triton", torch.bfloat16, 6, False), case)
+    torch.use_deterministic_algorithms(True)
+    fill_uninitialized_memory(True)
+    try:
+        same_bits(run_in_triton(layer_of("triton", torch.bfloat16, 6, False), case), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_bf16() -> None:
+    """Gradients of the weights are as near to fp64 as torch's."""
+    case, squares = case_of("hot", 2, torch.bfloat16), []
+    exact = dense(plain(2, torch.bfloat16), case)
+    for way in (run, run_in_triton):
+        result = way(layer_of("torch" if way is run else "triton", torch.bfloat16, 6, False), case)
+        misses = [(result[name].double() - exact[name]).square().sum() for name in ("dfc1", "dfc2")]
+        squares.append(torch.stack(misses))
+    whole = torch.stack(squares)
+    dist.all_reduce(whole)
+    ratio = (whole[1] / whole[0]).sqrt()
+    assert (ratio <= 1.05).all(), ratio
+
+
+if __name__ == "__main__":
+    cpu_backend.enable(verbose=False)
+    main(globals())
