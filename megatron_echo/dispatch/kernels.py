@@ -1,8 +1,9 @@
 """The two copies of ``permute.py`` in Triton, bit-identical to the torch references there.
 
 A program handles a few rows by a block of columns, 16 bytes a load. Rows that no index names are
-not read. Pointers are int64: a buffer may have more than 2^31 elements. Nothing is autotuned, as
-that would wait for the device.
+not read; behind the rows in use, whose number is read on the device, programs exit at once.
+Pointers are int64: a buffer may have more than 2^31 elements. Nothing is autotuned, as that would
+wait for the device.
 """
 
 # (Triton's functions have no Python types.)
@@ -33,10 +34,15 @@ def _named(source, index, row, column, k, num_source, num_rows, H: tl.constexpr,
 
 @triton.jit(do_not_specialize=["num_source", "num_rows"])
 def _take_rows_kernel(
-    source, index, output, num_source, num_rows,
-    H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    source, index, output, used, num_source, num_rows,
+    IS_BOUNDED: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if IS_BOUNDED:
+        num_rows = tl.minimum(tl.load(used), num_rows)
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    if row >= num_rows:
+        return
+    row += tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = _named(source, index, row, column, 0, num_source, num_rows, H, 1)
     inside = (row < num_rows)[:, None] & (column < H)[None, :]
@@ -61,9 +67,9 @@ def _sum_rows_kernel(
     tl.store(output + row[:, None] * H + column[None, :], total, mask=inside)
 
 
-def take_constants(columns: int, itemsize: int) -> dict[str, int]:
+def take_constants(columns: int, itemsize: int, is_bounded: bool) -> dict[str, int]:
     """Compile-time arguments of the kernel of :func:`take_rows`."""
-    return {"H": columns, **_tile(columns, itemsize, _LOADS)}
+    return {"IS_BOUNDED": is_bounded, "H": columns, **_tile(columns, itemsize, _LOADS)}
 
 
 def sum_constants(columns: int, itemsize: int, terms: int) -> dict[str, int]:
@@ -78,20 +84,22 @@ def _tile(columns: int, itemsize: int, blocks: int) -> dict[str, int]:
     return {"ROWS": min(triton.next_power_of_2(rows), _MAX_ROWS), "BLOCK": block}
 
 
-def take_rows(source: Tensor, index: Tensor) -> Tensor:
+def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tensor:
     """``source[index]``, with zeros where the index is ``len(source)``: ``[B, H]``.
 
     Args:
         source: ``[N, H]`` on a CUDA device (or on the CPU in Triton's interpreter): fp64, fp32,
             bf16 or fp16.
         index: int32 ``[B]``, up to and including N.
+        used: int32 ``[1]``, rows in use: those behind are not written. None if all are.
     """
     shape = (index.shape[0], source.shape[1])
     if source.numel() == 0:
         return source.new_zeros(shape)
     output = source.new_empty(shape)
-    constants = take_constants(source.shape[1], source.element_size())
-    _launch(_take_rows_kernel, source, index, output, constants)
+    constants = take_constants(source.shape[1], source.element_size(), used is not None)
+    pointers = source, index, output, index if used is None else used
+    _launch(_take_rows_kernel, pointers, constants)
     return output
 
 
@@ -107,11 +115,12 @@ def sum_rows(source: Tensor, index: Tensor) -> Tensor:
         return source.new_zeros(shape, dtype=dtype)
     output = source.new_empty(shape, dtype=dtype)
     constants = sum_constants(source.shape[1], source.element_size(), index.shape[1])
-    _launch(_sum_rows_kernel, source, index, output, constants)
+    _launch(_sum_rows_kernel, (source, index, output), constants)
     return output
 
 
-def _launch(kernel, source: Tensor, index: Tensor, output: Tensor, constants: dict) -> None:
+def _launch(kernel, pointers: tuple[Tensor, ...], constants: dict[str, int]) -> None:
+    source, index, output, *used = pointers
     if output.numel() == 0:
         return
     rows, columns = output.shape
@@ -119,5 +128,6 @@ def _launch(kernel, source: Tensor, index: Tensor, output: Tensor, constants: di
     grid = (triton.cdiv(rows, constants["ROWS"]), triton.cdiv(columns, constants["BLOCK"]))
     with torch.cuda.device_of(source):
         kernel[grid](
-            source.contiguous(), index.contiguous(), output, source.shape[0], rows, **constants
-        )
+            source.contiguous(), index.contiguous(), output, *used, source.shape[0], rows,
+            **constants,
+        )  # fmt: skip

@@ -38,11 +38,13 @@ class RowMap:
         row_of: int32 ``[N, C]``, the rows that hold copies of token ``n``, ``B`` for none.
         pairs_per_token: K; ``row_src // K`` is the token. C may differ: a token is sent to each of
             C ranks once.
+        used: int32 ``[1]``, rows in use; nothing reads those behind. None if all are.
     """
 
     row_src: Tensor
     row_of: Tensor
     pairs_per_token: int
+    used: Tensor | None = None
 
     @property
     def token_of_row(self) -> Tensor:
@@ -114,12 +116,13 @@ def build_layout(
     row_of = torch.empty_like(row).scatter_(0, order, row)
     placed = (starts[:-1] + group_rows).clamp(max=num_rows) - starts[:-1].clamp(max=num_rows)
     need = padded_rows.sum()
+    ends = ends.clamp(max=num_rows).int()
     return DispatchLayout(
-        rows=RowMap(row_src.int(), row_of.view(tokens, topk).int(), topk),
+        rows=RowMap(row_src.int(), row_of.view(tokens, topk).int(), topk, used=ends[-1:]),
         counts=counts[:, :num_groups],
         group_rows=group_rows,
         padded_rows=padded_rows,
-        ends=ends.clamp(max=num_rows).int(),
+        ends=ends,
         need=need,
         over=need > num_rows,
         dropped=(group_rows - placed).sum(),

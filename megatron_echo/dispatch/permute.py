@@ -49,11 +49,12 @@ def _with_null_row(source: Tensor) -> Tensor:
     return torch.cat((source, source.new_zeros(1, source.shape[1])))
 
 
-def _take_rows(source: Tensor, index: Tensor) -> Tensor:
+def _take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tensor:
+    """As the reference; behind the rows in use, on a GPU, the result holds anything."""
     if on_gpu(source):
         from megatron_echo.dispatch.kernels import take_rows
 
-        return take_rows(source, index)
+        return take_rows(source, index, used)
     return take_rows_reference(source, index)
 
 
@@ -70,7 +71,7 @@ class _TokensToRows(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(rows.row_of)
         ctx.dtype = tokens.dtype
-        return _take_rows(tokens, rows.token_of_row)
+        return _take_rows(tokens, rows.token_of_row, rows.used)
 
     @staticmethod
     @once_differentiable
@@ -82,22 +83,23 @@ class _TokensToRows(torch.autograd.Function):
 class _RowsToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, rows: RowMap) -> Tensor:
-        ctx.save_for_backward(rows.row_src)
+        ctx.save_for_backward(rows.row_src, rows.used)
         ctx.dtype, ctx.pairs_per_token = buffer.dtype, rows.pairs_per_token
         return _sum_rows(buffer, rows.row_of)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (row_src,) = ctx.saved_tensors
-        return _take_rows(grad.to(ctx.dtype), row_src // ctx.pairs_per_token), None
+        row_src, used = ctx.saved_tensors
+        token_of_row = row_src // ctx.pairs_per_token
+        return _take_rows(grad.to(ctx.dtype), token_of_row, used), None
 
 
 class _PairsToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pairs: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(rows.row_of)
-        return _take_rows(pairs.reshape(-1, 1), rows.row_src).squeeze(1)
+        return _take_rows(pairs.reshape(-1, 1), rows.row_src, rows.used).squeeze(1)
 
     @staticmethod
     @once_differentiable
@@ -108,9 +110,10 @@ class _PairsToRows(torch.autograd.Function):
 
 
 def tokens_to_rows(tokens: Tensor, rows: RowMap) -> Tensor:
-    """Copy tokens ``[N, H]`` into rows ``[B, H]``; empty rows are zero.
+    """Copy tokens ``[N, H]`` into rows ``[B, H]``; empty rows between others are zero.
 
-    Backward sums a token's rows in the wide dtype and casts once.
+    Rows behind those in use hold anything. Backward sums a token's rows in the wide dtype and
+    casts once.
     """
     return _TokensToRows.apply(tokens, rows)
 
@@ -124,5 +127,8 @@ def rows_to_tokens(buffer: Tensor, rows: RowMap) -> Tensor:
 
 
 def pairs_to_rows(pairs: Tensor, rows: RowMap) -> Tensor:
-    """Copy a value of each pair ``[N, K]``, its probability, into its row: ``[B]``."""
+    """Copy a value of each pair ``[N, K]``, its probability, into its row: ``[B]``.
+
+    Rows behind those in use hold anything.
+    """
     return _PairsToRows.apply(pairs, rows)

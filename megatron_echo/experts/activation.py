@@ -1,71 +1,131 @@
 """The activation between the two projections, with the router's probability inside it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu, squared_relu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Activation = Callable[[Tensor], Tensor]
+from megatron_echo.environment import on_gpu
+
+_KERNELS: dict[Callable[[Tensor], Tensor], str] = {
+    F.silu: "silu",
+    F.gelu: "gelu",
+    quick_gelu: "quick_gelu",
+    squared_relu: "squared_relu",
+}
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def expert_activation(config: Any) -> Activation:
-    """The activation of a ``TransformerConfig``, clamp value and linear offset included.
+@dataclass(frozen=True)
+class ExpertActivation:
+    """The activation of an expert: of ``[B, 2F]`` where it is gated, else ``[B, F]``: ``[B, F]``.
 
-    It takes ``[B, 2F]`` where it is gated, gate first, else ``[B, F]``, and gives ``[B, F]``.
+    Attributes:
+        function: elementwise.
+        is_gated: the function of the first half is multiplied with the second half.
+        limit: clamps the first half from above and the second on both sides; None does not.
+        offset: is added to the second half.
     """
-    if not config.gated_linear_unit:
-        return config.activation_func
 
-    def gated(hidden: Tensor) -> Tensor:
+    function: Callable[[Tensor], Tensor]
+    is_gated: bool = False
+    limit: float | None = None
+    offset: float = 0.0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """In ``hidden``'s dtype."""
+        if not self.is_gated:
+            return self.function(hidden)
         gate, up = hidden.chunk(2, dim=-1)
-        limit = config.activation_func_clamp_value
-        if limit is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-        if config.glu_linear_offset:
-            up = up + config.glu_linear_offset
-        return config.activation_func(gate) * up
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+        if self.offset:
+            up = up + self.offset
+        return self.function(gate) * up
 
-    return gated
+    def kernel_settings(self, hidden: Tensor, probs: Tensor) -> dict[str, Any] | None:
+        """What the kernels are told; None where the reference computes."""
+        is_known = hidden.dtype in _KERNEL_DTYPES and probs.dtype == torch.float32
+        if not (on_gpu(hidden) and is_known and self.function in _KERNELS):
+            return None
+        return {
+            "KIND": _KERNELS[self.function],
+            "IS_GATED": self.is_gated,
+            "LIMIT": self.limit,
+            "OFFSET": self.offset,
+        }
+
+
+def expert_activation(config: Any) -> ExpertActivation:
+    """The activation of a ``TransformerConfig``, clamp value and linear offset included."""
+    if not config.gated_linear_unit:
+        return ExpertActivation(config.activation_func)
+    return ExpertActivation(
+        config.activation_func,
+        True,
+        config.activation_func_clamp_value,
+        config.glu_linear_offset,
+    )
 
 
 class _WeightedActivation(torch.autograd.Function):
     """Keeps its inputs only; backward computes the activation again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, probs: Tensor, activation: Activation) -> Tensor:
-        ctx.save_for_backward(hidden, probs)
+    def forward(
+        ctx: Any, hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, probs, ends)
         ctx.activation = activation
-        return _weighted(hidden, probs, activation)
+        settings = activation.kernel_settings(hidden, probs)
+        if settings is None:
+            return _weighted(hidden, probs, activation)
+        from megatron_echo.experts import activation_kernels
+
+        return activation_kernels.forward(hidden, probs, ends, settings)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        saved = ctx.saved_tensors
-        with torch.enable_grad():
-            hidden, probs = (tensor.detach().requires_grad_() for tensor in saved)
-            output = _weighted(hidden, probs, ctx.activation)
-        to_hidden, to_probs = torch.autograd.grad(output, (hidden, probs), grad)
-        return to_hidden, to_probs, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, probs, ends = ctx.saved_tensors
+        settings = ctx.activation.kernel_settings(hidden, probs)
+        if settings is None:
+            with torch.enable_grad():
+                hidden, probs = (t.detach().requires_grad_() for t in (hidden, probs))
+                output = _weighted(hidden, probs, ctx.activation)
+            to_hidden, to_probs = torch.autograd.grad(output, (hidden, probs), grad)
+        else:
+            from megatron_echo.experts import activation_kernels
+
+            to_hidden, to_probs = activation_kernels.backward(hidden, probs, ends, grad, settings)
+        return to_hidden, to_probs, None, None
 
 
-def _weighted(hidden: Tensor, probs: Tensor, activation: Activation) -> Tensor:
+def _weighted(hidden: Tensor, probs: Tensor, activation: ExpertActivation) -> Tensor:
     return (activation(hidden) * probs.unsqueeze(-1)).to(hidden.dtype)
 
 
-def weighted_activation(hidden: Tensor, probs: Tensor, activation: Activation) -> Tensor:
+def weighted_activation(
+    hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation
+) -> Tensor:
     """``activation(hidden) * probs``, multiplied in the wider of the two dtypes.
 
     With the probability here, and not behind the second projection, that projection's output need
-    not be kept for the probability's gradient ("memory-efficient permutation").
+    not be kept for the probability's gradient ("memory-efficient permutation"). On a GPU it is one
+    kernel forward and one backward, which do not touch the rows beyond the last end.
 
     Args:
         hidden: ``[B, 2F]`` or ``[B, F]``.
         probs: ``[B]``.
-        activation: elementwise on rows, from :func:`expert_activation`.
+        ends: int32 ``[G]``, end offset of each group of rows, on the device.
+        activation: elementwise on rows.
 
     Returns:
-        ``[B, F]`` in ``hidden``'s dtype.
+        ``[B, F]`` in ``hidden``'s dtype; anything in the rows beyond the last end.
     """
-    return _WeightedActivation.apply(hidden, probs, activation)
+    return _WeightedActivation.apply(hidden, probs, ends, activation)

@@ -77,9 +77,9 @@ class WeightedActivation(torch.nn.Module):
         super().__init__()
         self._activation = expert_activation(config)
 
-    def forward(self, hidden: Tensor, probs: Tensor) -> Tensor:
-        """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``."""
-        return weighted_activation(hidden, probs, self._activation)
+    def forward(self, hidden: Tensor, probs: Tensor, ends: Tensor) -> Tensor:
+        """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``; see :func:`weighted_activation`."""
+        return weighted_activation(hidden, probs, ends, self._activation)
 
 
 class EchoGroupedMLP(MegatronModule):
@@ -159,7 +159,7 @@ class EchoGroupedMLP(MegatronModule):
         """
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
         hidden = self.linear_fc1(hidden_states, ends, clones)
-        hidden = self.activation(hidden, probs)
+        hidden = self.activation(hidden, probs, ends)
         return self.linear_fc2(hidden, ends, clones), None
 
     def backward_dw(self) -> None:

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import launch
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from megatron_echo.dispatch import permute
 from megatron_echo.dispatch.kernels import sum_constants, sum_rows, take_constants, take_rows
@@ -104,6 +107,34 @@ def test_neighbours_of_the_source_are_not_read(name: str) -> None:
     assert sum_rows(source, index[:3].view(3, 1)).isfinite().all()
 
 
+@pytest.fixture
+def nan_for_uninitialised() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("used", [0, 1, 31, 32, 33, 100, 200])
+def test_rows_behind_those_in_use_are_not_written(
+    name: str, used: int, nan_for_uninitialised: None
+) -> None:
+    """Also: no program but those of the rows in use stores anything."""
+    draw = Draw(used)
+    index = draw.index((100,), 9)
+    source = draw.source(9, 300, DTYPES[name], index)
+    constants = take_constants(300, source.element_size(), True)
+    programs = -(-min(used, 100) // constants["ROWS"]) * -(-300 // constants["BLOCK"])
+    store = interpreter.InterpreterBuilder.create_masked_store
+    with mock.patch.object(
+        interpreter.InterpreterBuilder, "create_masked_store", autospec=True, side_effect=store
+    ) as stores:
+        result = take_rows(source, index, torch.tensor([used], dtype=torch.int32))
+    assert stores.call_count == programs
+    check_same_bits(result[:used], permute.take_rows_reference(source, index)[:used])
+    assert result[used:].isnan().all()
+
+
 def test_inputs_need_not_be_contiguous() -> None:
     draw = Draw(0)
     index = draw.index((4, 12), 9).t()
@@ -131,12 +162,12 @@ def test_nothing_to_launch(shape: tuple[int, int]) -> None:
 def test_forward_and_backward_through_the_kernels(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs and gradients of ``permute`` are those of the references."""
+    """Outputs and gradients of ``permute`` are those of the references, in the rows in use."""
     dtype, generator = DTYPES[name], torch.Generator().manual_seed(0)
     groups = torch.randint(5, (24, 3), generator=generator)
-    rows = build_layout(groups, 4, 64, alignment=4).rows  # the last group is elsewhere
+    rows = build_layout(groups, 4, 72, alignment=4).rows  # the last group is elsewhere
     tokens = torch.randn(24, 20, generator=generator).to(dtype)
-    buffer = torch.randn(64, 20, generator=generator).to(dtype)
+    buffer = torch.randn(72, 20, generator=generator).to(dtype)
     pairs = torch.rand(24, 3, generator=generator, dtype=torch.float64)
     results: list[list[Tensor]] = []
     for on_gpu in (False, True):
@@ -152,8 +183,12 @@ def test_forward_and_backward_through_the_kernels(
             gradient = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
             output.backward(gradient.view(output.shape).to(output.dtype))
             results[-1] += [output.detach(), leaf.grad]
+    assert rows.used is not None
+    used = int(rows.used)
+    assert used < 72
     for expected, result in zip(*results):
-        check_same_bits(result, expected)
+        in_use = slice(used if len(result) == 72 else None)
+        check_same_bits(result[in_use], expected[in_use])
 
 
 def test_the_reference_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,10 +232,10 @@ from megatron_echo.dispatch import kernels
 
 for name, stored, summed, constants in {cases}:
     kernel = getattr(kernels, name)
-    types = {{"source": "*" + stored, "index": "*i32", "output": "*" + summed}}
+    types = {{"source": "*" + stored, "index": "*i32", "output": "*" + summed, "used": "*i32"}}
     signature = {{argument: types.get(argument, "i32") for argument in kernel.arg_names}}
     signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {{(number,): [["tt.divisibility", 16]] for number in range(len(types))}}
+    aligned = {{(number,): [["tt.divisibility", 16]] for number in range(3)}}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}})
     ptx = compiled.asm["ptx"]
@@ -215,12 +250,12 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     for name, columns in (("bf16", 7168), ("fp16", 2880), ("fp32", 2048), ("fp64", 4096)):
         size = DTYPES[name].itemsize
         wide = "fp64" if name == "fp64" else "fp32"
-        cases.append(("_take_rows_kernel", name, name, take_constants(columns, size)))
+        cases.append(("_take_rows_kernel", name, name, take_constants(columns, size, True)))
         for terms in (1, 2, 8, 64):
             constants = sum_constants(columns, size, terms)
             cases.append(("_sum_rows_kernel", name, wide, constants))
     with_full_rows = len(cases)
-    cases.append(("_take_rows_kernel", "fp32", "fp32", take_constants(1, 4)))
+    cases.append(("_take_rows_kernel", "fp32", "fp32", take_constants(1, 4, False)))
     cases.append(("_sum_rows_kernel", "fp64", "fp64", sum_constants(1, 8, 8)))
     cases.append(("_sum_rows_kernel", "bf16", "fp32", sum_constants(1001, 2, 6)))
     lines = run_script(COMPILE.format(cases=cases), tmp_path).splitlines()

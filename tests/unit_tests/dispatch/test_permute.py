@@ -190,7 +190,7 @@ def test_nan_in_unnamed_places_never_spreads(name: str, rows: RowMap, dtype: tor
 
 @pytest.mark.parametrize(("name", "rows"), cases())
 def test_only_int32_maps_are_kept(name: str, rows: RowMap) -> None:
-    """Backward needs no activation: what is saved is a map, and the layout's own storage."""
+    """Backward needs no activation: what is saved is of the layout, and its own storage."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -202,8 +202,8 @@ def test_only_int32_maps_are_kept(name: str, rows: RowMap) -> None:
         MOVES[name](values, rows).sum().backward()
     assert saved
     assert all(tensor.dtype == torch.int32 for tensor in saved)
-    maps = {rows.row_src.data_ptr(), rows.row_of.data_ptr()}
-    assert {tensor.data_ptr() for tensor in saved} <= maps
+    maps = [rows.row_src, rows.row_of, *([] if rows.used is None else [rows.used])]
+    assert {tensor.data_ptr() for tensor in saved} <= {tensor.data_ptr() for tensor in maps}
     assert values.grad is not None
 
 

@@ -10,9 +10,14 @@ from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_echo.experts.activation import expert_activation, weighted_activation
+from megatron_echo.experts.activation import (
+    ExpertActivation,
+    expert_activation,
+    weighted_activation,
+)
 
 ROWS, WIDTH = 7, 6
+ENDS = torch.tensor([3, ROWS], dtype=torch.int32)
 Formula = Callable[[Tensor], Tensor]
 
 
@@ -75,7 +80,7 @@ KINDS: dict[str, tuple[Formula, dict[str, Any]]] = {
 }
 
 
-def activation(kind: str) -> Formula:
+def activation(kind: str) -> ExpertActivation:
     fields = {"gated_linear_unit": True, **KINDS[kind][1]}
     config = TransformerConfig(
         num_layers=1, hidden_size=8, num_attention_heads=1, add_bias_linear=False, **fields
@@ -99,7 +104,7 @@ def inputs(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind: str) -> None:
     hidden, probs, grad = inputs(kind)
-    output = weighted_activation(hidden, probs, activation(kind))
+    output = weighted_activation(hidden, probs, ENDS, activation(kind))
     expected = KINDS[kind][0](hidden) * probs[:, None]
     torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-14)
     actual_grads = torch.autograd.grad(output, (hidden, probs), grad)
@@ -114,7 +119,7 @@ def test_gradcheck(kind: str) -> None:
     hidden, probs, _ = inputs(kind)
     function = activation(kind)
     assert torch.autograd.gradcheck(
-        lambda a, b: weighted_activation(a, b, function), (hidden, probs)
+        lambda a, b: weighted_activation(a, b, ENDS, function), (hidden, probs)
     )
 
 
@@ -128,7 +133,7 @@ def test_the_clamp_is_reached(kind: str) -> None:
     assert (gate < -0.7).any()
     assert (up > 0.7).any()
     assert (up < -0.7).any()
-    output = weighted_activation(hidden, probs, activation(kind))
+    output = weighted_activation(hidden, probs, ENDS, activation(kind))
     (to_hidden,) = torch.autograd.grad(output, hidden, grad)
     assert (to_hidden[beyond] == 0).all()
     others = to_hidden[probs.detach() > 0][~beyond[probs.detach() > 0]]
@@ -142,7 +147,7 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
     hidden, _, grad = inputs(kind, dtype)
     probs = inputs(kind)[1].detach().float().requires_grad_()
     function = activation(kind)
-    output = weighted_activation(hidden, probs, function)
+    output = weighted_activation(hidden, probs, ENDS, function)
     assert output.dtype == dtype
     exact = (function(hidden).float() * probs[:, None]).to(dtype)
     assert torch.equal(output, exact)
@@ -158,11 +163,11 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
 def test_nan_rows_stay_alone(kind: str) -> None:
     """What a grouped product leaves in a row does not reach another row, forward or backward."""
     hidden, probs, grad = inputs(kind)
-    clean = weighted_activation(hidden, probs, activation(kind))
+    clean = weighted_activation(hidden, probs, ENDS, activation(kind))
     clean_grads = torch.autograd.grad(clean, (hidden, probs), grad)
     with torch.no_grad():
         hidden[5:] = float("nan")
-    output = weighted_activation(hidden, probs, activation(kind))
+    output = weighted_activation(hidden, probs, ENDS, activation(kind))
     grads = torch.autograd.grad(output, (hidden, probs), grad)
     for now, before in zip((output, *grads), (clean, *clean_grads), strict=True):
         assert torch.equal(now[:5], before[:5])
@@ -178,8 +183,8 @@ def test_only_the_inputs_are_kept(kind: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = weighted_activation(hidden, probs, activation(kind))
-    assert [t.data_ptr() for t in saved] == [hidden.data_ptr(), probs.data_ptr()]
+        output = weighted_activation(hidden, probs, ENDS, activation(kind))
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (hidden, probs, ENDS)]
     output.backward(grad)
     assert hidden.grad is not None
     assert probs.grad is not None

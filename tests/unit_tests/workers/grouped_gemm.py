@@ -23,7 +23,8 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
-from megatron_echo.experts import grouped_linear, kernels
+from megatron_echo.dispatch import permute
+from megatron_echo.experts import activation, activation_kernels, grouped_linear, kernels
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.moe_layer import EchoMoELayer
 
@@ -68,16 +69,36 @@ def check_the_results_of_torch() -> None:
     report("triton against torch", {str(dtype): f"{value:.1e}" for dtype, value in worst.items()})
 
 
-def check_same_bits() -> None:
-    """Every run, also with NaN in all uninitialised memory."""
-    case = case_of("hot", 2, torch.bfloat16)
-    first = run_in_triton(layer_of("triton", torch.bfloat16, 6, False), case)
-    torch.use_deterministic_algorithms(True)
-    fill_uninitialized_memory(True)
-    try:
-        same_bits(run_in_triton(layer_of("triton", torch.bfloat16, 6, False), case), first)
-    finally:
+def check_every_kernel() -> None:
+    """With those of the copies and of the activation too, and NaN in all uninitialised memory.
+
+    The same bits on every run. In bf16 torch's activation is rounded three times, ours once.
+    """
+    for dtype, limit in ((torch.float32, LIMITS[torch.float32]), (torch.bfloat16, 2.0**-6)):
+        case = case_of("hot", 2, dtype)
+        fields = {"moe_echo_row_alignment": 4, "moe_received_token_capacity": 2.0}
+        layers = [
+            cloned(2, dtype, 6, moe_echo_grouped_gemm=kind, **fields)
+            for kind in ("torch", "triton")
+        ]
+        expected = {name: tensor.double() for name, tensor in run(layers[0], case).items()}
+        runs = []
+        torch.use_deterministic_algorithms(True)
+        for is_filled in (False, True):
+            fill_uninitialized_memory(is_filled)
+            with (
+                mock.patch.object(permute, "on_gpu", return_value=True),
+                mock.patch.object(activation, "on_gpu", return_value=True),
+                mock.patch.object(
+                    activation_kernels, "forward", wraps=activation_kernels.forward
+                ) as activations,
+            ):
+                runs.append(run_in_triton(layers[1], case))
+            assert activations.call_count == 1
         torch.use_deterministic_algorithms(False)
+        same_bits(*runs)
+        found = errors(runs[0], expected)
+        assert max(found.values()) <= limit, (dtype, found)
 
 
 def check_bf16() -> None:

@@ -1,0 +1,166 @@
+"""The activation times the router's probability in Triton: one kernel forward, one backward.
+
+Computed in fp32 and rounded once, where the reference of ``activation.py`` rounds after each of its
+operators. The number of rows in use is read on the device: a program behind them exits at once, so
+that the work is that of the rows and not of the buffer, and the rows behind are not written.
+Pointers are int64. Nothing is autotuned, as that would wait for the device.
+"""
+
+# (Triton's functions have no Python types.)
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_COLUMNS = 256
+_FORWARD_ROWS, _BACKWARD_ROWS = 16, 8  # a thread has 16 or 8 elements of each tensor in flight
+_ROOT_HALF = tl.constexpr(0.7071067811865476)
+_DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # of the normal distribution
+
+
+@triton.jit
+def _value_and_slope(x, KIND: tl.constexpr):
+    """The function at ``x`` in fp32, and its derivative."""
+    if KIND == "squared_relu":
+        positive = tl.where(x < 0, 0.0, x)
+        value, slope = positive * positive, 2 * positive
+    elif KIND == "gelu":
+        share = 0.5 * (1 + tl.erf(x * _ROOT_HALF))
+        value, slope = x * share, share + x * _DENSITY_AT_0 * tl.exp(-0.5 * x * x)
+    else:
+        steepness: tl.constexpr = 1.702 if KIND == "quick_gelu" else 1.0
+        share = 1 / (1 + tl.exp(-steepness * x))
+        value, slope = x * share, share * (1 + steepness * x * (1 - share))
+    return value, slope
+
+
+@triton.jit
+def _gate_and_up(hidden, at, mask, F: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """The two halves in fp32 with clamp and offset; and where the clamp lets gradients through."""
+    gate = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(hidden + at + F, mask=mask, other=0.0).to(tl.float32)
+    passes_gate, passes_up = mask, mask
+    if LIMIT is not None:
+        passes_gate, passes_up = gate <= LIMIT, (up >= -LIMIT) & (up <= LIMIT)
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate, up + OFFSET, passes_gate, passes_up
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    hidden, probs, used, output, num_rows,
+    F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    end = tl.minimum(tl.load(used), num_rows)
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    if row >= end:
+        return
+    row += tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < end)[:, None] & (column < F)[None, :]
+    prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
+    if IS_GATED:
+        at = row[:, None] * (2 * F) + column[None, :]
+        gate, up, _, _ = _gate_and_up(hidden, at, mask, F, LIMIT, OFFSET)
+        value, _ = _value_and_slope(gate, KIND)
+        value *= up
+    else:
+        at = row[:, None] * F + column[None, :]
+        x = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+        value, _ = _value_and_slope(x, KIND)
+    tl.store(output + row[:, None] * F + column[None, :], value * prob, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward_kernel(
+    hidden, probs, used, grad, to_hidden, to_probs, num_rows,
+    F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    end = tl.minimum(tl.load(used), num_rows)
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    if row >= end:
+        return
+    row += tl.arange(0, ROWS)
+    prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(0, F, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = (row < end)[:, None] & (column < F)[None, :]
+        incoming = tl.load(grad + row[:, None] * F + column[None, :], mask=mask, other=0.0)
+        incoming = incoming.to(tl.float32)
+        if IS_GATED:
+            at = row[:, None] * (2 * F) + column[None, :]
+            gate, up, passes_gate, passes_up = _gate_and_up(hidden, at, mask, F, LIMIT, OFFSET)
+            value, slope = _value_and_slope(gate, KIND)
+            to_gate = tl.where(passes_gate, incoming * prob * up * slope, 0.0)
+            to_up = tl.where(passes_up, incoming * prob * value, 0.0)
+            tl.store(to_hidden + at, to_gate, mask=mask)
+            tl.store(to_hidden + at + F, to_up, mask=mask)
+            total += tl.where(mask, incoming * value * up, 0.0)
+        else:
+            at = row[:, None] * F + column[None, :]
+            x = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+            value, slope = _value_and_slope(x, KIND)
+            tl.store(to_hidden + at, incoming * prob * slope, mask=mask)
+            total += tl.where(mask, incoming * value, 0.0)
+    tl.store(to_probs + row, tl.sum(total, axis=1), mask=row < end)
+
+
+def constants(width: int, settings: dict[str, Any], is_backward: bool) -> dict[str, Any]:
+    """The kernels' compile-time arguments.
+
+    Args:
+        width: F.
+        settings: ``KIND``, ``IS_GATED``, ``LIMIT`` and ``OFFSET``, from
+            :meth:`~megatron_echo.experts.activation.ExpertActivation.kernel_settings`.
+        is_backward: for the backward kernel.
+    """
+    rows = _BACKWARD_ROWS if is_backward else _FORWARD_ROWS
+    block = min(_COLUMNS, triton.next_power_of_2(width))
+    return {"F": width, "ROWS": rows, "BLOCK": block, **settings}
+
+
+def forward(hidden: Tensor, probs: Tensor, ends: Tensor, settings: dict[str, Any]) -> Tensor:
+    """``activation(hidden) * probs``: ``[B, F]``; the rows beyond the last end are not written.
+
+    Args:
+        hidden: ``[B, 2F]`` or ``[B, F]``, bf16, fp16 or fp32, on a CUDA device (or on the CPU in
+            Triton's interpreter).
+        probs: fp32 ``[B]``.
+        ends: int32 ``[G]``; only the last is read.
+        settings: as in :func:`constants`.
+    """
+    rows, width = hidden.shape[0], hidden.shape[1] // (2 if settings["IS_GATED"] else 1)
+    output = hidden.new_empty(rows, width)
+    if output.numel() == 0:
+        return output
+    chosen = constants(width, settings, is_backward=False)
+    grid = (triton.cdiv(rows, chosen["ROWS"]), triton.cdiv(width, chosen["BLOCK"]))
+    with torch.cuda.device_of(hidden):
+        _forward_kernel[grid](
+            hidden.contiguous(), probs.contiguous(), ends[-1:], output, rows, **chosen
+        )
+    return output
+
+
+def backward(
+    hidden: Tensor, probs: Tensor, ends: Tensor, grad: Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``hidden`` and of ``probs``, from that of the output, ``[B, F]``."""
+    rows, width = grad.shape
+    to_hidden, to_probs = hidden.new_empty(hidden.shape), probs.new_empty(rows)
+    if grad.numel() == 0:
+        return to_hidden, to_probs.zero_()
+    chosen = constants(width, settings, is_backward=True)
+    with torch.cuda.device_of(hidden):
+        _backward_kernel[(triton.cdiv(rows, chosen["ROWS"]),)](
+            hidden.contiguous(), probs.contiguous(), ends[-1:], grad.contiguous(), to_hidden,
+            to_probs, rows, **chosen,
+        )  # fmt: skip
+    return to_hidden, to_probs
