@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_echo.compatibility import config_refusal
-from megatron_echo.environment import interprets_triton
+from megatron_echo.environment import find_hybrid_ep, interprets_triton
 
 Check = Callable[[Any, Any], str | None]
 """``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
@@ -90,6 +90,21 @@ def _check_num_echo_experts(value: int | None, config: Any) -> str | None:
 def _check_capacity(value: float | None, config: Any) -> str | None:
     if value is not None and not 0 < value < float("inf"):
         return "is not a positive number. Use 1.0 for perfect balance, more for skew, or auto."
+    return None
+
+
+def _check_token_transport(value: str, config: Any) -> str | None:
+    if value != "hybrid_ep":
+        return None
+    if config.expert_model_parallel_size == 1:
+        return "has no other rank to send to. Use all_gather, or a larger expert-parallel size."
+    if config.params_dtype.itemsize != 2:
+        return f"moves 16 bits a value, not {config.params_dtype}. Use --bf16, or all_to_all."
+    if find_hybrid_ep() is None:
+        return (
+            "needs DeepEP with HybridEPBuffer, and a version that takes non_blocking. Install the "
+            "branch hybrid-ep of https://github.com/deepseek-ai/DeepEP, or use all_to_all."
+        )
     return None
 
 
@@ -208,9 +223,10 @@ class EchoConfigMixin:
         "all_gather",
         "How tokens reach the ranks that compute them. all_gather: every rank gets every token. "
         "all_to_all: each token is sent once to each rank that computes one of its experts, in "
-        "equal parts.",
+        "equal parts. hybrid_ep: by DeepEP's HybridEP kernels, where deep_ep is installed.",
         group="echo",
-        choices=("all_gather", "all_to_all"),
+        check=_check_token_transport,
+        choices=("all_gather", "all_to_all", "hybrid_ep"),
     )
     moe_echo_peer_capacity: float = flag(
         1.0,

@@ -7,6 +7,7 @@ apex, and fail late and obscurely where one of them is missing.
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +49,16 @@ def _find_apex() -> bool:
         return importlib.util.find_spec("apex.multi_tensor_apply") is not None
     except ModuleNotFoundError:
         return False
+
+
+def find_hybrid_ep() -> Any:
+    """DeepEP's ``HybridEPBuffer``; None where it is not installed or too old to be static."""
+    try:
+        buffer = importlib.import_module("deep_ep").HybridEPBuffer
+    except (ImportError, AttributeError, OSError, RuntimeError):
+        return None
+    parameters = inspect.signature(buffer.dispatch_with_permute).parameters
+    return buffer if "non_blocking" in parameters else None
 
 
 HAVE_TRANSFORMER_ENGINE = _find_transformer_engine()

@@ -2,7 +2,13 @@
 
 from megatron_echo.dispatch.transports.all_gather import AllGatherTransport
 from megatron_echo.dispatch.transports.all_to_all import AllToAllTransport
-from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
+from megatron_echo.dispatch.transports.base import (
+    Delivery,
+    RowDelivery,
+    RowTransport,
+    TokenTransport,
+)
+from megatron_echo.dispatch.transports.hybrid_ep import HybridEPBuffers, HybridEPTransport
 from megatron_echo.dispatch.transports.weights import (
     CollectiveWeights,
     PeerToPeerWeights,
@@ -21,7 +27,11 @@ __all__ = [
     "AllToAllTransport",
     "CollectiveWeights",
     "Delivery",
+    "HybridEPBuffers",
+    "HybridEPTransport",
     "PeerToPeerWeights",
+    "RowDelivery",
+    "RowTransport",
     "TokenTransport",
     "WeightTransport",
 ]

@@ -1,0 +1,174 @@
+"""An adapter for DeepEP's HybridEP, which brings tokens straight to the rows of their experts.
+
+See https://github.com/deepseek-ai/DeepEP, branch ``hybrid-ep``. Its kernels order the rows as
+``dispatch/layout.py`` does, and sum results in their own order: in each rank over its experts, then
+over ranks, rounded to the tokens' dtype after each. It moves tokens in 16 bits and probabilities in
+fp32. It is told the number of rows and asked not to block, and so nothing is read on the host.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_echo.dispatch.permute import wide_dtype
+from megatron_echo.dispatch.transports.base import RowDelivery, RowTransport
+from megatron_echo.dispatch.transports.collectives import reduce_scatter
+from megatron_echo.environment import find_hybrid_ep
+
+
+class HybridEPBuffers:
+    """The ``HybridEPBuffer`` of a model, one for each width: :meth:`of` finds or makes them."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._buffers: dict[tuple[int, int], Any] = {}
+
+    @classmethod
+    def of(cls, config: Any, group: dist.ProcessGroup) -> "HybridEPBuffers":
+        """The buffers of a model, from its ``TransformerConfig``."""
+        buffers = getattr(config, "echo_hybrid_ep_buffers", None)
+        if buffers is None:
+            buffers = config.echo_hybrid_ep_buffers = cls(group)
+        return buffers
+
+    def __deepcopy__(self, memo: dict) -> "HybridEPBuffers":
+        return self  # Megatron copies configurations for some layers; the model stays one
+
+    def get(self, hidden: int, tokens: int, experts_per_rank: int) -> Any:
+        """The buffer for tokens of width H; with more tokens it grows by itself.
+
+        The first call for a width waits for the host, and all ranks make it together.
+        """
+        key = hidden, experts_per_rank
+        if key not in self._buffers:
+            make = find_hybrid_ep()
+            assert make is not None, "refused with the configuration"
+            self._buffers[key] = make(
+                group=self.group,
+                hidden_dim=hidden,
+                max_num_of_tokens_per_rank=tokens,
+                num_local_experts=experts_per_rank,
+                use_fp8=False,
+            )
+        return self._buffers[key]
+
+
+@dataclass(frozen=True)
+class _Wire:
+    """HybridEP's two functions with all their words but the tensors."""
+
+    buffer: Any
+    experts_per_rank: int
+    num_rows: int
+    alignment: int
+
+    def dispatch(
+        self, hidden: Tensor, handle: Any = None, probs: Tensor | None = None,
+        chosen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:  # fmt: skip
+        """Rows, their probabilities, the padded rows of each group, and a handle."""
+        rows, row_probs, _, counts, handle = self.buffer.dispatch_with_permute(
+            hidden=hidden.contiguous(),
+            probs=probs,
+            routing_map=chosen,
+            handle=handle,
+            num_of_experts_per_rank=self.experts_per_rank,
+            num_permuted_tokens=self.num_rows,
+            pad_multiple=self._pad_multiple,
+            non_blocking=True,
+        )
+        return rows, row_probs, counts, handle
+
+    def combine(
+        self, rows: Tensor, handle: Any, probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sums ``[T, H]``, and the probabilities as ``[T, R * G]``."""
+        return self.buffer.combine_with_unpermute(
+            hidden=rows.contiguous(), probs=probs, handle=handle, pad_multiple=self._pad_multiple
+        )
+
+    @property
+    def _pad_multiple(self) -> int | None:
+        return self.alignment if self.alignment > 1 else None
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, probs: Tensor, chosen: Tensor, wire: _Wire
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        rows, row_probs, counts, handle = wire.dispatch(hidden, None, probs, chosen)
+        ctx.wire, ctx.handle = wire, handle
+        ctx.mark_non_differentiable(counts)
+        return rows, row_probs, counts, handle
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rows: Tensor, probs: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *ctx.wire.combine(rows, ctx.handle, probs.contiguous()), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, wire: _Wire, handle: Any) -> Tensor:
+        ctx.wire, ctx.handle = wire, handle
+        return wire.combine(rows, handle)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.wire.dispatch(grad, ctx.handle)[0], None, None
+
+
+class HybridEPTransport(RowTransport):
+    """Dispatch and combine by HybridEP's kernels, over NVLink and between nodes."""
+
+    def __init__(self, buffers: HybridEPBuffers, experts_per_rank: int, alignment: int = 1) -> None:
+        """Set the sizes.
+
+        Args:
+            buffers: the model's.
+            experts_per_rank: G, physical experts on each rank.
+            alignment: rows of each group are padded to a multiple of this.
+        """
+        self._buffers, self._groups, self._alignment = buffers, experts_per_rank, alignment
+
+    def dispatch(
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int
+    ) -> RowDelivery:
+        """See :class:`RowTransport`."""
+        physical = self._buffers.group.size() * self._groups
+        index = experts.to(torch.int64)
+        dense = probs.new_zeros(len(probs), physical + 1).scatter(1, index, probs)
+        chosen = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, index, True)
+        dense, chosen = dense[:, :-1].float().contiguous(), chosen[:, :-1].contiguous()
+        buffer = self._buffers.get(hidden.shape[1], len(hidden), self._groups)
+        wire = _Wire(buffer, self._groups, num_rows, self._alignment)
+        rows, row_probs, counts, handle = _Dispatch.apply(hidden, dense, chosen, wire)
+        need, dropped = self._need(chosen, num_rows)
+        has_dropped = (handle[-1] != 0).sum()  # its own flag: nothing is dropped silently
+        return RowDelivery(
+            rows=rows,
+            probs=row_probs.to(probs.dtype),
+            ends=counts.cumsum(0).clamp(max=num_rows).int(),
+            need=need,
+            dropped=torch.maximum(dropped, has_dropped),
+            receipt=(wire, handle),
+        )
+
+    def combine(self, rows: Tensor, receipt: tuple[_Wire, Any]) -> Tensor:
+        """See :class:`RowTransport`."""
+        return _Combine.apply(rows, *receipt).to(wide_dtype(rows.dtype))
+
+    @torch.no_grad()
+    def _need(self, chosen: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Rows that would hold all pairs of this rank, and pairs without a row."""
+        size = reduce_scatter(chosen.sum(0), self._buffers.group)
+        padded = (size + (self._alignment - 1)) // self._alignment * self._alignment
+        starts = padded.cumsum(0) - padded
+        placed = (starts + size).clamp(max=num_rows) - starts.clamp(max=num_rows)
+        return padded.sum(), (size - placed).sum()
