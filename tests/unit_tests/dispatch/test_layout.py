@@ -146,6 +146,8 @@ def test_properties_of_the_maps(case: Case) -> None:
     ends = layout.ends.tolist()
     assert ends == sorted(ends)
     assert ends[-1] == min(case.num_rows, layout.need.item())
+    assert layout.rows.used is not None
+    assert layout.rows.used.tolist() == ends[-1:]
     assert layout.need.item() == layout.padded_rows.sum().item()
     assert layout.over.item() or layout.dropped.item() == 0
     flat = [group for token in case.groups for group in token]
