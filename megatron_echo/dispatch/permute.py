@@ -49,12 +49,15 @@ def _with_null_row(source: Tensor) -> Tensor:
     return torch.cat((source, source.new_zeros(1, source.shape[1])))
 
 
-def _take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tensor:
-    """As the reference; behind the rows in use, on a GPU, the result holds anything."""
-    if on_gpu(source):
-        from megatron_echo.dispatch.kernels import take_rows
+def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tensor:
+    """:func:`take_rows_reference`, by a kernel on a GPU.
 
-        return take_rows(source, index, used)
+    With ``used``, int32 ``[1]``, it stops there, and the rows behind hold anything.
+    """
+    if on_gpu(source):
+        from megatron_echo.dispatch import kernels
+
+        return kernels.take_rows(source, index, used)
     return take_rows_reference(source, index)
 
 
@@ -71,7 +74,7 @@ class _TokensToRows(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(rows.row_of)
         ctx.dtype = tokens.dtype
-        return _take_rows(tokens, rows.token_of_row, rows.used)
+        return take_rows(tokens, rows.token_of_row, rows.used)
 
     @staticmethod
     @once_differentiable
@@ -92,20 +95,20 @@ class _RowsToTokens(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         row_src, used = ctx.saved_tensors
         token_of_row = row_src // ctx.pairs_per_token
-        return _take_rows(grad.to(ctx.dtype), token_of_row, used), None
+        return take_rows(grad.to(ctx.dtype), token_of_row, used), None
 
 
 class _PairsToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pairs: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(rows.row_of)
-        return _take_rows(pairs.reshape(-1, 1), rows.row_src, rows.used).squeeze(1)
+        return take_rows(pairs.reshape(-1, 1), rows.row_src, rows.used).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (row_of,) = ctx.saved_tensors
-        taken = _take_rows(grad.unsqueeze(1), row_of.reshape(-1))
+        taken = take_rows(grad.unsqueeze(1), row_of.reshape(-1))
         return taken.view(row_of.shape), None
 
 
