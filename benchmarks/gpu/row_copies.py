@@ -50,7 +50,8 @@ def draw_layout(shape: Shape) -> DispatchLayout:
 def operation_of(name: str, shape: Shape) -> tuple[Callable[[], Tensor], list[Tensor], list[int]]:
     """An operation, the tensors that have gradients, and the floor's bytes in both directions."""
     tokens, hidden, ffn, topk, _ = shape
-    pairs, rows = tokens * topk, draw_layout(shape).rows
+    layout = draw_layout(shape)
+    pairs, rows = tokens * topk, layout.rows
     buffer_rows = rows.row_src.shape[0]
     if name == "dispatch":
         given = [draw(tokens, hidden).requires_grad_()]
@@ -63,7 +64,8 @@ def operation_of(name: str, shape: Shape) -> tuple[Callable[[], Tensor], list[Te
     given = [draw(buffer_rows, 2 * ffn), torch.rand(buffer_rows, device=device())]
     given = [tensor.requires_grad_() for tensor in given]
     floors = [pairs * (2 * 3 * ffn + 4), pairs * (2 * 5 * ffn + 8)]
-    return partial(weighted_activation, *given, expert_activation(SWIGLU)), given, floors
+    activation = expert_activation(SWIGLU)
+    return partial(weighted_activation, *given, layout.ends, activation), given, floors
 
 
 def measure(name: str, direction: str, shape: Shape) -> Figures:
