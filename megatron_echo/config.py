@@ -155,6 +155,12 @@ def _check_every(value: int, config: Any) -> str | None:
     return _check_not_negative(value, config)
 
 
+def _check_capture(value: str | None, config: Any) -> str | None:
+    if value is not None and config.cuda_graph_impl != "none":
+        return "copies into a new place each step, which a CUDA graph cannot. Leave one out."
+    return None
+
+
 def _check_trace_dir(value: str | None, config: Any) -> str | None:
     if value is not None and config.cuda_graph_impl not in ("none", "full_iteration"):
         return "collects the plans in Python, which a CUDA graph skips. Leave one of the two out."
@@ -323,7 +329,7 @@ class EchoConfigMixin:
         "Write the chosen experts of every token and their probabilities into this folder, one "
         ".npz file for each step and rank, copied behind the computation.",
         group="echo",
-        check=_check_trace_dir,
+        check=_check_capture,
         metavar="DIR",
     )
     moe_echo_capture_slots: int = flag(
