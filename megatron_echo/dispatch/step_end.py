@@ -4,7 +4,8 @@ Megatron calls ``config.finalize_model_grads_func`` after the backward passes of
 and before the optimizer, on every rank. There, and nowhere else, values are read from the device.
 With ``--cuda-graph-impl full_iteration`` that call is inside the graph, where nothing may be read
 and Python does not run again: then the end of the step is what PyTorch calls before an optimizer's
-step. Weights and optimizer state are as they were before the step in both places.
+step. It is so too for a script that puts another function there after the model was built. Weights
+and optimizer state are as they were before the step in both places.
 """
 
 import weakref
@@ -52,8 +53,7 @@ class StepEnd(EndOfStep):
         self._steps = 0
         self._ended: int | None = None
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
-        if self._is_in_graph:
-            register_optimizer_step_pre_hook(_EndBeforeOptimizer(self))
+        register_optimizer_step_pre_hook(_EndBeforeOptimizer(self))
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = echo_setting(config, "moe_received_token_capacity") is None
         self.overflow = OverflowCheck(policy, is_auto)
@@ -87,13 +87,16 @@ class StepEnd(EndOfStep):
         """Finish the gradients, then :meth:`end_step` if that may read here."""
         if self._is_in_graph:
             return self._finalize(*args, **kwargs)
+        training = _training_args()
+        self._ended = None if training is None else training.curr_iteration
         return super().__call__(*args, **kwargs)
 
     def before_optimizer(self) -> None:
-        """:meth:`end_step`, once for all optimizers of a step."""
-        args = _training_args()
-        if args is None or args.curr_iteration != self._ended:
-            self._ended = None if args is None else args.curr_iteration
+        """:meth:`end_step`, once a step, where it has not been called: see the module's text."""
+        training = _training_args()
+        if training is not None and training.curr_iteration != self._ended:
+            self._ended = training.curr_iteration
+            self._routers.end_step()
             self.end_step()
 
     def record_routing(self, layer: int, experts: Tensor, weights: Tensor) -> None:

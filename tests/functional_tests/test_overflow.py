@@ -42,6 +42,22 @@ if __name__ == "__main__":
 """
 
 
+OTHER_FINALIZE = """
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config
+
+build = training.setup_model_and_optimizer
+
+def with_another_function(*args, **kwargs):
+    built = build(*args, **kwargs)
+    for chunk in built[0]:
+        get_model_config(chunk).finalize_model_grads_func = finalize_model_grads
+    return built
+
+training.setup_model_and_optimizer = with_another_function
+"""
+
+
 def overflow_messages(output: str) -> list[str]:
     return [line for line in output.splitlines() if "MoEOverflowError: " in line]
 
@@ -64,6 +80,18 @@ def test_every_rank_stops_before_the_optimizer(layout: dict, tmp_path: Path) -> 
     assert 1.0 <= float(words) < 1.5
     flags |= {"moe_received_token_capacity": 1.5, "run_dir": tmp_path / "run"}
     launch.run(launch.tiny_model(**flags), ranks).check()
+
+
+def test_a_script_that_replaces_our_function_is_stopped_as_well(tmp_path: Path) -> None:
+    """``config.finalize_model_grads_func`` set after the model was built: still no step is lost."""
+    script = tmp_path / "watched.py"
+    before, main = SHOW_WEIGHTS.split("if __name__")
+    script.write_text(f"{before}{OTHER_FINALIZE}\nif __name__{main}")
+    flags = {**ECHO, "expert_model_parallel_size": 2, "moe_received_token_capacity": 0.9}
+    result = launch.run(launch.tiny_model(**flags), 2, script=script)
+    assert all(result.codes)
+    assert result.output.count("UNTOUCHED=True") == 2
+    assert len(set(overflow_messages(result.output))) == 1
 
 
 def test_a_failed_step_leaves_the_last_checkpoint(tmp_path: Path, text_flags: dict) -> None:
