@@ -15,6 +15,7 @@ from typing import Any
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_echo.compatibility import config_refusal
+from megatron_echo.environment import peer_memory_refusal
 
 Check = Callable[[Any, Any], str | None]
 """``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
@@ -89,6 +90,12 @@ def _check_capacity(value: float | None, config: Any) -> str | None:
     if value is not None and not 0 < value < float("inf"):
         return "is not a positive number. Use 1.0 for perfect balance, more for skew, or auto."
     return None
+
+
+def _check_token_transport(value: str, config: Any) -> str | None:
+    if value != "symmetric_memory":
+        return None
+    return peer_memory_refusal(config.expert_model_parallel_size)
 
 
 def _check_peer_capacity(value: float, config: Any) -> str | None:
@@ -196,9 +203,11 @@ class EchoConfigMixin:
         "all_gather",
         "How tokens reach the ranks that compute them. all_gather: every rank gets every token. "
         "all_to_all: each token is sent once to each rank that computes one of its experts, in "
-        "equal parts.",
+        "equal parts. symmetric_memory: each token is written straight into the rows where its "
+        "experts compute it; for ranks of one machine.",
         group="echo",
-        choices=("all_gather", "all_to_all"),
+        check=_check_token_transport,
+        choices=("all_gather", "all_to_all", "symmetric_memory"),
     )
     moe_echo_peer_capacity: float = flag(
         1.0,

@@ -20,6 +20,9 @@ from megatron_echo.dispatch.transports import (
     WEIGHT_TRANSPORTS,
     AllGatherTransport,
     AllToAllTransport,
+    PeerBuffers,
+    RowTransport,
+    SymmetricMemoryTransport,
     TokenTransport,
 )
 from megatron_echo.dispatch.transports.collectives import all_gather
@@ -65,6 +68,12 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
     return chosen.scatter_(1, place, expert)[:, :topk].int()
 
 
+def _lengths(ends: Tensor) -> Tensor:
+    """int64 ``[G]``, the rows between the ends ``[G]`` of groups."""
+    ends = ends.to(torch.int64)
+    return torch.diff(ends, prepend=ends.new_zeros(1))
+
+
 def _millionths(part: Tensor, whole: int) -> Tensor:
     """``part / whole`` in millionths, rounded up."""
     return (part * 10**6 + whole - 1) // max(whole, 1)
@@ -81,6 +90,7 @@ class _Call:
     clones: Clones | None = None
     receipt: Any = None
     rows: RowMap | None = None
+    ends: Tensor | None = None
 
 
 class EchoTokenDispatcher(MoETokenDispatcher):
@@ -128,9 +138,13 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self.training = True  # follows the layer's
         self.layer_number = 0  # as well
 
-    def _make_transport(self) -> TokenTransport:
-        if echo_setting(self.config, "moe_echo_token_transport") == "all_gather":
+    def _make_transport(self) -> TokenTransport | RowTransport:
+        way = echo_setting(self.config, "moe_echo_token_transport")
+        if way == "all_gather":
             return AllGatherTransport(self.ep_group)
+        if way == "symmetric_memory":
+            buffers = PeerBuffers.of(self.config, self.ep_group)
+            return SymmetricMemoryTransport(buffers, self.num_groups, self._alignment)
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
         return AllToAllTransport(self.ep_group, self.num_groups, peer_capacity)
 
@@ -201,7 +215,13 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         return self._current().clones
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring the tokens to the ranks that compute them: ``[N, H]`` and ``[N, K]``."""
+        """Bring the tokens to the ranks that compute them: ``[N, H]`` and ``[N, K]``.
+
+        A ``RowTransport`` brings rows at once, ``[B, H]`` and ``[B]``, and leaves nothing to do
+        to ``dispatch_postprocess`` and ``combine_preprocess``.
+        """
+        if isinstance(self._transport, RowTransport):
+            return self._deliver_rows(hidden_states, probs, self._transport)
         call = self._current()
         delivery = self._transport.dispatch(
             hidden_states, call.experts, probs, is_limited=self.training
@@ -214,6 +234,15 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             self._step_end.overflow.record_wire(part, rows, cut, torch.is_grad_enabled())
         return delivery.hidden, delivery.probs
 
+    def _deliver_rows(
+        self, hidden_states: Tensor, probs: Tensor, transport: RowTransport
+    ) -> tuple[Tensor, Tensor]:
+        call, tokens = self._current(), hidden_states.shape[0]
+        delivery = transport.dispatch(hidden_states, call.experts, probs, self.buffer_rows(tokens))
+        self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends)
+        self._record_rows(delivery.need, delivery.dropped, tokens)
+        return delivery.rows, delivery.probs
+
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,6 +253,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             and the rows' probabilities ``[B]``.
         """
         call = self._current()
+        if call.ends is not None:
+            return hidden_states, _lengths(call.ends), probs
         first = self.ep_rank * self.num_groups
         local = call.experts - first
         groups = torch.where((local >= 0) & (local < self.num_groups), local, self.num_groups)
@@ -232,21 +263,21 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             groups, self.num_groups, self.buffer_rows(tokens), self.ep_size, self._alignment
         )
         self._call = replace(call, rows=layout.rows)
+        self._record_rows(layout.need, layout.dropped, tokens)
+        rows = tokens_to_rows(hidden_states, layout.rows)
+        return rows, _lengths(layout.ends), pairs_to_rows(probs, layout.rows)
+
+    def _record_rows(self, need: Tensor, dropped: Tensor, tokens: int) -> None:
         if self.training:
             padding = self.num_groups * (self._alignment - 1)
-            need = _millionths((layout.need - padding).clamp(min=0), tokens * self._topk)
+            part = _millionths((need - padding).clamp(min=0), tokens * self._topk)
             # Recomputation runs the forward pass twice, once of them without gradients.
-            self._step_end.overflow.record_rows(need, layout.dropped, torch.is_grad_enabled())
-        ends = layout.ends.to(torch.int64)
-        in_buffer = torch.diff(ends, prepend=ends.new_zeros(1))
-        rows = tokens_to_rows(hidden_states, layout.rows)
-        return rows, in_buffer, pairs_to_rows(probs, layout.rows)
+            self._step_end.overflow.record_rows(part, dropped, torch.is_grad_enabled())
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the experts' outputs ``[B, H]`` of each delivered token: ``[N, H]``, wide dtype."""
         rows = self._current().rows
-        assert rows is not None
-        return rows_to_tokens(hidden_states, rows)
+        return hidden_states if rows is None else rows_to_tokens(hidden_states, rows)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Bring the sums back to the tokens' own ranks: ``[T, H]``, wide dtype."""

@@ -38,10 +38,14 @@ def sum_rows_reference(source: Tensor, index: Tensor) -> Tensor:
         source: ``[B, H]``.
         index: int32 ``[N, C]``, up to and including B.
     """
-    padded = _with_null_row(source)
-    total = padded.index_select(0, index[:, 0]).to(wide_dtype(source.dtype))
+    return add_rows(_with_null_row(source), index)
+
+
+def add_rows(source: Tensor, index: Tensor) -> Tensor:
+    """``source[index].sum(1)`` in the wide dtype, in order; every index is one of a row."""
+    total = source.index_select(0, index[:, 0]).to(wide_dtype(source.dtype))
     for column in range(1, index.shape[1]):
-        total += padded.index_select(0, index[:, column])
+        total += source.index_select(0, index[:, column])
     return total
 
 
@@ -49,11 +53,12 @@ def _with_null_row(source: Tensor) -> Tensor:
     return torch.cat((source, source.new_zeros(1, source.shape[1])))
 
 
-def _take_rows(source: Tensor, index: Tensor) -> Tensor:
+def take_rows(source: Tensor, index: Tensor) -> Tensor:
+    """:func:`take_rows_reference`, by a kernel on a GPU."""
     if on_gpu(source):
-        from megatron_echo.dispatch.kernels import take_rows
+        from megatron_echo.dispatch import kernels
 
-        return take_rows(source, index)
+        return kernels.take_rows(source, index)
     return take_rows_reference(source, index)
 
 
@@ -70,7 +75,7 @@ class _TokensToRows(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(rows.row_of)
         ctx.dtype = tokens.dtype
-        return _take_rows(tokens, rows.token_of_row)
+        return take_rows(tokens, rows.token_of_row)
 
     @staticmethod
     @once_differentiable
@@ -90,20 +95,20 @@ class _RowsToTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (row_src,) = ctx.saved_tensors
-        return _take_rows(grad.to(ctx.dtype), row_src // ctx.pairs_per_token), None
+        return take_rows(grad.to(ctx.dtype), row_src // ctx.pairs_per_token), None
 
 
 class _PairsToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pairs: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(rows.row_of)
-        return _take_rows(pairs.reshape(-1, 1), rows.row_src).squeeze(1)
+        return take_rows(pairs.reshape(-1, 1), rows.row_src).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (row_of,) = ctx.saved_tensors
-        taken = _take_rows(grad.unsqueeze(1), row_of.reshape(-1))
+        taken = take_rows(grad.unsqueeze(1), row_of.reshape(-1))
         return taken.view(row_of.shape), None
 
 

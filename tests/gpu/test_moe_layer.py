@@ -27,7 +27,7 @@ def build(transport: str) -> EchoMoELayer:
     return layer.cuda()
 
 
-@pytest.mark.parametrize("transport", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("transport", ["all_gather", "all_to_all", "symmetric_memory"])
 def test_no_synchronisation(transport: str) -> None:
     """CUDA's own check and our tripwire, forward and backward, after a warm-up."""
     layer = build(transport)

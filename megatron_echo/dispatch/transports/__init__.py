@@ -2,7 +2,16 @@
 
 from megatron_echo.dispatch.transports.all_gather import AllGatherTransport
 from megatron_echo.dispatch.transports.all_to_all import AllToAllTransport
-from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
+from megatron_echo.dispatch.transports.base import (
+    Delivery,
+    RowDelivery,
+    RowTransport,
+    TokenTransport,
+)
+from megatron_echo.dispatch.transports.symmetric_memory import (
+    PeerBuffers,
+    SymmetricMemoryTransport,
+)
 from megatron_echo.dispatch.transports.weights import (
     CollectiveWeights,
     PeerToPeerWeights,
@@ -21,7 +30,11 @@ __all__ = [
     "AllToAllTransport",
     "CollectiveWeights",
     "Delivery",
+    "PeerBuffers",
     "PeerToPeerWeights",
+    "RowDelivery",
+    "RowTransport",
+    "SymmetricMemoryTransport",
     "TokenTransport",
     "WeightTransport",
 ]

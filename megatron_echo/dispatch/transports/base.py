@@ -56,3 +56,53 @@ class TokenTransport(ABC):
         Returns:
             ``[T, H]`` in the wide dtype.
         """
+
+
+@dataclass(frozen=True)
+class RowDelivery:
+    """Rows that this rank computes, where ``dispatch/layout.py`` puts them. B rows, G groups.
+
+    Attributes:
+        rows: ``[B, H]``, zeros in empty rows.
+        probs: ``[B]``, likewise.
+        ends: int32 ``[G]``, end offset of each padded group, not above B.
+        need: int64 scalar, rows that would hold everything.
+        dropped: int64 scalar, pairs without a row.
+        receipt: what the same transport needs to send the results back.
+    """
+
+    rows: Tensor
+    probs: Tensor
+    ends: Tensor
+    need: Tensor
+    dropped: Tensor
+    receipt: Any
+
+
+class RowTransport(ABC):
+    """Moves each token-expert pair straight into its row, with static shapes, and back."""
+
+    @abstractmethod
+    def dispatch(
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int
+    ) -> RowDelivery:
+        """Bring each pair to its row on the rank that computes it.
+
+        Args:
+            hidden: ``[T, H]``, this rank's tokens.
+            experts: int32 ``[T, K]``, physical expert ids, as for :class:`TokenTransport`.
+            probs: ``[T, K]``.
+            num_rows: B, the same on every rank; what does not fit is dropped.
+        """
+
+    @abstractmethod
+    def combine(self, rows: Tensor, receipt: Any) -> Tensor:
+        """Sum the results of each token, wherever they were computed, in the order of k.
+
+        Args:
+            rows: ``[B, H]``; empty rows may hold anything.
+            receipt: the one of the ``RowDelivery``.
+
+        Returns:
+            ``[T, H]`` in the wide dtype.
+        """
