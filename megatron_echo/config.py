@@ -92,7 +92,7 @@ def _check_capacity(value: float | None, config: Any) -> str | None:
     return None
 
 
-def _check_token_transport(value: str, config: Any) -> str | None:
+def _check_peer_memory(value: str, config: Any) -> str | None:
     if value != "symmetric_memory":
         return None
     return peer_memory_refusal(config.expert_model_parallel_size)
@@ -124,7 +124,7 @@ def _check_not_negative(value: float, config: Any) -> str | None:
 def _check_expert_dispatcher(value: str, config: Any) -> str | None:
     if value == "p2p" and config.cuda_graph_impl != "none":
         return "reads the plan on the host, which a CUDA graph cannot. Use collective."
-    return None
+    return _check_peer_memory(value, config)
 
 
 def _check_every(value: int, config: Any) -> str | None:
@@ -206,7 +206,7 @@ class EchoConfigMixin:
         "equal parts. symmetric_memory: each token is written straight into the rows where its "
         "experts compute it; for ranks of one machine.",
         group="echo",
-        check=_check_token_transport,
+        check=_check_peer_memory,
         choices=("all_gather", "all_to_all", "symmetric_memory"),
     )
     moe_echo_peer_capacity: float = flag(
@@ -262,10 +262,12 @@ class EchoConfigMixin:
     moe_echo_expert_dispatcher_type: str = flag(
         "collective",
         "How weights of clones travel. collective: static exchanges, one for each slot. p2p: only "
-        "the slots in use, for which the host reads each plan; not within CUDA graphs.",
+        "the slots in use, for which the host reads each plan; not within CUDA graphs. "
+        "symmetric_memory: only the slots in use, read by the ranks that want them; for ranks of "
+        "one machine.",
         group="echo",
         check=_check_expert_dispatcher,
-        choices=("collective", "p2p"),
+        choices=("collective", "p2p", "symmetric_memory"),
     )
     moe_echo_check_every: int = flag(
         0,

@@ -144,14 +144,14 @@ def peer_memory_refusal(ranks: int) -> str | None:
     if local % ranks:
         return (
             f"needs each expert-parallel group on one machine, but its size is {ranks} and a "
-            f"machine runs {local} processes. Use all_to_all, or an --expert-model-parallel-size "
-            f"that divides {local}."
+            f"machine runs {local} processes. Use another transport, or an "
+            f"--expert-model-parallel-size that divides {local}."
         )
     if ranks > 1 and torch.accelerator.is_available():
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         if symmetric_memory.get_backend(torch.device("cuda")) is None:
-            return "needs a PyTorch with symmetric memory for CUDA. Use all_to_all."
+            return "needs a PyTorch with symmetric memory for CUDA. Use another transport."
     return None
 
 

@@ -45,6 +45,8 @@ ROWS = (
     Row("either dispatcher flag of Megatron", {"moe_token_dispatcher_type": "alltoall"},
         note="ours takes its place: --moe-echo-token-transport"),
     Row("tokens over symmetric memory", {"moe_echo_token_transport": "symmetric_memory"}),
+    Row("weights of clones over symmetric memory",
+        {"moe_echo_expert_dispatcher_type": "symmetric_memory"}),
     Row("a peer capacity over symmetric memory",
         {"moe_echo_token_transport": "symmetric_memory", "moe_echo_peer_capacity": 0.5},
         "belongs to --moe-echo-token-transport all_to_all."),

@@ -7,6 +7,10 @@ import pytest
 
 from megatron_echo.observe.metrics import read_metrics
 
+ONE_SIDED = {
+    "moe_echo_token_transport": "symmetric_memory",
+    "moe_echo_expert_dispatcher_type": "symmetric_memory",
+}
 CLONES = {"expert_model_parallel_size": 2, "moe_enable_echo": True, "moe_echo_force_skew": 1.0}
 LAYOUTS = {
     "ep2": {"recompute_granularity": "selective", "recompute_modules": "moe"},
@@ -16,17 +20,16 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_losses_of_the_all_gather(layout: str, tmp_path: Path) -> None:
+def test_the_losses_of_the_collectives(layout: str, tmp_path: Path) -> None:
     """With clones, evaluation and a check of a layer in between."""
     ranks = 4 if layout == "ep2_pp2" else 2
     curves = []
-    for wire in ("all_gather", "symmetric_memory"):
-        flags = {**CLONES, **LAYOUTS[layout], "train_iters": 5, "moe_echo_token_transport": wire,
-                 "moe_echo_check_every": 2, "eval_iters": 1, "eval_interval": 3,
-                 "run_dir": tmp_path / wire}  # fmt: skip
+    for name, ways in (("collectives", {}), ("one_sided", ONE_SIDED)):
+        flags = {**CLONES, **LAYOUTS[layout], **ways, "train_iters": 5, "moe_echo_check_every": 2,
+                 "eval_iters": 1, "eval_interval": 3, "run_dir": tmp_path / name}  # fmt: skip
         launch.run(launch.tiny_model(**flags), ranks).check()
-        lines = read_metrics(tmp_path / wire)
-        curves.append([[line[name] for line in lines] for name in ("lm loss", "grad-norm")])
+        lines = read_metrics(tmp_path / name)
+        curves.append([[line[key] for line in lines] for key in ("lm loss", "grad-norm")])
     assert len(curves[0][0]) == 5
     for expected, found in zip(*curves, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)

@@ -8,24 +8,16 @@ from megatron_echo.dispatch.transports.base import (
     RowTransport,
     TokenTransport,
 )
-from megatron_echo.dispatch.transports.symmetric_memory import (
-    PeerBuffers,
-    SymmetricMemoryTransport,
-)
+from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
+from megatron_echo.dispatch.transports.symmetric_memory import SymmetricMemoryTransport
 from megatron_echo.dispatch.transports.weights import (
     CollectiveWeights,
     PeerToPeerWeights,
+    SymmetricMemoryWeights,
     WeightTransport,
 )
 
-WEIGHT_TRANSPORTS: dict[str, type[WeightTransport]] = {
-    "collective": CollectiveWeights,
-    "p2p": PeerToPeerWeights,
-}
-"""By the word of ``--moe-echo-expert-dispatcher-type``."""
-
 __all__ = [
-    "WEIGHT_TRANSPORTS",
     "AllGatherTransport",
     "AllToAllTransport",
     "CollectiveWeights",
@@ -35,6 +27,7 @@ __all__ = [
     "RowDelivery",
     "RowTransport",
     "SymmetricMemoryTransport",
+    "SymmetricMemoryWeights",
     "TokenTransport",
     "WeightTransport",
 ]

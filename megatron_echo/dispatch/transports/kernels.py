@@ -50,7 +50,7 @@ def _pull_rows_kernel(
     H: tl.constexpr, C: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    wide: tl.constexpr = output.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if own.dtype.element_ty == tl.float64 else tl.float32
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     pointers, named = _pointers(own, offsets, places, token, column, 0, tokens, stride, H, C)
@@ -84,16 +84,19 @@ def put_rows(own: Tensor, offsets: Tensor, values: Tensor, places: Tensor) -> No
     )  # fmt: skip
 
 
-def pull_rows(own: Tensor, offsets: Tensor, places: Tensor) -> Tensor:
+def pull_rows(own: Tensor, offsets: Tensor, places: Tensor, into: Tensor | None = None) -> Tensor:
     """Sum the rows at ``places`` in the wide dtype, in order: ``[T, H]``.
 
     Args:
         own: ``[N + 1, H]``, this rank's rows: fp64, fp32, bf16 or fp16.
         offsets: int64 ``[R]``, as in :func:`put_rows`.
         places: int32 ``[T, C]``; C is at least 1.
+        into: where to write, contiguous; new, in the wide dtype, if None.
     """
     tokens, terms = places.shape
-    output = own.new_empty((tokens, own.shape[1]), dtype=wide_dtype(own.dtype))
+    output = into
+    if output is None:
+        output = own.new_empty((tokens, own.shape[1]), dtype=wide_dtype(own.dtype))
     constants = sum_constants(own.shape[1], own.element_size(), terms)
     _launch(
         _pull_rows_kernel, output, constants,

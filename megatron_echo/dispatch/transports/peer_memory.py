@@ -26,8 +26,7 @@ from megatron_echo.environment import on_gpu
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NOT_SHARED = (
     "symmetric_memory needs expert-parallel ranks on one machine that reach each other's memory, "
-    "and these {fault}. Use --moe-echo-token-transport all_to_all, or a smaller "
-    "--expert-model-parallel-size."
+    "and these {fault}. Use another transport, or a smaller --expert-model-parallel-size."
 )
 
 
@@ -69,16 +68,23 @@ class PeerRows:
     def offer(self, rows: Tensor) -> None:
         """Put ``[N, H]`` into this rank's own rows."""
         self.own[:-1].copy_(rows)
-        self.own[-1].zero_()
+        if self.offsets is None:  # kernels do not read the last row
+            self.own[-1].zero_()
 
-    def pull(self, places: Tensor) -> Tensor:
-        """Sum the rows at ``places``, int32 ``[T, C]``, in order: ``[T, H]`` in the wide dtype."""
+    def pull(self, places: Tensor, into: Tensor | None = None) -> Tensor:
+        """Sum the rows at some places, in order.
+
+        Args:
+            places: int32 ``[T, C]``.
+            into: where to write, contiguous ``[T, H]``; new, in the wide dtype, if None.
+        """
         if self.offsets is not None:
             from megatron_echo.dispatch.transports import kernels
 
-            return kernels.pull_rows(self.own, self.offsets, places)
+            return kernels.pull_rows(self.own, self.offsets, places, into)
         assert self.everyone is not None
-        return add_rows(self.everyone, places)
+        total = add_rows(self.everyone, places)
+        return total if into is None else into.copy_(total)
 
 
 class PeerMemory(ABC):

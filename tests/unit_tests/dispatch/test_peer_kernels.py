@@ -48,6 +48,9 @@ def test_as_the_references(name: str, tokens: int, copies: int, columns: int) ->
     for none in (0.0, 0.4, 1.0):
         places = places_of((tokens, copies), 3, 20, none)
         check_same_bits(peers.pull(places), reference.pull(places))
+        into = torch.empty(tokens, columns, dtype=DTYPES[name])
+        assert peers.pull(places[:, :1], into) is into
+        check_same_bits(into, reference.pull(places[:, :1]).to(into.dtype))
         values = torch.randn(tokens, columns).to(DTYPES[name])
         peers.put(values, places)
         reference.put(values, places)

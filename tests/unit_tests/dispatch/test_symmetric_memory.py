@@ -35,6 +35,12 @@ def test_the_same_movement_again(ranks: int) -> None:
     run("the_same_movement_again", ranks)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_weights_of_clones(ranks: int) -> None:
+    """What the collectives bring; no host read, ranks that are late, NaN in buffers."""
+    run("weights", ranks)
+
+
 @pytest.mark.parametrize("ranks", [2])
 def test_inference_first(ranks: int) -> None:
     run("inference_first", ranks)

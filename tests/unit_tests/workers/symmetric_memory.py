@@ -22,8 +22,13 @@ from unit_tests.workers import clones, moe_layer
 from unit_tests.workers.moe_layer import RESULTS, build, errors, forward, run, same_bits
 
 from megatron_echo import cpu_backend
-from megatron_echo.dispatch.transports import PeerBuffers, peer_memory
+from megatron_echo.dispatch.transports import (
+    PeerBuffers,
+    SymmetricMemoryWeights,
+    peer_memory,
+)
 from megatron_echo.dispatch.transports.peer_memory import FileMemory, PeerRows
+from megatron_echo.testing import no_host_sync
 
 WIRE = {"moe_echo_token_transport": "symmetric_memory"}
 SHARED = {
@@ -153,6 +158,44 @@ def check_the_same_movement_again() -> None:
             rows = torch.full((ranks, 1), rank + 10.0 * step, dtype=torch.float64)
             (pulled,) = buffers.pull("b", [(rows, wanted)])
             assert torch.equal(pulled, everyone + 10 * step), step
+
+
+def check_weights() -> None:
+    """As collectives bring them, and their gradients; with either transport of tokens."""
+    way = {"moe_echo_expert_dispatcher_type": "symmetric_memory"}
+    variants = itertools.cycle(itertools.product((True, False), ({}, WIRE), (1, 4)))
+    used = 0
+    for (kind, dtype), slots in itertools.product(
+        itertools.product(("hot", "padding"), (torch.float64, torch.bfloat16)), clones.all_slots()
+    ):
+        again, wire, alignment = next(variants)
+        fields = {**wire, "moe_echo_recompute_expert_dispatch": again,
+                  "moe_echo_row_alignment": alignment}  # fmt: skip
+        case = clones.case_of(kind, 2, dtype)
+        expected = run(clones.cloned(2, dtype, slots, **fields), case)
+        layer = clones.cloned(2, dtype, slots, **fields, **way)
+        with clones.watched(layer) as seen:
+            result = run(layer, case)
+        ((_, made),) = seen
+        assert isinstance(made.transport, SymmetricMemoryWeights)
+        used += int((made.slot_expert >= 0).sum())
+        assert made.transport.sent_bytes(made.slot_expert, 1) == (made.slot_expert >= 0).sum()
+        limit = 1e-12 if dtype == torch.float64 else 0.01
+        for name in RESULTS[:3]:
+            assert torch.equal(result[name], expected[name]), (name, kind, slots)
+        wide = {name: tensor.double() for name, tensor in expected.items()}
+        assert max(errors(result, wide).values()) <= limit
+    assert used > 0
+    layer = clones.cloned(2, torch.float32, **way, **WIRE)
+    case = clones.case_of("hot", 2, torch.float32)
+    with no_host_sync("raise"):
+        moe_layer.run_quietly(layer, case)
+    expected = run(layer, case)
+    with mock.patch.object(PeerBuffers, "_take", take_spoiled):
+        same_bits(run(layer, case), expected)
+    with delayed(2e-3):
+        for _ in range(10):
+            same_bits(run(layer, case), expected)
 
 
 def check_inference_first() -> None:
