@@ -201,10 +201,11 @@ def check_weights() -> None:
 def check_inference_first() -> None:
     """Training after the buffers were made in inference mode."""
     case = clones.case_of("hot", 2, torch.float64)
-    layer = build(2, torch.float64, **WIRE)
+    layer = build(2, torch.float64, **WIRE).eval()
     mine = case.mine()
     with torch.inference_mode():
         clones.forced(layer, mine.probs, mine.chosen)(mine.hidden.view(6, 2, -1))
+    layer.train()
     assert max(errors(run(layer, case), moe_layer.dense(layer, case)).values()) <= 1e-12
 
 
