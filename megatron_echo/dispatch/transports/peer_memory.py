@@ -5,7 +5,6 @@ file that the processes of one machine map, so that all that is built on them ru
 a laptop. One rank, and meta tensors, have plain memory.
 """
 
-import contextlib
 import os
 import secrets
 import socket
@@ -204,8 +203,7 @@ def peer_memory(group: dist.ProcessGroup) -> PeerMemory:
         return PlainMemory(1, device)
     number = _common_number(group, device)
     memory = SymmetricMemory(group, device) if has_cuda else FileMemory(group, f"{number:x}")
-    if not _is_shared(memory, group, number, device):
-        raise ValueError(_NOT_SHARED.format(fault="do not"))
+    _check_shared(memory, group, number, device)
     return memory
 
 
@@ -227,17 +225,20 @@ def _common_number(group: dist.ProcessGroup, device: torch.device) -> int:
     return number
 
 
-def _is_shared(
+def _check_shared(
     memory: PeerMemory, group: dist.ProcessGroup, number: int, device: torch.device
-) -> bool:
-    """Whether every rank reads a number that rank 0 leaves in its rows."""
-    rows = None
-    with contextlib.suppress(OSError, RuntimeError):
+) -> None:
+    """Let every rank read a number that rank 0 leaves in its rows; fails on all if one cannot."""
+    rows, cause = None, None
+    try:
         rows = memory.allocate(2, 1, torch.float64)
-    if _highest([rows is None], group, device)[0]:
-        return False
-    assert rows is not None
-    rows.offer(rows.own.new_full((1, 1), number if group.rank() == 0 else 0))
-    memory.barrier()
-    seen = rows.pull(torch.zeros(1, 1, dtype=torch.int32, device=device)).item()
-    return not _highest([seen != number], group, device)[0]
+    except (OSError, RuntimeError) as error:
+        cause = error
+    is_failure = _highest([rows is None], group, device)[0]
+    if rows is not None and not is_failure:
+        rows.offer(rows.own.new_full((1, 1), number if group.rank() == 0 else 0))
+        memory.barrier()
+        seen = rows.pull(torch.zeros(1, 1, dtype=torch.int32, device=device)).item()
+        is_failure = _highest([seen != number], group, device)[0]
+    if is_failure:
+        raise ValueError(_NOT_SHARED.format(fault="do not")) from cause

@@ -4,7 +4,8 @@ Only rows that are needed travel, each once, over NVLink. A source knows the row
 pairs on any rank from the counts of all ranks (``place_pairs``), so nobody sorts what arrives. The
 counts and the rows are pushed there, results are pulled back; in backward gradients of results are
 pushed, those of rows pulled. ``peer_buffers.py`` says when a buffer may be written: counts, rows
-there and rows back have their own, so that each movement takes one barrier.
+there and rows back have their own, so that each movement takes one barrier. Those of rows hold
+``2 (B + 1)`` rows on each rank, once for a model.
 """
 
 from typing import Any
