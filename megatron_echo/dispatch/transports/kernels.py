@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_echo.dispatch.kernels import sum_constants, take_constants
+from megatron_echo.dispatch.kernels import sum_constants
 from megatron_echo.dispatch.permute import wide_dtype
 
 
@@ -33,13 +33,14 @@ def _pointers(
 @triton.jit(do_not_specialize=["tokens", "stride"])
 def _put_rows_kernel(
     values, own, offsets, places, tokens, stride,
-    H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (column < H)[None, :]
     value = tl.load(values + token[:, None] * H + column[None, :], mask=inside)
-    for k in tl.range(0, C, loop_unroll_factor=8):
+    for k in tl.range(0, C, loop_unroll_factor=UNROLLED):
         pointers, named = _pointers(own, offsets, places, token, column, k, tokens, stride, H, C)
         tl.store(pointers, value, mask=named)
 
@@ -76,8 +77,7 @@ def put_rows(own: Tensor, offsets: Tensor, values: Tensor, places: Tensor) -> No
         values: ``[T, H]``, the same dtype.
         places: int32 ``[T, C]``.
     """
-    constants = take_constants(values.shape[1], values.element_size())
-    constants["C"] = places.shape[1]
+    constants = sum_constants(values.shape[1], values.element_size(), places.shape[1])
     _launch(
         _put_rows_kernel, values, constants,
         (values.contiguous(), own, offsets, places.contiguous(), len(values), len(own)),

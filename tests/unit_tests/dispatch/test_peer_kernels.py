@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from unit_tests.dispatch.test_kernels import DTYPES, check_same_bits, run_script
 
-from megatron_echo.dispatch.kernels import sum_constants, take_constants
+from megatron_echo.dispatch.kernels import sum_constants
 from megatron_echo.dispatch.transports.peer_memory import PeerRows
 
 RANK = 1
@@ -99,12 +99,11 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """For an H100: peers' rows are read and written in 16 bytes, with little shared memory."""
     cases: list[tuple[str, str, str, dict[str, int]]] = []
     for name, columns, terms in (("bf16", 7168, 8), ("fp32", 2048, 1)):
-        size = DTYPES[name].itemsize
-        put = {**take_constants(columns, size), "C": terms}
-        cases.append(("_put_rows_kernel", name, "fp32", put))
-        cases.append(("_pull_rows_kernel", name, "fp32", sum_constants(columns, size, terms)))
+        constants = sum_constants(columns, DTYPES[name].itemsize, terms)
+        cases.append(("_put_rows_kernel", name, "fp32", constants))
+        cases.append(("_pull_rows_kernel", name, "fp32", constants))
     with_full_rows = len(cases)
-    cases.append(("_put_rows_kernel", "i64", "i64", {**take_constants(40, 8), "C": 64}))
+    cases.append(("_put_rows_kernel", "i64", "i64", sum_constants(40, 8, 64)))
     cases.append(("_pull_rows_kernel", "fp32", "fp32", sum_constants(1, 4, 1)))
     lines = run_script(COMPILE.format(cases=cases), tmp_path).splitlines()
     figures = [list(map(int, line.split()[1:])) for line in lines if line.startswith("COMPILED")]
