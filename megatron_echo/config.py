@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_echo.compatibility import config_refusal
-from megatron_echo.environment import find_hybrid_ep, interprets_triton
+from megatron_echo.environment import find_hybrid_ep, interprets_triton, peer_memory_refusal
 
 Check = Callable[[Any, Any], str | None]
 """``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
@@ -93,9 +93,15 @@ def _check_capacity(value: float | None, config: Any) -> str | None:
     return None
 
 
+def _check_peer_memory(value: str, config: Any) -> str | None:
+    if value != "symmetric_memory":
+        return None
+    return peer_memory_refusal(config.expert_model_parallel_size)
+
+
 def _check_token_transport(value: str, config: Any) -> str | None:
     if value != "hybrid_ep":
-        return None
+        return _check_peer_memory(value, config)
     if config.expert_model_parallel_size == 1:
         return "has no other rank to send to. Use all_gather, or a larger expert-parallel size."
     if config.params_dtype.itemsize != 2:
@@ -134,7 +140,7 @@ def _check_not_negative(value: float, config: Any) -> str | None:
 def _check_expert_dispatcher(value: str, config: Any) -> str | None:
     if value == "p2p" and config.cuda_graph_impl != "none":
         return "reads the plan on the host, which a CUDA graph cannot. Use collective."
-    return None
+    return _check_peer_memory(value, config)
 
 
 def _check_grouped_gemm(value: str, config: Any) -> str | None:
@@ -229,10 +235,12 @@ class EchoConfigMixin:
         "all_gather",
         "How tokens reach the ranks that compute them. all_gather: every rank gets every token. "
         "all_to_all: each token is sent once to each rank that computes one of its experts, in "
-        "equal parts. hybrid_ep: by DeepEP's HybridEP kernels, where deep_ep is installed.",
+        "equal parts. hybrid_ep: by DeepEP's HybridEP kernels, where deep_ep is installed. "
+        "symmetric_memory: each token is written straight into the rows where its experts compute "
+        "it; for ranks of one machine.",
         group="echo",
         check=_check_token_transport,
-        choices=("all_gather", "all_to_all", "hybrid_ep"),
+        choices=("all_gather", "all_to_all", "hybrid_ep", "symmetric_memory"),
     )
     moe_echo_peer_capacity: float = flag(
         1.0,
@@ -296,10 +304,12 @@ class EchoConfigMixin:
     moe_echo_expert_dispatcher_type: str = flag(
         "collective",
         "How weights of clones travel. collective: static exchanges, one for each slot. p2p: only "
-        "the slots in use, for which the host reads each plan; not within CUDA graphs.",
+        "the slots in use, for which the host reads each plan; not within CUDA graphs. "
+        "symmetric_memory: only the slots in use, read by the ranks that want them; for ranks of "
+        "one machine.",
         group="echo",
         check=_check_expert_dispatcher,
-        choices=("collective", "p2p"),
+        choices=("collective", "p2p", "symmetric_memory"),
     )
     moe_echo_check_every: int = flag(
         0,

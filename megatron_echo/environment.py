@@ -156,6 +156,27 @@ def skip_dataset_compilation(replace: Callable[[Any, str, Any], None] = setattr)
     return True
 
 
+def peer_memory_refusal(ranks: int) -> str | None:
+    """Why ranks cannot address each other's memory here, and what to do; None if they may.
+
+    Args:
+        ranks: of the expert-parallel group, whose ranks are consecutive.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if local % ranks:
+        return (
+            f"needs each expert-parallel group on one machine, but its size is {ranks} and a "
+            f"machine runs {local} processes. Use another transport, or an "
+            f"--expert-model-parallel-size that divides {local}."
+        )
+    if ranks > 1 and torch.accelerator.is_available():
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        if symmetric_memory.get_backend(torch.device("cuda")) is None:
+            return "needs a PyTorch with symmetric memory for CUDA. Use another transport."
+    return None
+
+
 def versions() -> dict[str, str | None]:
     """Versions of the packages that decide what a run computes; None where one is absent."""
     names = ("megatron-core", "torch", "triton", "transformer-engine", "numpy", "megatron-echo")

@@ -17,13 +17,18 @@ from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens
 from megatron_echo.dispatch.reroute import Clones, physical_experts
 from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.dispatch.transports import (
-    WEIGHT_TRANSPORTS,
     AllGatherTransport,
     AllToAllTransport,
+    CollectiveWeights,
     HybridEPBuffers,
     HybridEPTransport,
+    PeerBuffers,
+    PeerToPeerWeights,
     RowTransport,
+    SymmetricMemoryTransport,
+    SymmetricMemoryWeights,
     TokenTransport,
+    WeightTransport,
 )
 from megatron_echo.dispatch.transports.collectives import all_gather
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
@@ -129,8 +134,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
         self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
         self._transport = self._make_transport()
-        way = echo_setting(config, "moe_echo_expert_dispatcher_type")
-        self._weights = WEIGHT_TRANSPORTS[way](self.ep_group, self._local)
+        self._weights = self._make_weight_transport()
         self._step_end = StepEnd.of(config)
         self._is_traced = self.ep_rank == 0 and get_pg_rank(pg_collection.expt_dp) == 0
         self._stage = get_pg_rank(pg_collection.pp)
@@ -145,8 +149,19 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if way == "hybrid_ep":
             buffers = HybridEPBuffers.of(self.config, self.ep_group)
             return HybridEPTransport(buffers, self.num_groups, self._alignment)
+        if way == "symmetric_memory":
+            peers = PeerBuffers.of(self.config, self.ep_group)
+            return SymmetricMemoryTransport(peers, self.num_groups, self._alignment)
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
         return AllToAllTransport(self.ep_group, self.num_groups, peer_capacity)
+
+    def _make_weight_transport(self) -> WeightTransport:
+        way = echo_setting(self.config, "moe_echo_expert_dispatcher_type")
+        if way == "symmetric_memory" and self._slots > 0:
+            buffers = PeerBuffers.of(self.config, self.ep_group)
+            return SymmetricMemoryWeights(buffers, self._local)
+        kind = PeerToPeerWeights if way == "p2p" else CollectiveWeights
+        return kind(self.ep_group, self._local)
 
     def buffer_rows(self, tokens: int) -> int:
         """Rows of the receive buffer for T tokens on each rank."""

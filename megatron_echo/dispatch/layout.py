@@ -127,3 +127,71 @@ def build_layout(
         over=need > num_rows,
         dropped=(group_rows - placed).sum(),
     )
+
+
+@dataclass(frozen=True)
+class PairPlaces:
+    """Where the pairs of one source rank go, and what comes to it. B rows on each of R ranks.
+
+    Attributes:
+        place: int32 ``[T, K]``, ``r * (B + 1) + row`` for a row of rank ``r``; row B of this rank
+            where a pair has none.
+        received: int32 ``[B]``, of each row of this rank its own number, B if it is empty.
+        ends: int32 ``[G]``, end offset of each padded group of this rank, not above B.
+        need: int64 scalar, rows that would hold everything that this rank computes.
+        dropped: int64 scalar, pairs without a row on this rank.
+    """
+
+    place: Tensor
+    received: Tensor
+    ends: Tensor
+    need: Tensor
+    dropped: Tensor
+
+
+def place_pairs(
+    experts: Tensor, counts: Tensor, rank: int, num_rows: int, alignment: int = 1
+) -> PairPlaces:
+    """Find, at its source, the row of each pair that :func:`build_layout` finds where it arrives.
+
+    Args:
+        experts: integer ``[T, K]``, physical experts ``r * G + g``; ``R * G`` for none.
+        counts: int64 ``[R, R * G]``, pairs that each source rank sends to each physical expert.
+        rank: this source rank; ``counts[rank]`` is the histogram of ``experts``.
+        num_rows: B.
+        alignment: rows of each group are padded to a multiple of this.
+    """
+    ranks, physical = counts.shape
+    num_groups = physical // ranks
+    size = counts.sum(0).view(ranks, num_groups)
+    padded = (size + (alignment - 1)) // alignment * alignment
+    ends = padded.cumsum(1)
+    starts = ends - padded
+    # Of each expert the first row of this source; the pairs without one begin at row B.
+    first = starts.reshape(-1) + (counts.cumsum(0) - counts)[rank]
+    first = torch.cat((first, first.new_full((1,), num_rows)))
+    sent = counts[rank].cumsum(0)
+    sent = torch.cat((sent.new_zeros(1), sent))
+    key = experts.reshape(-1).to(torch.int64)
+    order = key.argsort(stable=True)
+    expert = key.index_select(0, order)
+    nth = torch.arange(key.numel(), device=key.device) - sent.index_select(0, expert)
+    row = first.index_select(0, expert) + nth
+    stride = num_rows + 1
+    place = torch.where(
+        row < num_rows, expert // num_groups * stride + row, rank * stride + num_rows
+    )
+    place = torch.empty_like(place).scatter_(0, order, place)
+
+    row = torch.arange(num_rows, device=key.device)
+    filled = (starts + size)[rank]
+    filled = torch.cat((filled, filled.new_zeros(1)))
+    filled = filled.index_select(0, torch.searchsorted(ends[rank], row, right=True))
+    placed = (starts + size).clamp(max=num_rows) - starts.clamp(max=num_rows)
+    return PairPlaces(
+        place=place.view(experts.shape).int(),
+        received=torch.where(row < filled, row, num_rows).int(),
+        ends=ends[rank].clamp(max=num_rows).int(),
+        need=ends[rank, -1],
+        dropped=(size - placed)[rank].sum(),
+    )

@@ -38,10 +38,14 @@ def sum_rows_reference(source: Tensor, index: Tensor) -> Tensor:
         source: ``[B, H]``.
         index: int32 ``[N, C]``, up to and including B.
     """
-    padded = _with_null_row(source)
-    total = padded.index_select(0, index[:, 0]).to(wide_dtype(source.dtype))
+    return add_rows(_with_null_row(source), index)
+
+
+def add_rows(source: Tensor, index: Tensor) -> Tensor:
+    """``source[index].sum(1)`` in the wide dtype, in order; every index is one of a row."""
+    total = source.index_select(0, index[:, 0]).to(wide_dtype(source.dtype))
     for column in range(1, index.shape[1]):
-        total += padded.index_select(0, index[:, column])
+        total += source.index_select(0, index[:, column])
     return total
 
 

@@ -32,7 +32,7 @@ gemms = pytest.mark.parametrize("gemm", ["torch", "triton"])
 
 
 @gemms
-@pytest.mark.parametrize("transport", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("transport", ["all_gather", "all_to_all", "symmetric_memory"])
 def test_no_synchronisation(transport: str, gemm: str) -> None:
     """CUDA's own check and our tripwire, forward and backward, after a warm-up."""
     layer = build(transport, gemm)

@@ -52,6 +52,15 @@ def test_a_bad_value_names_the_flag_and_a_choice(field: str, value: object, advi
     assert advice in str(error.value)
 
 
+def test_symmetric_memory_needs_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"moe_enable_echo": True, "moe_echo_token_transport": "symmetric_memory"}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    EchoTransformerConfig(**MOE, **fields)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match="its size is 4 and a machine runs 6 processes"):
+        EchoTransformerConfig(**MOE, **fields)
+
+
 @pytest.mark.parametrize(
     ("value", "advice"), [(30, "Use 28 or 32."), (3, "Use 4."), (-4, "negative")]
 )

@@ -9,29 +9,28 @@ from megatron_echo.dispatch.transports.base import (
     TokenTransport,
 )
 from megatron_echo.dispatch.transports.hybrid_ep import HybridEPBuffers, HybridEPTransport
+from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
+from megatron_echo.dispatch.transports.symmetric_memory import SymmetricMemoryTransport
 from megatron_echo.dispatch.transports.weights import (
     CollectiveWeights,
     PeerToPeerWeights,
+    SymmetricMemoryWeights,
     WeightTransport,
 )
 
-WEIGHT_TRANSPORTS: dict[str, type[WeightTransport]] = {
-    "collective": CollectiveWeights,
-    "p2p": PeerToPeerWeights,
-}
-"""By the word of ``--moe-echo-expert-dispatcher-type``."""
-
 __all__ = [
-    "WEIGHT_TRANSPORTS",
     "AllGatherTransport",
     "AllToAllTransport",
     "CollectiveWeights",
     "Delivery",
     "HybridEPBuffers",
     "HybridEPTransport",
+    "PeerBuffers",
     "PeerToPeerWeights",
     "RowDelivery",
     "RowTransport",
+    "SymmetricMemoryTransport",
+    "SymmetricMemoryWeights",
     "TokenTransport",
     "WeightTransport",
 ]

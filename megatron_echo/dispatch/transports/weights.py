@@ -3,6 +3,8 @@
 ``collective`` exchanges one expert for each pair of ranks and slot, whatever the plan: static, and
 R times the bytes that one slot of each rank holds. ``p2p`` sends only the slots in use, and for
 that the host must know the plan: one asynchronous copy of it for each layer call.
+``symmetric_memory`` sends only those too, and the host knows nothing: each rank reads what it wants
+where its peers lay it open.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_echo.dispatch.transports.collectives import exchange
+from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 from megatron_echo.environment import on_gpu
 
 
@@ -81,7 +84,7 @@ class WeightTransport(ABC):
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
         """Add the gradients of clones to those of their home experts.
 
-        The order is that of slots, then ranks; experts without clones keep their bits.
+        The order is fixed; experts without clones keep their bits.
 
         Args:
             grads: ``[m + S, out, in]`` of this rank's experts and slots; used up.
@@ -98,7 +101,10 @@ class WeightTransport(ABC):
 
 
 class CollectiveWeights(WeightTransport):
-    """One exchange a slot, of one expert for each rank: the buffers are R experts, not R * S."""
+    """One exchange a slot, of one expert for each rank: the buffers are R experts, not R * S.
+
+    Gradients are added in the order of slots, then ranks.
+    """
 
     def push(
         self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
@@ -130,7 +136,7 @@ class CollectiveWeights(WeightTransport):
 
 
 class PeerToPeerWeights(WeightTransport):
-    """Sends between the home and the clone only, straight into the slots.
+    """Sends between the home and the clone only, straight into the slots; adds as the collectives.
 
     Attributes:
         host_copies: plans that were copied to the host so far.
@@ -185,6 +191,69 @@ class PeerToPeerWeights(WeightTransport):
 
     def _transfer(self, operation: Any, tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
+
+
+class SymmetricMemoryWeights(WeightTransport):
+    """Slots pull their experts, and homes the gradients of their clones, added up over ranks.
+
+    A rank lays open all of its experts to begin with, and in the end what is in its slots. It has
+    one clone of an expert at most, as the planner makes them.
+    """
+
+    def __init__(self, buffers: PeerBuffers, experts_per_rank: int) -> None:
+        """Set the sizes.
+
+        Args:
+            buffers: the model's.
+            experts_per_rank: m.
+        """
+        super().__init__(buffers.group, experts_per_rank)
+        self._buffers = buffers
+
+    def push(
+        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
+    ) -> None:
+        """See :class:`WeightTransport`; an unused slot gets zeros."""
+        expert = slot_expert[self._rank]
+        home = expert // self._experts
+        first = torch.where(expert < 0, -1, expert % self._experts)
+        places = self._places(home, first, weight)
+        rows = weight.detach().flatten(0, 1)
+        self._buffers.pull("weights", [(rows, places[:, None])], slots.view(-1, slots.shape[2]))
+
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
+        """See :class:`WeightTransport`."""
+        ranks, slots = slot_expert.shape
+        home, parts = grads[: self._experts], grads[self._experts :]
+        local = torch.arange(self._experts, device=grads.device) + self._rank * self._experts
+        holds = slot_expert[None] == local[:, None, None]  # [m, R, S]
+        slot = torch.arange(slots, device=grads.device)
+        slot = torch.where(holds, slot, -1).amax(2)
+        rank = torch.arange(ranks, device=grads.device).expand_as(slot)
+        places = self._places(rank.reshape(-1), slot.reshape(-1), parts)
+        places = places.view(self._experts, ranks, -1).transpose(1, 2).flatten(0, 1)
+        (total,) = self._buffers.pull("gradients", [(parts.flatten(0, 1), places)])
+        home += total.view_as(home)
+        return home
+
+    def _places(self, rank: Tensor, matrix: Tensor, matrices: Tensor) -> Tensor:
+        """Where the rows of some matrices lie, one after the other, int32.
+
+        Args:
+            rank: int64 ``[n]``, who has it.
+            matrix: int64 ``[n]``, which one there, -1 for none.
+            matrices: those of a rank, ``[M, out, in]``.
+        """
+        many, out = matrices.shape[:2]
+        stride = many * out + 1
+        row = torch.arange(out, device=rank.device)
+        place = (rank * stride + matrix * out)[:, None] + row
+        none = (self._rank + 1) * stride - 1
+        return torch.where(matrix[:, None] < 0, none, place).flatten().int()
+
+    def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
+        """See :class:`WeightTransport`."""
+        return int((slot_expert >= 0).sum()) * expert_bytes
 
 
 def _complete(transfers: list[dist.P2POp]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from megatron_echo.dispatch.layout import DispatchLayout, build_layout, round_rows
+from megatron_echo.dispatch.layout import DispatchLayout, build_layout, place_pairs, round_rows
 
 many = settings(deadline=None, max_examples=200, print_blob=True)
 
@@ -301,3 +301,40 @@ def test_few_sizes_for_many_routings() -> None:
     assert len(set(loads)) > 2500
     assert len(set(sizes)) <= 17
     assert sum(sizes) / sum(loads) - 1 <= 0.016
+
+
+@many
+@given(st.data(), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 4, 16]))
+def test_sources_find_the_rows_that_receivers_would(
+    data: st.DataObject, ranks: int, num_groups: int, alignment: int
+) -> None:
+    """``place_pairs`` at every source against ``build_layout`` at every rank."""
+    tokens, topk = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 3))
+    pairs, none = ranks * tokens * topk, ranks * num_groups
+    choice = data.draw(st.sets(st.integers(0, none), min_size=1))
+    drawn = st.lists(st.sampled_from(sorted(choice)), min_size=pairs, max_size=pairs)
+    experts = torch.tensor(data.draw(drawn), dtype=torch.int32).view(ranks, tokens, topk)
+    num_rows = data.draw(st.integers(1, pairs + num_groups * (alignment - 1) + 1))
+    counts = torch.stack([torch.bincount(e.flatten(), minlength=none + 1) for e in experts])
+    places = [
+        place_pairs(experts[rank], counts[:, :none], rank, num_rows, alignment)
+        for rank in range(ranks)
+    ]
+    stride = num_rows + 1
+    found = torch.stack([part.place for part in places]).long()
+    nowhere = torch.arange(ranks)[:, None, None] * stride + num_rows
+    expected = nowhere.expand(found.shape)
+    for rank in range(ranks):
+        local = experts - rank * num_groups
+        groups = torch.where((local >= 0) & (local < num_groups), local, num_groups)
+        layout = build_layout(groups.view(-1, topk), num_groups, num_rows, ranks, alignment)
+        row_of = layout.rows.row_of.view(found.shape).long()
+        expected = torch.where(row_of < num_rows, rank * stride + row_of, expected)
+        filled = layout.rows.row_src < pairs
+        part = places[rank]
+        own = torch.where(filled, torch.arange(num_rows), num_rows)
+        assert torch.equal(part.received.long(), own)
+        assert torch.equal(part.ends, layout.ends)
+        assert (part.need, part.dropped) == (layout.need, layout.dropped)
+        assert {part.place.dtype, part.received.dtype, part.ends.dtype} == {torch.int32}
+    assert torch.equal(found, expected)

@@ -1,0 +1,125 @@
+"""The buffers of peer memory that all layers of a model share, and when they may be written.
+
+Two movements do everything. A *push* writes rows into the buffers of peers, and each rank copies
+what came to it. In a *pull* each rank lays rows open, and the others sum those that they want. A
+movement is safe on these terms:
+
+1. It writes, passes one barrier of the group, and reads. So whoever reads sees all that was
+   written for it.
+2. A buffer may be written once every rank has read what was in it before. A rank that arrives at
+   a barrier has finished the reads of all earlier movements, so one barrier of another movement in
+   between is enough. A movement whose buffer is one of the last movement's passes a barrier before
+   it writes; those of a layer take turns, and none of them has to.
+3. Nothing refers to a buffer after its movement: autograd keeps copies and places. A buffer may
+   hold anything between movements.
+
+Every rank makes the same movements in the same order, as with collectives. On CUDA they are on
+one stream, and barriers are waited for by the stream, not by the host.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_echo.dispatch.transports.peer_memory import (
+    PeerRows,
+    PlainMemory,
+    peer_memory,
+)
+
+
+class PeerBuffers:
+    """The buffers of one model, of each shape and purpose one: :meth:`of` finds or makes them."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Find out how the ranks of the group reach each other; they call it together.
+
+        Args:
+            group: the expert-parallel group, R ranks.
+
+        Raises:
+            ValueError: they do not.
+        """
+        self.group = group
+        self._memory = peer_memory(group)
+        self._rows: dict[tuple, PeerRows] = {}
+        self._last: set[tuple] = set()
+
+    @classmethod
+    def of(cls, config: Any, group: dist.ProcessGroup) -> "PeerBuffers":
+        """The buffers of a model, from its ``TransformerConfig``."""
+        buffers = getattr(config, "echo_peer_buffers", None)
+        if buffers is None:
+            buffers = config.echo_peer_buffers = cls(group)
+        return buffers
+
+    def __deepcopy__(self, memo: dict) -> "PeerBuffers":
+        return self  # Megatron copies configurations for some layers; the model stays one
+
+    def push(self, name: str, moved: list[tuple[Tensor, Tensor]], num_rows: int) -> list[Tensor]:
+        """Write rows to other ranks and give back views of what came to this one.
+
+        Args:
+            name: the purpose.
+            moved: values ``[T, H]`` and their places, int32 ``[T, C]``; see ``PeerRows.put``.
+            num_rows: N.
+
+        Returns:
+            For each ``[N, H]``, *in the buffer*: copy it before the next movement. Rows that
+            nobody wrote hold anything.
+        """
+        buffers = self._take(name, num_rows, [values for values, _ in moved])
+        for buffer, (values, places) in zip(buffers, moved, strict=True):
+            buffer.put(values, places)
+        self._memory.barrier()
+        return [buffer.own[:-1] for buffer in buffers]
+
+    def pull(
+        self, name: str, moved: list[tuple[Tensor, Tensor]], into: Tensor | None = None
+    ) -> list[Tensor]:
+        """Lay rows open, and sum those of all ranks that this one wants.
+
+        Args:
+            name: the purpose.
+            moved: rows ``[N, H]``, and the places to sum, int32 ``[T, C]``.
+            into: where to write the result of a single pair, contiguous ``[T, H]``.
+
+        Returns:
+            For each ``[T, H]``, in the wide dtype or that of ``into``.
+        """
+        buffers = self._take(name, len(moved[0][0]), [rows for rows, _ in moved])
+        for buffer, (rows, _) in zip(buffers, moved, strict=True):
+            buffer.offer(rows)
+        self._memory.barrier()
+        both = zip(buffers, moved, strict=True)
+        return [buffer.pull(places, into) for buffer, (_, places) in both]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on this rank."""
+        return sum(rows.own.nbytes for rows in self._rows.values())
+
+    @property
+    def rows(self) -> tuple[PeerRows, ...]:
+        """All buffers."""
+        return tuple(self._rows.values())
+
+    def _take(self, name: str, num_rows: int, values: list[Tensor]) -> list[PeerRows]:
+        """Buffers to write to now; the host waits where they are new."""
+        keys = [
+            (name, number, num_rows, tensor.shape[1], tensor.dtype, tensor.device)
+            for number, tensor in enumerate(values)
+        ]
+        for key in keys:
+            if key not in self._rows:
+                *_, columns, dtype, device = key
+                is_meta = device.type == "meta"
+                memory = PlainMemory(self.group.size(), device) if is_meta else self._memory
+                with torch.inference_mode(False):  # evaluation may come first
+                    self._rows[key] = memory.allocate(num_rows + 1, columns, dtype)
+        if not self._last.isdisjoint(keys):
+            self._memory.barrier()
+        self._last = set(keys)
+        return [self._rows[key] for key in keys]

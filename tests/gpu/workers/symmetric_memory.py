@@ -1,0 +1,51 @@
+"""The one-sided transport between processes on one device, on a GPU or without one on the CPU."""
+
+import torch
+import torch.distributed as dist
+
+from megatron_echo.dispatch.transports import PeerBuffers, SymmetricMemoryTransport
+
+TOKENS, TOPK, HIDDEN, GROUPS, STEPS = 300, 3, 1024, 4, 20
+
+
+def check_step(transport: SymmetricMemoryTransport, step: int, device: torch.device) -> None:
+    """Every row comes back doubled, whoever had it; values are chosen so that sums are exact."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator().manual_seed(step * ranks + rank)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device).requires_grad_()
+    weight = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device)
+    noise = torch.rand(TOKENS, ranks * GROUPS + 1, generator=generator)
+    noise[:, : 1 + step % GROUPS] += 0.5  # the first experts are hot
+    experts = noise.topk(TOPK).indices.int().to(device)
+    probs = torch.rand(TOKENS, TOPK, generator=generator).to(device).requires_grad_()
+    chosen = experts < ranks * GROUPS
+
+    delivery = transport.dispatch(hidden, experts, probs, ranks * TOKENS * TOPK + 64)
+    output = transport.combine(delivery.rows * 2, delivery.receipt)
+    (output * weight).sum().backward(retain_graph=True)
+    copies = chosen.sum(1, keepdim=True)
+    assert torch.equal(output, 2 * copies * hidden.float())
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, (2 * copies * weight.float()).bfloat16())
+    total = delivery.probs.sum()
+    sent = torch.where(chosen, probs, 0).sum()
+    dist.all_reduce(sums := torch.stack((total, sent)).detach().cpu())
+    torch.testing.assert_close(sums[0], sums[1])
+    probs.grad = None
+    total.backward()
+    assert torch.equal(probs.grad, chosen.float())
+    assert delivery.dropped == 0
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    device = torch.device("cuda", 0) if torch.accelerator.is_available() else torch.device("cpu")
+    buffers = PeerBuffers(dist.group.WORLD)
+    for step in range(STEPS):
+        check_step(SymmetricMemoryTransport(buffers, GROUPS, 16), step, device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
