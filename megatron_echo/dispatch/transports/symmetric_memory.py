@@ -23,14 +23,15 @@ from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, probs: Tensor, place: Tensor, received: Tensor,
+        ctx: Any, hidden: Tensor, probs: Tensor, place: Tensor, received: Tensor, used: Tensor,
         buffers: PeerBuffers,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(place)
         ctx.buffers, ctx.dtypes = buffers, (hidden.dtype, probs.dtype)
         moved = [(hidden, place), (probs.reshape(-1, 1), place.reshape(-1, 1))]
         rows, row_probs = buffers.push("there", moved, len(received))
-        return take_rows(rows, received), take_rows(row_probs, received).squeeze(1)
+        row_probs = take_rows(row_probs, received, used)
+        return take_rows(rows, received, used), row_probs.squeeze(1)
 
     @staticmethod
     @once_differentiable
@@ -40,15 +41,15 @@ class _Dispatch(torch.autograd.Function):
         to_hidden, to_probs = ctx.buffers.pull("back", moved)
         hidden_dtype, probs_dtype = ctx.dtypes
         to_probs = to_probs.view(place.shape).to(probs_dtype)
-        return to_hidden.to(hidden_dtype), to_probs, None, None, None
+        return to_hidden.to(hidden_dtype), to_probs, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, place: Tensor, received: Tensor, buffers: PeerBuffers
+        ctx: Any, rows: Tensor, place: Tensor, received: Tensor, used: Tensor, buffers: PeerBuffers
     ) -> Tensor:
-        ctx.save_for_backward(place, received)
+        ctx.save_for_backward(place, received, used)
         ctx.buffers, ctx.dtype = buffers, rows.dtype
         (total,) = buffers.pull("back", [(rows, place)])
         return total
@@ -56,10 +57,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        place, received = ctx.saved_tensors
+        place, received, used = ctx.saved_tensors
         moved = [(grad.to(ctx.dtype), place)]
         (rows,) = ctx.buffers.push("there", moved, len(received))
-        return take_rows(rows, received), None, None, None
+        return take_rows(rows, received, used), None, None, None, None
 
 
 class SymmetricMemoryTransport(RowTransport):
@@ -80,15 +81,13 @@ class SymmetricMemoryTransport(RowTransport):
     ) -> RowDelivery:
         """See :class:`RowTransport`."""
         places = self._place(experts, num_rows)
-        rows, row_probs = _Dispatch.apply(
-            hidden, probs, places.place, places.received, self._buffers
-        )
+        receipt = places.place, places.received, places.ends[-1:]
+        rows, row_probs = _Dispatch.apply(hidden, probs, *receipt, self._buffers)
         return RowDelivery(
-            rows, row_probs, places.ends, places.need, places.dropped,
-            receipt=(places.place, places.received),
-        )  # fmt: skip
+            rows, row_probs, places.ends, places.need, places.dropped, receipt=receipt
+        )
 
-    def combine(self, rows: Tensor, receipt: tuple[Tensor, Tensor]) -> Tensor:
+    def combine(self, rows: Tensor, receipt: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """See :class:`RowTransport`."""
         return _Combine.apply(rows, *receipt, self._buffers)
 
