@@ -3,7 +3,7 @@
     python -m megatron_echo.memory.estimate --ranks 64 -- --num-layers 61 --moe-enable-echo ...
 
 Nothing is derived on paper. For every pipeline rank one process builds Megatron's model,
-distributed-data-parallel buffers and optimizer from the command line and trains two steps through
+distributed-data-parallel buffers and optimizer from the command line and trains a step through
 Megatron's own schedule, with fake tensors (shapes and dtypes, no values, no memory) and a process
 group that sends nothing. The bytes of the storages alive are counted at every operator. So
 recomputation, the distributed optimizer's shards, the clone pool and the dispatch buffers are in it
@@ -12,7 +12,7 @@ because they are in the run.
 Fake tensors have no values, so shapes must not depend on them: Megatron's own dispatchers of tokens
 ask how many tokens each expert got, ``--moe-enable-echo`` does not. What the run does on the CPU is
 counted: the reference of a kernel, attention with its scores, no memory of NCCL or the CUDA
-context, no fragmentation.
+context, no fragmentation. ``--flash-attention`` leaves the scores out, as a GPU's kernels do.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.memory.live_bytes import LiveBytes
+from megatron_echo.memory.shapes_only import attend, no_plan, one_slot_in_use, outer_product
 
-STEPS = 2
-"""The optimizer makes its state in the first."""
+_CORE_ATTENTION = "megatron_echo.local_modules.LocalCoreAttention.forward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +77,30 @@ class RankEstimate:
         return self.forward_backward - self.weights - self.gradients - self.optimizer
 
 
-def estimate(argv: Sequence[str], ranks: int) -> list[RankEstimate]:
-    """Estimate all pipeline ranks of a run.
+def estimate(
+    argv: Sequence[str],
+    ranks: int,
+    flash_attention: bool = False,
+    stages: Sequence[int] | None = None,
+) -> list[RankEstimate]:
+    """Estimate the pipeline ranks of a run.
 
     Args:
         argv: flags of ``pretrain_gpt_moe.py``.
         ranks: processes of the run, over all nodes.
+        flash_attention: attention without scores, see :mod:`megatron_echo.memory.shapes_only`.
+        stages: which pipeline ranks, by default all.
 
     Returns:
-        One for each pipeline rank, in order; the first process of its stage stands for it.
+        One for each of them, in order; the first process of its stage stands for it.
 
     Raises:
         ValueError: the command line does not run; the message has the reason.
     """
     # A process of its own: what this one has done with torch.distributed must not matter.
-    answer = _run(multiprocessing.get_context("spawn"), _all_stages, list(argv), ranks)
+    context = multiprocessing.get_context("spawn")
+    wanted = range(_value_of("--pipeline-model-parallel-size", argv)) if stages is None else stages
+    answer = _run(context, _estimate_stages, list(argv), ranks, flash_attention, list(wanted))
     if isinstance(answer, str):
         raise ValueError(f"This command line cannot be estimated:\n{answer}")
     return answer
@@ -111,15 +120,17 @@ def _run(context: Any, work: Any, *args: Any) -> Any:
         process.join()
 
 
-def _all_stages(sender: Connection, argv: list[str], ranks: int) -> None:
-    """Send the estimates of all pipeline ranks, or what is wrong."""
+def _estimate_stages(
+    sender: Connection, argv: list[str], ranks: int, flash_attention: bool, stages: list[int]
+) -> None:
+    """Send the estimates of some pipeline ranks, or what is wrong."""
     cpu_backend.enable(verbose=False)
     import megatron.training  # noqa: F401  (once, for all children)
 
     context = multiprocessing.get_context("fork")
     found = []
-    for rank in range(_value_of("--pipeline-model-parallel-size", argv)):
-        answer = _run(context, _child, argv, ranks, rank)
+    for rank in stages:
+        answer = _run(context, _child, argv, ranks, rank, flash_attention)
         if isinstance(answer, str):
             sender.send(f"pipeline rank {rank}: {answer}")
             return
@@ -133,12 +144,14 @@ def _value_of(flag: str, argv: Sequence[str]) -> int:
     return parser.parse_known_args(list(argv))[0].value
 
 
-def _child(sender: Connection, argv: list[str], ranks: int, rank: int) -> None:
+def _child(
+    sender: Connection, argv: list[str], ranks: int, rank: int, flash_attention: bool
+) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            answer: Any = dry_run(argv, ranks, rank)
+            answer: Any = dry_run(argv, ranks, rank, flash_attention)
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "/torch/" not in frame.filename][-3:]
@@ -148,22 +161,27 @@ def _child(sender: Connection, argv: list[str], ranks: int, rank: int) -> None:
     sender.close()
 
 
-def dry_run(argv: Sequence[str], ranks: int, pipeline_rank: int) -> RankEstimate:
+def dry_run(
+    argv: Sequence[str], ranks: int, pipeline_rank: int, flash_attention: bool = False
+) -> RankEstimate:
     """Build and train on fake tensors, in this process: once in a process.
 
     Args:
         argv: flags of ``pretrain_gpt_moe.py``.
         ranks: processes of the run.
         pipeline_rank: which stage.
+        flash_attention: attention without scores.
     """
-    with _process_of(ranks, pipeline_rank, argv):
+    attention = mock.patch(_CORE_ATTENTION, attend) if flash_attention else contextlib.nullcontext()
+    with _process_of(ranks, pipeline_rank, argv), attention:
         args, container = _parse()
         from megatron.training.initialize import initialize_megatron
 
         initialize_megatron()
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(skip_collectives=True) as live:
             model, optimizer = _build(container)
-            peaks = [_train(args, model, optimizer, live) for _ in range(STEPS)]
+            optimizer.step()  # makes its state, from gradients that are zero
+            passes, step = _train(args, model, optimizer, live)
             parameters = [p for chunk in model for p in chunk.parameters()]
             gradients = _bytes(getattr(p, "main_grad", p.grad) for p in parameters)
             weights = _bytes(parameters)
@@ -173,8 +191,8 @@ def dry_run(argv: Sequence[str], ranks: int, pipeline_rank: int) -> RankEstimate
                 weights=weights,
                 gradients=gradients,
                 optimizer=_bytes(_optimizer_tensors(optimizer), besides=parameters),
-                forward_backward=max(first for first, _ in peaks),
-                step=max(second for _, second in peaks),
+                forward_backward=passes,
+                step=step,
             )
 
 
@@ -202,6 +220,9 @@ def _process_of(ranks: int, pipeline_rank: int, argv: Sequence[str]) -> Iterator
         mock.patch.object(dist, "all_gather_object", own_object),
         # Reads values on the host, and needs next to no memory.
         mock.patch("megatron.core.optimizer.optimizer.get_grad_norm_fp32", return_value=0.0),
+        mock.patch("megatron_echo.dispatch.dispatcher.planner_backend", return_value=no_plan),
+        mock.patch("megatron_echo.experts.clones.grouped_outer", outer_product),
+        mock.patch("megatron_echo.dispatch.transports.weights.HostCopy.read", one_slot_in_use),
         mock.patch.object(torch.nn.Module, "bfloat16", _to_bfloat16),
         mock.patch.object(torch.nn.Module, "half", _to_half),
     ):
@@ -281,7 +302,10 @@ def _build(container: Any) -> tuple[Any, Any]:
 
 
 def _train(args: Any, model: Any, optimizer: Any, live: LiveBytes) -> tuple[int, int]:
-    """One step; the highest totals of the passes and of the optimizer."""
+    """One step; the highest totals of the passes and of the optimizer.
+
+    Twice as many microbatches as pipeline ranks fill the pipeline; more of them keep no more.
+    """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -293,7 +317,7 @@ def _train(args: Any, model: Any, optimizer: Any, live: LiveBytes) -> tuple[int,
         forward_step_func=partial(_forward_step, args),
         data_iterator=[None] * len(model),
         model=model,
-        num_microbatches=get_num_microbatches(),
+        num_microbatches=min(get_num_microbatches(), 2 * args.pipeline_model_parallel_size),
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         forward_only=False,
@@ -361,10 +385,16 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--ranks", type=int, required=True, help="processes over all nodes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimates there too")
+    parser.add_argument(
+        "--flash-attention", action="store_true", help="attention without scores, as on a GPU"
+    )
+    parser.add_argument(
+        "--stages", type=int, nargs="+", metavar="N", help="which pipeline ranks; all"
+    )
     parser.add_argument("flags", nargs="+", help="-- and the flags of pretrain_gpt_moe.py")
     args = parser.parse_args(words)
     try:
-        estimates = estimate(args.flags, args.ranks)
+        estimates = estimate(args.flags, args.ranks, args.flash_attention, args.stages)
     except ValueError as error:
         print(f"estimate: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import launch
 import pytest
+import torch
 
 from megatron_echo.memory.estimate import estimate, main
+from megatron_echo.memory.shapes_only import attend, no_plan
+from megatron_echo.planner import plan_clones
 
 MEASURE = Path(__file__).with_name("measured_peak.py")
 CASES = {
@@ -46,11 +49,42 @@ def test_peak_of_a_real_run(name, tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-    flags = launch.tiny_model(moe_enable_echo=True, num_layers=1, global_batch_size=2)
-    main(["--ranks", "1", "--json", str(tmp_path / "peak.json"), "--", *flags])
+    """One stage of two, and attention that keeps less than the scores of a layer."""
+    heads, rows = 4, 2048
+    flags = launch.tiny_model(
+        moe_enable_echo=True, num_attention_heads=heads, seq_length=rows, micro_batch_size=1,
+        max_position_embeddings=rows, global_batch_size=2, pipeline_model_parallel_size=2,
+    )  # fmt: skip
+    options = ["--stages", "1", "--flash-attention", "--json", str(tmp_path / "peak.json")]
+    main(["--ranks", "2", *options, "--", *flags])
     (row,) = json.loads((tmp_path / "peak.json").read_text())
+    assert row["rank"] == 1
     assert row["peak"] == max(row["forward_backward"], row["step"])
+    assert row["forward_backward"] < heads * rows * rows * 4
     assert "optimizer" in capsys.readouterr().out
+
+
+def test_flash_attention_keeps_no_scores():
+    rows, batch, heads, groups, width, value_width = 32, 2, 4, 2, 8, 6
+    query = torch.randn(rows, batch, heads, width, requires_grad=True)
+    key = torch.randn(rows, batch, groups, width, requires_grad=True)
+    value = torch.randn(rows, batch, groups, value_width, requires_grad=True)
+    output = attend(None, query, key, value, None, attn_mask_type=None)
+    assert output.shape == (rows, batch, heads * value_width)
+    kept = [tensor.numel() for tensor in output.grad_fn.saved_tensors]
+    parts = [query.numel(), key.numel(), value.numel(), output.numel(), batch * heads * rows]
+    assert sorted(kept) == sorted(parts)
+    output.sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad.shape == tensor.shape
+
+
+def test_the_plan_of_an_estimate_has_a_plans_shapes():
+    counts = torch.full((4, 8), 5)
+    made, planned = no_plan(counts, 3, 0.02), plan_clones(counts, 3, 0.02)
+    for name in ("counts", "slot_expert", "allocation", "load_before", "load_after", "num_clones"):
+        ours, theirs = getattr(made, name), getattr(planned, name)
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
 
 
 def test_a_command_line_that_does_not_run(capsys):

@@ -1,0 +1,46 @@
+# shellcheck shell=bash disable=SC2034  # ../launch.sh and ../smoke.sh use the arrays
+# Mixtral 8x7B: 46.7 billion parameters, 12.9 active (arXiv 2401.04088 and its config.json).
+#
+# figures: begin
+# figures: end
+
+MODEL=(
+    --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336
+    --num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 128
+    --position-embedding-type rope --rotary-base 1000000
+    --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --padded-vocab-size 32000
+    --seq-length 4096 --max-position-embeddings 32768
+    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+)
+MOE=(
+    --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 14336
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 2e-2
+    --moe-router-dtype fp32             # the softmax over experts in full precision
+    --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # what Megatron asks for; ours replace both
+)
+ECHO=(
+    --moe-enable-echo
+    # One slot a rank, as many as it has experts: balance is always possible, nothing overflows.
+    --moe-num-echo-experts 8 --moe-echo-tolerance 0.02
+    --moe-echo-token-transport all_gather --moe-echo-expert-dispatcher-type p2p
+)
+# EP fills a node, so tokens and clones travel over NVLink only. The pipeline, with its small
+# messages, goes between nodes; four chunks a rank shorten its bubble.
+PARALLEL=(
+    --expert-model-parallel-size 8 --pipeline-model-parallel-size 4
+    --num-layers-per-virtual-pipeline-stage 2
+)
+MEMORY=()
+OFFLOAD=()
+TRAINING=(
+    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --micro-batch-size 1 --global-batch-size 1024 --train-iters 250000
+    # Not published; a start.
+    --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-iters 2000
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+    --cross-entropy-loss-fusion --cross-entropy-fusion-impl native
+    --no-create-attention-mask-in-dataloader  # causal attention needs none
+    --manual-gc --manual-gc-interval 100      # all ranks collect garbage in the same steps
+)
+TWIN=()  # what the small twin needs besides the sizes in ../smoke.sh
