@@ -12,6 +12,10 @@ RECIPE="${1:?No recipe was named. Name a folder of examples/, mixtral_8x7b for e
 shift
 : "${SLURM_JOB_ID:?There is no Slurm job. Start sbatch examples/${RECIPE}/train.sbatch.}"
 : "${DATA:?No data was named. Set DATA to the prefix of a .bin/.idx pair, or to mock.}"
+if [[ ! -f examples/${RECIPE}/flags.sh ]]; then
+    echo "There is no recipe ${RECIPE}. Name a folder of examples/, mixtral_8x7b for example." >&2
+    exit 2
+fi
 # shellcheck source=/dev/null
 source "examples/${RECIPE}/flags.sh"
 
@@ -24,7 +28,7 @@ export PYTHONFAULTHANDLER=1             # a stack trace where a process crashes
 export TRITON_CACHE_DIR="/tmp/triton-${SLURM_JOB_ID}"    # node-local: no races on a shared disk
 
 # The first node of the job is the meeting point; the job's number makes the port its own.
-MASTER_ADDR="$(scontrol show hostnames "${SLURM_JOB_NODELIST}" | head -n 1)"
+read -r MASTER_ADDR < <(scontrol show hostnames "${SLURM_JOB_NODELIST}")
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 
 RUN_DIR="${RUN_DIR:-runs/${RECIPE}}"    # on a shared disk: every node writes its checkpoint there

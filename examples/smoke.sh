@@ -7,10 +7,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 RECIPE="${1:?No recipe was named. Name a folder of examples/, mixtral_8x7b for example.}"
 shift
+if [[ ! -f examples/${RECIPE}/flags.sh ]]; then
+    echo "There is no recipe ${RECIPE}. Name a folder of examples/, mixtral_8x7b for example." >&2
+    exit 2
+fi
 # shellcheck source=/dev/null
 source "examples/${RECIPE}/flags.sh"
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread a process: the processes share the cores
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread a process: they share the cores
 export CUDA_DEVICE_MAX_CONNECTIONS=1    # Megatron asks for it with tensor or context parallelism
 
 SIZES=(

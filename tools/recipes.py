@@ -7,8 +7,9 @@ the table in ``examples/README.md`` from the comments::
     python tools/recipes.py --check                 # says where they are not what would be made
 
 Memory is :mod:`megatron_echo.memory.estimate`'s, for the first two pipeline ranks, which keep the
-most microbatches; offloading is left out, since what it moves depends on measured times. The gain is the arithmetic of
-:mod:`megatron_echo.observe.simulate` for the recipe's own layout, with clones and without.
+most microbatches; offloading is left out, since what it moves depends on measured times. The gain
+is the arithmetic of :mod:`megatron_echo.observe.simulate` for the recipe's own layout, with clones
+and without.
 """
 
 import argparse

@@ -29,12 +29,14 @@ MOE=(
     --moe-router-num-groups 8 --moe-router-group-topk 4  # a token's experts in 4 of 8 groups
     --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4
     --moe-router-dtype fp32             # scores in full precision
-    --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # what Megatron asks for; ours replace both
+    --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # ours replace both
 )
 ECHO=(
     --moe-enable-echo
     # As many slots as a rank has experts: balance is always possible, nothing overflows.
     --moe-num-echo-experts 256 --moe-echo-tolerance 0.02
+    # Inside a node every rank gets every token. Few slots are in use at a time: p2p moves those
+    # only, for which the host reads each plan.
     --moe-echo-token-transport all_gather --moe-echo-expert-dispatcher-type p2p
 )
 # EP fills a node, so tokens and clones travel over NVLink only; 16 pipeline ranks make room for 32

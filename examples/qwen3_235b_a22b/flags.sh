@@ -19,12 +19,14 @@ MOE=(
     # Balance over the global batch, as published; exact with this package's router losses.
     --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-3
     --moe-router-dtype fp32             # the softmax over experts in full precision
-    --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # what Megatron asks for; ours replace both
+    --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # ours replace both
 )
 ECHO=(
     --moe-enable-echo
     # As many slots as a rank has experts: balance is always possible, nothing overflows.
     --moe-num-echo-experts 128 --moe-echo-tolerance 0.02
+    # Inside a node every rank gets every token. Few slots are in use at a time: p2p moves those
+    # only, for which the host reads each plan.
     --moe-echo-token-transport all_gather --moe-echo-expert-dispatcher-type p2p
 )
 # EP fills a node, so tokens and clones travel over NVLink only. 94 layers are no multiple of the

@@ -39,7 +39,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.memory.live_bytes import LiveBytes
-from megatron_echo.memory.shapes_only import attend, no_plan, one_slot_in_use, outer_product
+from megatron_echo.memory.shapes_only import (
+    attend,
+    no_plan,
+    one_slot_in_use,
+    outer_product,
+    to_bfloat16,
+    to_half,
+)
 
 _CORE_ATTENTION = "megatron_echo.local_modules.LocalCoreAttention.forward"
 
@@ -223,34 +230,12 @@ def _process_of(ranks: int, pipeline_rank: int, argv: Sequence[str]) -> Iterator
         mock.patch("megatron_echo.dispatch.dispatcher.planner_backend", return_value=no_plan),
         mock.patch("megatron_echo.experts.clones.grouped_outer", outer_product),
         mock.patch("megatron_echo.dispatch.transports.weights.HostCopy.read", one_slot_in_use),
-        mock.patch.object(torch.nn.Module, "bfloat16", _to_bfloat16),
-        mock.patch.object(torch.nn.Module, "half", _to_half),
+        mock.patch.object(torch.nn.Module, "bfloat16", to_bfloat16),
+        mock.patch.object(torch.nn.Module, "half", to_half),
     ):
         environment.skip_dataset_compilation()
         dist.init_process_group("fake", store=FakeStore(), rank=own_rank, world_size=ranks)
         yield
-
-
-def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """``module.to(dtype)``, which refuses to swap fake parameters that something refers to."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                converted = torch.nn.Parameter(parameter.detach().to(dtype))
-                converted.__dict__.update(parameter.__dict__)
-                part._parameters[name] = converted
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                part._buffers[name] = buffer.to(dtype)
-    return module
-
-
-def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
-    return _convert(module, torch.bfloat16)
-
-
-def _to_half(module: torch.nn.Module) -> torch.nn.Module:
-    return _convert(module, torch.float16)
 
 
 def _parse() -> tuple[Any, Any]:
@@ -278,7 +263,14 @@ def _parse() -> tuple[Any, Any]:
     args.perform_initialization = False  # no values
     args.inference_rng_tracker = True  # forks nothing
     args.check_for_nan_in_loss_and_grad = False
-    model_config = gpt_config_from_args(args, echo_config_from_args(args), EchoGPTModelConfig)
+    config = echo_config_from_args(args)
+    if config.mtp_standalone:
+        raise ValueError(
+            "--pipeline-model-parallel-layout: with MTP layers and the loss on different ranks, "
+            "pipeline ranks tell each other shapes, which fake tensors cannot. Put m before L in "
+            "one stage."
+        )
+    model_config = gpt_config_from_args(args, config, EchoGPTModelConfig)
     return args, pretrain_cfg_container_from_args(args, model_config)
 
 

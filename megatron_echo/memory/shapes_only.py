@@ -1,12 +1,13 @@
-"""What an estimate on fake tensors need not do: shapes only, in place of many small operators."""
+"""Stand-ins on fake tensors: shapes only, in place of values or of many small operators."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megatron_echo.dispatch.transports.weights import HostCopy
-from megatron_echo.planner import ClonePlan
+if TYPE_CHECKING:  # they import Megatron, which has to wait for the CPU backend
+    from megatron_echo.dispatch.transports.weights import HostCopy
+    from megatron_echo.planner import ClonePlan
 
 
 class FlashAttentionShapes(torch.autograd.Function):
@@ -47,15 +48,17 @@ def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: A
     return FlashAttentionShapes.apply(query, key, value)
 
 
-def no_plan(counts: Tensor, num_slots: int, *_: Any) -> ClonePlan:
+def no_plan(counts: Tensor, num_slots: int, *_: Any) -> "ClonePlan":
     """In place of ``plan_clones``."""
+    from megatron_echo.planner import ClonePlan
+
     ranks, experts = counts.shape
     per_rank = counts.new_zeros(ranks)
     slots, allocation = counts.new_zeros(ranks, num_slots), counts.new_zeros(experts, ranks)
     return ClonePlan(counts, slots, allocation, per_rank, per_rank, counts.new_zeros(()))
 
 
-def one_slot_in_use(plan: HostCopy) -> list[list[int]]:
+def one_slot_in_use(plan: "HostCopy") -> list[list[int]]:
     """In place of ``HostCopy.read``: on each rank a clone of the first expert in the first slot.
 
     Its home is the estimated rank, which gets as many gradients at once as there can be; slots come
@@ -68,3 +71,27 @@ def one_slot_in_use(plan: HostCopy) -> list[list[int]]:
 def outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """In place of ``grouped_outer``: ``[G, o, i]`` of ``[B, o]`` and ``[B, i]``."""
     return left.new_empty(len(ends), left.shape[1], right.shape[1])
+
+
+def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """``module.to(dtype)``, which refuses to swap fake parameters that something refers to."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                converted = torch.nn.Parameter(parameter.detach().to(dtype))
+                converted.__dict__.update(parameter.__dict__)
+                part._parameters[name] = converted
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                part._buffers[name] = buffer.to(dtype)
+    return module
+
+
+def to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
+    """In place of ``Module.bfloat16``."""
+    return _convert(module, torch.bfloat16)
+
+
+def to_half(module: torch.nn.Module) -> torch.nn.Module:
+    """In place of ``Module.half``."""
+    return _convert(module, torch.float16)

@@ -132,7 +132,9 @@ def test_data_and_tokenizer_come_from_the_environment(tmp_path: Path) -> None:
             {"SLURM_JOB_ID": ""},
             "no Slurm job. Start sbatch examples",
         ),
+        ("launch.sh", ["gpt"], {"DATA": "mock"}, "There is no recipe gpt. Name a folder"),
         ("smoke.sh", [], {}, "No recipe was named. Name a folder"),
+        ("smoke.sh", ["gpt"], {}, "There is no recipe gpt. Name a folder"),
     ],
 )
 def test_what_is_missing_is_named(
@@ -165,16 +167,17 @@ def test_the_figures_are_of_these_flags(name: str) -> None:
     block = recipes.read_block(recipes.flags_file(name))
     assert f"{recipes.gpus_of(name)} GPUs" in block
     assert recipes.digest_of(name) in block
+    assert max(map(len, block.splitlines())) <= recipes.WIDTH
 
 
 def test_the_table_says_what_the_comments_say() -> None:
     assert recipes.read_block(recipes.README) == recipes.table()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_simulated_gain_is_todays(name: str) -> None:
-    block = recipes.read_block(recipes.flags_file(name))
-    assert recipes.as_comment(recipes.gain_lines(name)) in block
+def test_the_simulated_gain_is_todays() -> None:
+    """The quickest one; the slow test makes all of them."""
+    block = recipes.read_block(recipes.flags_file("mixtral_8x7b"))
+    assert recipes.as_comment(recipes.gain_lines("mixtral_8x7b")) in block
 
 
 @pytest.mark.slow

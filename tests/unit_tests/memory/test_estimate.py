@@ -1,6 +1,7 @@
 """The estimate of a command line against the allocator's events in a real run of it."""
 
 import json
+import re
 from pathlib import Path
 
 import launch
@@ -87,8 +88,23 @@ def test_the_plan_of_an_estimate_has_a_plans_shapes():
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
 
 
-def test_a_command_line_that_does_not_run(capsys):
-    flags = launch.tiny_model(moe_enable_echo=True, num_experts=7, expert_model_parallel_size=2)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_experts": 7, "expert_model_parallel_size": 2}, "divisible"),
+        pytest.param(
+            {
+                "pipeline_model_parallel_size": 2, "mtp_num_layers": 1,
+                "pipeline_model_parallel_layout": "Et|t|m|L",
+            },
+            "Put m before L",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_does_not_run(flags, message, capsys):
     with pytest.raises(SystemExit):
-        main(["--ranks", "2", "--", *flags])
-    assert "cannot be estimated" in capsys.readouterr().err
+        main(["--ranks", "2", "--", *launch.tiny_model(moe_enable_echo=True, **flags)])
+    error = capsys.readouterr().err
+    assert "cannot be estimated" in error
+    assert re.search(message, error)
