@@ -43,7 +43,12 @@ PARALLEL=(
     --num-layers-per-virtual-pipeline-stage 2
 )
 MEMORY=()
-OFFLOAD=()
+# Most of what a layer keeps is rows of the experts: as much of them goes to the host as its link
+# can move without making a step longer.
+OFFLOAD=(
+    --fine-grained-activation-offloading --offload-modules expert_fc1 moe_act
+    --offload-max-slowdown 0
+)
 TRAINING=(
     --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --micro-batch-size 1 --global-batch-size 1024 --train-iters 250000

@@ -2,15 +2,15 @@
 # Qwen3-30B-A3B: 30.5 billion parameters, 3.3 active (arXiv 2505.09388 and its config.json).
 #
 # figures: begin
-# 32 GPUs of 80 GB; flags 75e45e71750a. Again: python tools/recipes.py --write qwen3_30b_a3b
-# Memory: python -m megatron_echo.memory.estimate --ranks 32 --flash-attention --stages 0 -- all
+# 32 GPUs of 80 GB; flags 98843b3b71ef. Again: python tools/recipes.py --write qwen3_30b_a3b
+# Memory: python -m megatron_echo.memory.estimate --ranks 32 --flash-attention --stages 0 1 -- all
 #   arrays but OFFLOAD
-#   76.3 GiB on pipeline rank 0 (weights 9.6, gradients 19.2, optimizer 10.7, activations 36.7)
+#   59.3 GiB on pipeline rank 0 (weights 4.8, gradients 9.6, optimizer 10.7, activations 34.2)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-30b-a3b --cluster h100-nvl8 --gpus
-#   32 --ep 8 --pp 1 --slots 16 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
+#   32 --ep 8 --pp 2 --slots 16 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
 #   --global-batch-size 2048 --loads ...
 #   ultraep-low: fullest rank 1.35 x the mean, with clones 1.02; -2 % tokens a second
-#   ultraep-high: fullest rank 3.26 x the mean, with clones 1.02; +84 % tokens a second
+#   ultraep-high: fullest rank 3.26 x the mean, with clones 1.02; +81 % tokens a second
 # figures: end
 
 MODEL=(

@@ -18,10 +18,11 @@ SLURM = {
     "SLURM_JOB_NODELIST": "node[1-4]",
     "SLURM_NNODES": "4",
 }
-# Stands for torchrun, srun and scontrol: srun runs its command, torchrun prints its words.
+# Stands for torchrun, srun and scontrol: srun runs its command, torchrun prints its words, and
+# scontrol more names than a pipe holds.
 FAKES = {
     "srun": '#!/bin/sh\nwhile [ "$1" != torchrun ]; do shift; done\nexec "$@"\n',
-    "scontrol": "#!/bin/sh\necho node1\necho node2\n",
+    "scontrol": "#!/bin/sh\nexec seq -f node%g 20000\n",
     "torchrun": f"#!{sys.executable}\nimport json, sys\nprint('WORDS', json.dumps(sys.argv[1:]))\n",
 }
 VALIDATE = """

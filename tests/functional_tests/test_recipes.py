@@ -22,6 +22,24 @@ PUBLISHED_PARAMETERS = {
     "qwen3_235b_a22b": 235e9,
     "deepseek_v3": 671e9,  # without the MTP layer
 }
+QWEN3 = {"rotary_base": 1_000_000, "layernorm_epsilon": 1e-6, "qk_layernorm": True}
+PUBLISHED_SETTINGS = {
+    "mixtral_8x7b": {"rotary_base": 1_000_000, "layernorm_epsilon": 1e-5, "qk_layernorm": False},
+    "qwen3_30b_a3b": QWEN3,
+    "qwen3_235b_a22b": QWEN3,
+    "deepseek_v3": {
+        "rotary_base": 10_000,
+        "layernorm_epsilon": 1e-6,
+        "qk_layernorm": True,
+        "rope_type": "rope",
+        "mtp_num_layers": 1,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": 8,
+        "moe_router_group_topk": 4,
+    },
+}
 QUICK_TWINS = ("deepseek_v3", "mixtral_8x7b")
 """Between them every array of flags; the other twins differ from them in sizes."""
 TWIN_STEPS = 10
@@ -79,6 +97,8 @@ def test_the_shape_is_the_published_one(name: str, monkeypatch: pytest.MonkeyPat
     assert args.normalization == "RMSNorm"
     assert args.untie_embeddings_and_output_weights
     assert args.group_query_attention != args.multi_latent_attention
+    for setting, value in PUBLISHED_SETTINGS[name].items():
+        assert getattr(args, setting) == value, setting
     model = model_of(args, name.replace("_", "-"))
     assert model == MODELS[model.name]
     assert model.parameters == pytest.approx(PUBLISHED_PARAMETERS[name], rel=0.01)
