@@ -2,10 +2,10 @@
 # Qwen3-235B-A22B: 235 billion parameters, 22 active (arXiv 2505.09388 and its config.json).
 #
 # figures: begin
-# 256 GPUs of 80 GB; flags 39cdb05f585e. Again: python tools/recipes.py --write qwen3_235b_a22b
+# 256 GPUs of 80 GB; flags afdae978dd9a. Again: python tools/recipes.py --write qwen3_235b_a22b
 # Memory: python -m megatron_echo.memory.estimate --ranks 256 --flash-attention --stages 0 1 -- all
 #   arrays but OFFLOAD
-#   139.6 GiB on pipeline rank 1 (weights 8.4, gradients 16.7, optimizer 10.4, activations 104.1)
+#   45.6 GiB on pipeline rank 0 (weights 8.8, gradients 17.6, optimizer 9.8, activations 9.4)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-235b-a22b --cluster h100-nvl8 --gpus
 #   256 --ep 8 --pp 8 --slots 16 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
 #   --global-batch-size 2048 --loads ...
