@@ -2,7 +2,7 @@
 # Mixtral 8x7B: 46.7 billion parameters, 12.9 active (arXiv 2401.04088 and its config.json).
 #
 # figures: begin
-# 64 GPUs of 80 GB; flags a052f6eb9aca. Again: python tools/recipes.py --write mixtral_8x7b
+# 64 GPUs of 80 GB; flags 69741d55e89c. Again: python tools/recipes.py --write mixtral_8x7b
 # Memory: python -m megatron_echo.memory.estimate --ranks 64 --flash-attention --stages 0 1 -- all
 #   arrays but OFFLOAD
 #   69.8 GiB on pipeline rank 0 (weights 3.5, gradients 7.0, optimizer 8.2, activations 51.1)
