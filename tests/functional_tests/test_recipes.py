@@ -194,10 +194,10 @@ def test_the_table_says_what_the_comments_say() -> None:
     assert recipes.read_block(recipes.README) == recipes.table()
 
 
-def test_the_simulated_gain_is_todays() -> None:
-    """The quickest one; the slow test makes all of them."""
-    block = recipes.read_block(recipes.flags_file("mixtral_8x7b"))
-    assert recipes.as_comment(recipes.gain_lines("mixtral_8x7b")) in block
+@pytest.mark.parametrize("name", NAMES)
+def test_the_simulated_gain_is_todays(name: str) -> None:
+    block = recipes.read_block(recipes.flags_file(name))
+    assert recipes.as_comment(recipes.gain_lines(name)) in block
 
 
 @pytest.mark.slow
