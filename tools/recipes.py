@@ -7,9 +7,9 @@ the table in ``examples/README.md`` from the comments::
     python tools/recipes.py --check                 # says where they are not what would be made
 
 Memory is :mod:`megatron_echo.memory.estimate`'s, for the first two pipeline ranks, which keep the
-most microbatches; offloading is left out, since what it moves depends on measured times. The gain
-is the arithmetic of :mod:`megatron_echo.observe.simulate` for the recipe's own layout, with clones
-and without.
+most microbatches, and the last, which has the loss; offloading is left out, since what it moves
+depends on measured times. The gain is the arithmetic of :mod:`megatron_echo.observe.simulate` for
+the recipe's own layout, with clones and without.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def settings_of(name: str) -> Namespace:
 def memory_lines(name: str) -> list[str]:
     """The estimate's command and its fullest rank."""
     stages = settings_of(name).pipeline_model_parallel_size
-    wanted = list(range(min(2, stages)))
+    wanted = sorted({0, min(1, stages - 1), stages - 1})
     flags = flags_of(name, [array for array in ARRAYS if array != "OFFLOAD"])
     found = estimate([*flags, *MOCK_DATA], gpus_of(name), flash_attention=True, stages=wanted)
     most = max(found, key=lambda one: one.peak)

@@ -4,9 +4,9 @@
 #
 # figures: begin
 # 2048 GPUs of 80 GB; flags da0fd0f27b9d. Again: python tools/recipes.py --write deepseek_v3
-# Memory: python -m megatron_echo.memory.estimate --ranks 2048 --flash-attention --stages 0 1 --
+# Memory: python -m megatron_echo.memory.estimate --ranks 2048 --flash-attention --stages 0 1 15 --
 #   all arrays but OFFLOAD
-#   57.0 GiB on pipeline rank 1 (weights 10.3, gradients 20.5, optimizer 3.1, activations 23.1)
+#   62.5 GiB on pipeline rank 15 (weights 12.8, gradients 25.6, optimizer 3.2, activations 20.8)
 # Gain: python -m megatron_echo.observe.simulate --model deepseek-v3 --cluster h100-nvl8 --gpus
 #   2048 --ep 8 --pp 16 --slots 32 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
 #   --global-batch-size 15360 --loads ...

@@ -3,8 +3,8 @@
 #
 # figures: begin
 # 64 GPUs of 80 GB; flags 69741d55e89c. Again: python tools/recipes.py --write mixtral_8x7b
-# Memory: python -m megatron_echo.memory.estimate --ranks 64 --flash-attention --stages 0 1 -- all
-#   arrays but OFFLOAD
+# Memory: python -m megatron_echo.memory.estimate --ranks 64 --flash-attention --stages 0 1 3 --
+#   all arrays but OFFLOAD
 #   69.8 GiB on pipeline rank 0 (weights 3.5, gradients 7.0, optimizer 8.2, activations 51.1)
 # Gain: python -m megatron_echo.observe.simulate --model mixtral-8x7b --cluster h100-nvl8 --gpus 64
 #   --ep 8 --pp 4 --slots 1 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1

@@ -3,8 +3,8 @@
 #
 # figures: begin
 # 256 GPUs of 80 GB; flags afdae978dd9a. Again: python tools/recipes.py --write qwen3_235b_a22b
-# Memory: python -m megatron_echo.memory.estimate --ranks 256 --flash-attention --stages 0 1 -- all
-#   arrays but OFFLOAD
+# Memory: python -m megatron_echo.memory.estimate --ranks 256 --flash-attention --stages 0 1 7 --
+#   all arrays but OFFLOAD
 #   45.6 GiB on pipeline rank 0 (weights 8.8, gradients 17.6, optimizer 9.8, activations 9.4)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-235b-a22b --cluster h100-nvl8 --gpus
 #   256 --ep 8 --pp 8 --slots 16 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
