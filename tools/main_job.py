@@ -171,7 +171,9 @@ def main() -> None:
     held_out_tokens = corpus["heldout"]["tokens"]
     flags = training_flags(runs / "corpus", run_dir, held_out_tokens)
     flags += ["--moe-enable-echo", "--moe-echo-trace-every", "10"]
-    flags += ["--moe-echo-trace-dir", str(run_dir / "traces"), *sys.argv[1:]]
+    flags += ["--moe-echo-trace-dir", str(run_dir / "traces")]
+    flags += ["--memory-ledger", str(run_dir / "ledger.json")]
+    flags += ["--timing-log-level", "1" if torch.cuda.is_available() else "2", *sys.argv[1:]]
     run_dir = Path(last_value(flags, "--run-dir"))
     run_dir.mkdir(parents=True, exist_ok=True)
     where = f"{num_processes()} GPU(s)" if torch.cuda.is_available() else "the CPU, 2 processes"

@@ -12,6 +12,33 @@ METRICS_FILE = "metrics.jsonl"
 _FIRST_TAGS = ("learning-rate", "batch-size", "lm loss")
 """What Megatron's log of an iteration can begin with."""
 
+TIMERS = {
+    1: (
+        "forward-backward",
+        "all-grads-sync",
+        "embedding-grads-all-reduce",
+        "params-all-gather",
+        "optimizer",
+    ),
+    2: (
+        "batch-generator",
+        "forward-compute",
+        "backward-compute",
+        "forward-recv",
+        "forward-send",
+        "backward-recv",
+        "backward-send",
+        "forward-send-forward-recv",
+        "forward-send-backward-recv",
+        "backward-send-forward-recv",
+        "backward-send-backward-recv",
+        "forward-backward-send-forward-backward-recv",
+    ),
+}
+"""Megatron's timers by the ``--timing-log-level`` from which they run."""
+
+_TIMED = {"iteration-time", *(f"{name}-time" for names in TIMERS.values() for name in names)}
+
 
 def _as_json(value: Any) -> float | int | str:
     """A scalar, or a tensor of one element, as JSON; a float that JSON lacks becomes its name."""
@@ -54,18 +81,22 @@ class MetricsWriter:
     ``nan`` and ``inf``, which JSON does not have, are written as strings. A disk that refuses the
     file ends the recording with one warning, not the training.
 
+    Seconds are each iteration's own too, read from the timers on this rank. What Megatron writes of
+    them (means over ``--log-interval``, of the slowest rank) goes to TensorBoard alone.
+
     Args:
         run_dir: an existing folder.
-        active_seconds: the seconds of training so far, without evaluation and checkpoints.
+        seconds: the seconds so far by scalar: ``iteration-time``, training without evaluation and
+            checkpoints, and parts of it.
         tensorboard: the writer to pass everything on to, or None.
     """
 
     def __init__(
-        self, run_dir: Path, active_seconds: Callable[[], float], tensorboard: Any = None
+        self, run_dir: Path, seconds: Callable[[], Mapping[str, float]], tensorboard: Any = None
     ) -> None:
         self.path = run_dir / METRICS_FILE
-        self._active_seconds = active_seconds
-        self._last: tuple[int | None, float] = (None, 0.0)
+        self._seconds = seconds
+        self._last: tuple[int | None, Mapping[str, float]] = (None, {})
         self._tensorboard = tensorboard
         self._line: dict[str, Any] = {}
         self._early: dict[str, tuple[int, Any]] = {}
@@ -77,7 +108,7 @@ class MetricsWriter:
         """Record one scalar of iteration ``global_step`` and pass it on."""
         if self._tensorboard is not None:
             self._tensorboard.add_scalar(tag, scalar_value, global_step, **kwargs)
-        if self._broken or tag.endswith(" vs samples") or tag == "iteration-time":
+        if self._broken or tag.endswith(" vs samples") or tag in _TIMED:
             return
         try:
             if self._line.get("iteration") != global_step:
@@ -102,9 +133,10 @@ class MetricsWriter:
             self._line_start = self.path.stat().st_size
         if not is_validation:
             before, seconds_before = self._last
-            seconds = self._active_seconds()
+            seconds = self._seconds()
             passed = iteration - before if before is not None else 1
-            self._line["iteration-time"] = (seconds - seconds_before) / passed
+            for tag, value in seconds.items():
+                self._line[tag] = (value - seconds_before.get(tag, 0.0)) / passed
             self._last = (iteration, seconds)
 
     def _resume_file(self, iteration: int, is_validation: bool) -> None:
@@ -150,6 +182,11 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The type of the real writer, if there is one: Megatron's timers write to no other."""
+        return MetricsWriter if self._tensorboard is None else type(self._tensorboard)
+
     def __getattr__(self, name: str) -> Any:
         """Every other call of a TensorBoard writer goes to the real one, or nowhere."""
         if name.startswith("_"):
@@ -178,13 +215,22 @@ def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
     if args.rank != args.world_size - 1:
         return None
 
-    def active_seconds() -> float:
-        timer = get_timers()("interval-time")
-        timer.elapsed(reset=False)
-        return timer.active_time()
+    def seconds() -> dict[str, float]:
+        timers, level = get_timers(), args.timing_log_level
+        training = timers("interval-time")
+        training.elapsed(reset=False)  # brings the active time up to now
+        parts = {
+            f"{name}-time": timers(name, log_level=at).active_time()
+            for at, names in TIMERS.items()
+            if at <= level
+            for name in names
+        }
+        return {"iteration-time": training.active_time()} | {
+            tag: value for tag, value in parts.items() if value > 0
+        }
 
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    writer = MetricsWriter(Path(run_dir), active_seconds, global_vars.get_tensorboard_writer())
+    writer = MetricsWriter(Path(run_dir), seconds, global_vars.get_tensorboard_writer())
     global_vars._GLOBAL_TENSORBOARD_WRITER = writer
     return writer
 

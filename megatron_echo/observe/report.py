@@ -4,9 +4,10 @@
 
     python -m megatron_echo.observe.report RUN_DIR -o report.html [--against OTHER_RUN_DIR]
 
-Read are ``run.json``, ``metrics.jsonl`` and, where the run wrote them, the routing traces. The
-numbers are worked out in :mod:`.report_data` and embedded as JSON in the page's element
-``report-data``; its scripts draw and format them. The page forbids itself every network access.
+Read are ``run.json``, ``metrics.jsonl`` and, where the run wrote them, the routing traces and the
+memory ledger. The numbers are worked out in :mod:`.report_data` and embedded as JSON in the page's
+element ``report-data``; its scripts draw and format them. The page forbids itself every network
+access.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from megatron_echo.observe.report_data import ReportError, read_run
+from megatron_echo.observe.report_data import read_run
+from megatron_echo.observe.report_error import ReportError
 
 TRACE_NUMBERS = 600_000
 """Numbers of traces on a page, at 4 to 6 bytes each; steps are left out evenly to stay below."""
@@ -39,14 +41,14 @@ def build_report(run_dirs: Sequence[str | os.PathLike]) -> str:
     runs = [read_run(Path(folder), TRACE_NUMBERS // len(run_dirs)) for folder in run_dirs]
     data = json.dumps(runs, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     folder = resources.files("megatron_echo.observe") / "report_page"
-    style, charts, script, page = (
+    style, page, *scripts = (
         (folder / name).read_text("utf-8")
-        for name in ("page.css", "charts.js", "page.js", "page.html")
+        for name in ("page.css", "page.html", "charts.js", "costs.js", "page.js")
     )
     parts = {
         "TITLE": html.escape(" against ".join(run["name"] for run in runs)),
         "STYLE": style,
-        "SCRIPT": charts + script,
+        "SCRIPT": "\n".join(scripts),
         "DATA": data,
     }
     return re.sub("@([A-Z]+)@", lambda mark: parts[mark[1]], page)

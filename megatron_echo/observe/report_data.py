@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_echo.observe.metrics import METRICS_FILE, read_metrics
+from megatron_echo.observe.report_error import ReportError
+from megatron_echo.observe.report_memory import read_ledgers
+from megatron_echo.observe.report_time import step_parts
 from megatron_echo.observe.run_record import RUN_FILE
 from megatron_echo.observe.trace import StepTrace, TraceError, trace_files
 from megatron_echo.observe.trace import read_trace as load_trace
@@ -23,10 +26,6 @@ _RECORD_KEYS = ("started", "command", "versions", "git_commit", "device", "layou
 Json = dict[str, Any]
 
 
-class ReportError(ValueError):
-    """A file that a report is made from is missing or damaged."""
-
-
 def read_run(folder: Path, trace_numbers: int) -> Json:
     """Everything that the page shows of one run.
 
@@ -36,7 +35,8 @@ def read_run(folder: Path, trace_numbers: int) -> Json:
 
     Returns:
         ``name``, the entries of ``run.json``, ``metrics`` (columns by name), ``summary`` and
-        ``limits`` (rows with ``label``, ``value``, ``unit``, ``source``), ``trace`` (see
+        ``limits`` (rows with ``label``, ``value``, ``unit``, ``source``), ``parts`` of the steps
+        (:func:`.step_parts`), ``ledgers`` (:func:`.read_ledgers`), ``trace`` (see
         :func:`read_trace`) or None, and ``trace_missing``, why there is none.
 
     Raises:
@@ -50,12 +50,15 @@ def read_run(folder: Path, trace_numbers: int) -> Json:
         trace = read_trace(paths, record["flags"].get("moe_echo_tolerance", 0.0), trace_numbers)
     else:
         trace_missing = _how_to_trace(record["flags"])
+    metrics = _columns(lines)
     run = {
         "name": folder.resolve().name,
         **{key: record.get(key) for key in _RECORD_KEYS},
-        "metrics": _columns(lines),
+        "metrics": metrics,
         "summary": summarise(lines, record["flags"]),
         "limits": _limits(lines, record["flags"], trace),
+        "parts": step_parts(metrics),
+        "ledgers": read_ledgers(folder, record["flags"].get("memory_ledger")),
         "trace": trace,
         "trace_missing": trace_missing,
     }
@@ -160,10 +163,10 @@ def summarise(lines: list[Json], flags: Json) -> list[Json]:
         rate = statistics.median(batches) * flags["seq_length"] / statistics.median(seconds)
         source = f"{METRICS_FILE}: medians of batch-size and iteration-time; {RUN_FILE}: seq_length"
         rows.append(_row("tokens a second", rate, "", source))
-    waits, early = (sum(_numbers(lines, f"offload/{n}")) for n in ("exposed", "prefetched"))
-    if waits + early:
-        source = f"{METRICS_FILE}: offload/exposed of it and offload/prefetched, sums"
-        rows.append(_row("came back late", waits / (waits + early), "%", source))
+    late, early = (sum(_numbers(lines, f"offload/{n}_bytes")) for n in ("exposed", "hidden"))
+    if late + early:
+        source = f"{METRICS_FILE}: offload/exposed_bytes of it and offload/hidden_bytes, sums"
+        rows.append(_row("came back late", late / (late + early), "%", source))
     return rows
 
 
@@ -183,6 +186,10 @@ def _limits(lines: list[Json], flags: Json, trace: Json | None) -> list[Json]:
     if values := _numbers(lines, "moe_echo/overload_placed_max"):
         source = f"{METRICS_FILE}: highest moe_echo/overload_placed_max"
         rows.append(_row("highest load of a rank over the mean", max(values), "", source))
+    if flags.get("moe_enable_echo") and flags.get("moe_echo_overflow") == "drop":
+        source = f"{METRICS_FILE}: last moe_echo/dropped; without one, none"
+        dropped = _numbers(lines, "moe_echo/dropped")
+        rows.append(_row("pairs dropped since the start", max(dropped, default=0), "", source))
     if trace is not None:
         source = "traces: slot_expert"
         rows.append(_row("clone slots of a rank", trace["slots"], "", source))

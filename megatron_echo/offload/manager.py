@@ -212,7 +212,9 @@ class ActivationOffloader:
         ``offload/kept_REASON_bytes``; ``offload/bytes`` is the sum of ``offload/reloaded_bytes``,
         ``offload/forwarded_bytes`` (used while the original was still there) and
         ``offload/dropped_bytes`` (never used). ``offload/prefetched`` and ``offload/exposed``
-        count storages whose way back began before they were needed, or only then.
+        count storages whose way back began before they were needed, or only then;
+        ``offload/hidden_bytes`` and ``offload/exposed_bytes`` are their sizes.
+        ``offload/planned_bytes`` is what a plan sent, 0 while there is none.
         ``offload/host_bytes`` and ``offload/peak_device_bytes`` are high-water marks, the latter of
         the storages that the regions saved. ``offload/live_storages`` is 0 unless something
         kept a graph alive.
@@ -310,6 +312,8 @@ class ActivationOffloader:
         """Send a new storage to the host, or keep it and count why."""
         self._largest = max(self._largest, blob.nbytes)
         reason = self._plan.kept[blob.index] if self._plan else None
+        if self._plan and reason is None:
+            self._uses["planned_bytes"] += blob.nbytes
         if reason is None and not self.transfers.send(blob):
             reason = "host_full"
         self._bytes[blob.name][reason or "offloaded"] += blob.nbytes
@@ -363,9 +367,11 @@ class ActivationOffloader:
         """Begin the way back if it has not begun, and count which it is."""
         if blob.state is State.HOST:
             self._uses["exposed"] += 1
+            self._uses["exposed_bytes"] += blob.nbytes
             self.transfers.fetch(blob)
         elif blob.state is State.RELOADING:
             self._uses["prefetched"] += 1
+            self._uses["hidden_bytes"] += blob.nbytes
 
     def _take(self, blob: Blob) -> None:
         if blob.state is State.RELOADING:

@@ -14,6 +14,9 @@ REASONS = (*KEPT_REASONS, "host_full", "small", "view")
 FATES = ("reloaded", "forwarded", "dropped")
 """What became of bytes on the host; see ``Blob.fate``."""
 
+USES = ("prefetched", "exposed", "hidden_bytes", "exposed_bytes", "planned_bytes")
+"""How storages came back, and what a plan sent; see ``ActivationOffloader.statistics``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StepSummary:
@@ -42,8 +45,7 @@ class StepSummary:
         scalars = {
             "bytes": offloaded,
             **{f"{fate}_bytes": record.fates[fate] for fate in FATES},
-            "prefetched": uses["prefetched"],
-            "exposed": uses["exposed"],
+            **{name: uses[name] for name in USES},
             "host_bytes": transfers.arena.peak_leased_bytes,
             "host_allocated_bytes": transfers.arena.allocated_bytes,
             "peak_device_bytes": transfers.peak_device_bytes,

@@ -49,8 +49,11 @@ def test_the_same_bits(flags: dict, ranks: int, tmp_path: Path) -> None:
         assert line["offload/live_storages"] == 0
         parts = ("reloaded", "forwarded", "dropped")
         assert line["offload/bytes"] == sum(line[f"offload/{part}_bytes"] for part in parts)
+        back = line["offload/hidden_bytes"] + line["offload/exposed_bytes"]
+        assert line["offload/reloaded_bytes"] == back
         kept = sum(value for name, value in line.items() if name.startswith("offload/kept_"))
         assert line["offload/candidate_bytes"] == line["offload/bytes"] + kept
+    assert [line["offload/planned_bytes"] > 0 for line in offloaded] == [False] * 2 + [True] * 2
     assert "activation offloading by this package's manager" in output
     assert "module             offloaded" in output
 

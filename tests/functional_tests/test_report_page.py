@@ -139,13 +139,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two short runs: ``clones`` with traces and offloading, ``plain`` without."""
+    """Two short runs: ``clones`` with traces, offloading, timers and ledger, ``plain`` without."""
     folder = tmp_path_factory.mktemp("runs")
     skew = {"expert_model_parallel_size": 2, "moe_echo_force_skew": 1.0}
     clones = {
         "moe_enable_echo": True, "moe_echo_trace_dir": folder / "clones" / "traces",
         "fine_grained_activation_offloading": True, "offload_modules": ["moe_act", "attn_norm"],
-        "min_offloaded_tensor_size": 16,
+        "min_offloaded_tensor_size": 16, "timing_log_level": 2,
+        "memory_ledger": folder / "clones" / "ledger.json",
     }  # fmt: skip
     for name, flags in (("clones", {**skew, **clones}), ("plain", skew)):
         launch.run(launch.tiny_model(run_dir=folder / name, **flags), 2).check()
@@ -263,6 +264,38 @@ def test_figures_are_those_of_the_metrics(page: Page, runs: Path, both: Path) ->
     text = page.run("document.querySelector('main').innerText")
     assert "--moe-echo-trace-dir" in text, "how to get what the second run lacks"
     assert "moe_enable_echo" in page.run("document.querySelector('#flags .scroll').innerText")
+
+
+ROWS = """
+[...document.querySelectorAll("%s tbody tr")].map(
+  (row) => [...row.children].map((cell) => cell.textContent))
+"""
+
+
+def test_parts_of_a_step_are_those_of_the_timers(page: Page, runs: Path, one: Path) -> None:
+    page.open(one)
+    parts = {row[0]: float(row[1].split()[0]) for row in page.run(ROWS % "#time")}
+    lines = read_metrics(runs / "clones")
+
+    def mean(name: str) -> float:
+        return sum(line.get(f"{name}-time", 0) for line in lines) / len(lines)
+
+    assert parts["data"] == pytest.approx(mean("batch-generator"), rel=1e-3)
+    assert parts["backward"] == pytest.approx(mean("backward-compute"), rel=1e-3)
+    assert parts["optimizer"] == pytest.approx(mean("optimizer"), rel=1e-3)
+    assert sum(parts.values()) == pytest.approx(mean("iteration"), rel=1e-3)
+
+
+def test_memory_is_that_of_the_ledger(page: Page, runs: Path, one: Path) -> None:
+    page.open(one)
+    ledger = json.loads((runs / "clones" / "ledger.json").read_text())
+    rows = page.run(ROWS % "#memory")
+    peaks = [float(row[1].split()[0]) for row in rows]
+    assert sum(peaks) == pytest.approx(ledger["peak_bytes"] / 2**20, rel=1e-3)
+    saved = {row[0]: float(row[2].split()[0]) for row in rows}
+    norms = [e for e in ledger["entries"] if e["module"] == "input_layernorm" and not e["taken"]]
+    kept = sum(entry["nbytes"] for entry in norms if entry["kind"] in ("activation", "index"))
+    assert saved.get("input_layernorm", 0) == pytest.approx(kept / 2**20, rel=1e-3)
 
 
 def test_every_control_is_reached_with_the_tab_key(page: Page, one: Path) -> None:

@@ -53,8 +53,8 @@ function frame(label, xs, [low, high], unit) {
 const isNumber = (value) => typeof value === "number";
 
 // series: [{name, xs, ys, color, dash, thin, dots}]; ys may hold null, for a step that was
-// not recorded, and words (nan), which make gaps.
-function lineChart(parent, label, series, { unit = "", stacked = false } = {}) {
+// not recorded, and words (nan), which make gaps. at: what xs count.
+function lineChart(parent, label, series, { unit = "", stacked = false, at: what = "iteration" } = {}) {
   series = series.filter((one) => one.ys.some(isNumber));
   if (!series.length) return false;
   const drawn = stacked ? stack(series) : series;
@@ -96,7 +96,7 @@ function lineChart(parent, label, series, { unit = "", stacked = false } = {}) {
     const parts = series.map((one) => [one.name, one.ys[one.xs.indexOf(xs[at])]])
       .filter(([, value]) => value !== undefined && value !== null)
       .map(([name, value]) => `${name} ${format(value, unit)}`);
-    readout.textContent = `iteration ${xs[at]}: ${parts.join(" · ")}`;
+    readout.textContent = `${what} ${format(xs[at])}: ${parts.join(" · ")}`;
   };
   svg.setAttribute("tabindex", 0);
   svg.addEventListener("pointermove", (event) => {

@@ -76,41 +76,6 @@ function showCurves() {
   metricChart("time", "Seconds of a step", [["iteration-time", "step", {}]], { unit: "s" });
 }
 
-const FATES = [["reloaded", "brought back", "#2563c9"],
-  ["forwarded", "used before it left", "#58a6d8"], ["dropped", "never used", "#8a8f98"]];
-const KEPT_HUES = [30, 330, 90, 280, 55, 150, 0];
-
-// What became of the bytes that could have been offloaded, and why the others stayed.
-function fatesOf(values) {
-  const kept = Object.keys(values).map((key) => /^offload\/(kept_(.*))_bytes$/.exec(key))
-    .filter(Boolean).map(([, name, reason], i) =>
-      [name, `kept: ${reason.replace("_", " ")}`, `hsl(${KEPT_HUES[i % 7]} 55% 50%)`]);
-  return [...FATES, ...kept].filter(([name]) =>
-    values[`offload/${name}_bytes`]?.some((value) => value > 0));
-}
-
-function showOffload() {
-  for (const run of runs) {
-    const { iteration, values } = run.metrics;
-    const box = side(run);
-    sides("offload").append(box);
-    const series = fatesOf(values).map(([name, label, color]) => ({ name: label, xs: iteration,
-      color, ys: values[`offload/${name}_bytes`].map((n) => (isNumber(n) ? n / 2 ** 20 : null)) }));
-    if (!lineChart(box, "Bytes by fate", series, { unit: "MiB", stacked: true })) {
-      box.append(missing("This run offloaded nothing. Start it with " +
-        "--fine-grained-activation-offloading and --offload-modules."));
-      continue;
-    }
-    box.append(source("metrics.jsonl: offload/*_bytes, sums over ranks"),
-      make("h3", {}, "Storages that came back"));
-    const counts = [["prefetched", "in time", "var(--placed)"], ["exposed", "late", "var(--routed)"]]
-      .map(([key, name, color]) =>
-        ({ name, color, xs: iteration, ys: values[`offload/${key}`] || [] }));
-    lineChart(box, "Storages that came back", counts);
-    box.append(source("metrics.jsonl: offload/prefetched, offload/exposed"));
-  }
-}
-
 function showLimits() {
   for (const run of runs) {
     const box = side(run);
@@ -386,5 +351,7 @@ showCurves();
 startTraces();
 showLimits();
 showOffload();
+showMemory();
+showParts();
 showAnyMetric();
 showFlags();

@@ -9,13 +9,15 @@ from megatron_echo.observe.metrics import MetricsWriter, read_metrics
 
 
 class Clock:
-    """Seconds of training, moved by the test."""
+    """Seconds of training, moved by the test; a third of them in the optimizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_parts: bool = False) -> None:
         self.seconds = 0.0
+        self.has_parts = has_parts
 
-    def __call__(self) -> float:
-        return self.seconds
+    def __call__(self) -> dict[str, float]:
+        parts = {"optimizer-time": self.seconds / 3} if self.has_parts else {}
+        return {"iteration-time": self.seconds, **parts}
 
 
 def write_iterations(writer: MetricsWriter, clock: Clock, *iterations: int) -> None:
@@ -140,6 +142,28 @@ def test_everything_is_passed_on_to_tensorboard(tmp_path: Path) -> None:
     tensorboard.add_text.assert_called_once_with("lr", "1e-3", global_step=0)
     tensorboard.flush.assert_called_once_with()
     assert MetricsWriter(tmp_path, Clock()).add_text("lr", "1") is None
+
+
+def test_parts_of_a_step_are_its_own(tmp_path: Path) -> None:
+    """What Megatron writes under their names is a mean of many steps and is not recorded."""
+    clock = Clock(has_parts=True)
+    writer = MetricsWriter(tmp_path, clock)
+    for iteration in (1, 2):
+        clock.seconds += 3 * iteration
+        writer.add_scalar("lm loss", 1.0, iteration)
+        writer.add_scalar("optimizer-time", 99.0, iteration)
+    writer.flush()
+    assert [line["optimizer-time"] for line in read_metrics(tmp_path)] == [1.0, 2.0]
+
+
+def test_megatrons_timers_write_to_tensorboard_through_it(tmp_path: Path) -> None:
+    """They do so to a ``SummaryWriter`` only."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    assert not isinstance(MetricsWriter(tmp_path, Clock()), SummaryWriter)
+    writer = MetricsWriter(tmp_path, Clock(), SummaryWriter(str(tmp_path / "events")))
+    assert isinstance(writer, SummaryWriter)
+    assert isinstance(writer, MetricsWriter)
 
 
 def test_reading_a_run_without_metrics(tmp_path: Path) -> None:

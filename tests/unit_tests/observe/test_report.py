@@ -2,9 +2,11 @@
 
 import html
 import json
+import pickle
 import re
 import shutil
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_echo.observe import report, report_data
-from megatron_echo.observe.report_data import ReportError, read_run
+from megatron_echo.observe.report_data import read_run
+from megatron_echo.observe.report_error import ReportError
 from megatron_echo.observe.trace import RoutingTrace
 from megatron_echo.planner import plan_clones
 from megatron_echo.planner.balance import balance_bound
@@ -37,6 +40,23 @@ def write_traces(folder: Path) -> None:
             trace.end_step(iteration=step + 1)
 
 
+def write_ledger(path: Path) -> dict[str, int]:
+    """Two experts and a norm whose storages overlap; the bytes by module at the peak."""
+    fields = {"layer": "decoder.layers.0", "microbatch": 0, "dtype": "bfloat16", "shape": [8, 2]}
+    lives = [
+        ("mlp.experts.0", "activation", 100, 0, 7), ("mlp.experts.1", "activation", 50, 1, 3),
+        ("norm", "index", 30, 2, None), ("norm", "weight", 999, 4, None),
+        ("norm", "activation", 40, 5, 6),
+    ]  # fmt: skip
+    entries = [
+        {**fields, "module": m, "kind": k, "nbytes": n, "saved_at": at, "freed_at": end}
+        for m, k, n, at, end in lives
+    ]
+    entries.append({**entries[-1], "nbytes": 7, "saved_at": 8, "freed_at": None, "taken": True})
+    path.write_text(json.dumps({"events": 9, "entries": entries}))
+    return {"mlp.experts.*": 150, "norm": 30}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
@@ -49,13 +69,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "iteration": n, "lm loss": 5 - n / 3, "iteration-time": 1 + (n * 7 % 5) / 7,
             "batch-size": 8, "moe_echo/clones": n / 7, "moe_echo/overload_placed_max": 1 + n / 100,
-            "offload/bytes": 1000 * n, "offload/exposed": n, "offload/prefetched": 10,
+            "offload/bytes": 1000 * n, "offload/exposed_bytes": n, "offload/hidden_bytes": 10,
+            "forward-backward-time": 0.7 + n / 70, "forward-compute-time": 0.3,
+            "batch-generator-time": 0.125, "backward-compute-time": 0.25 + n / 100,
+            "forward-recv-time": 0.03, "optimizer-time": 0.2, "params-all-gather-time": 0.05,
         }
         for n in range(1, STEPS + 1)
     ]  # fmt: skip
     lines[2] |= {"lm loss": "nan", "offload/bytes": float("nan")}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_traces(folder / "traces")
+    for name in ("ledger.json", "ledger-stage1.json"):
+        write_ledger(folder / name)
     return folder
 
 
@@ -134,6 +159,47 @@ def test_layers_of_a_step_are_those_of_the_trace(run: Path) -> None:
         assert (layer["before"], layer["after"]) == (before, after)
         assert layer["bound"] == balance_bound(int(sum(before)), RANKS, TOLERANCE)
         assert {(e, rank): n for e, rank, n in layer["clones"]} == clones
+
+
+def test_parts_of_a_step_add_up(run: Path) -> None:
+    data = read_run(run, 10**6)
+    parts = {part["label"]: part["values"] for part in data["parts"]}
+    for row, whole in enumerate(data["metrics"]["values"]["iteration-time"]):
+        assert sum(values[row] for values in parts.values()) == pytest.approx(whole)
+    number = np.arange(1, STEPS + 1)
+    assert parts["data"] == [0.125] * STEPS
+    assert parts["forward"] == pytest.approx([0.175] * STEPS)
+    assert parts["optimizer"] == pytest.approx([0.15] * STEPS)
+    rest = 0.7 + number / 70 - 0.3 - 0.25 - number / 100 - 0.03
+    assert parts["rest of the passes"] == pytest.approx(rest)
+    assert data["parts"][2]["mean"] == pytest.approx(0.25 + 3.5 / 100)
+    assert all(part["source"] for part in data["parts"])
+
+
+def test_parts_without_timers_or_with_few(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def rewrite(*names: str) -> list[str]:
+        kept = [{n: line[n] for n in ("iteration", "iteration-time", *names)} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return [part["label"] for part in read_run(run, 10**6)["parts"]]
+
+    assert rewrite() == []
+    labels = rewrite("forward-backward-time", "optimizer-time")
+    assert labels == ["forward and backward", "optimizer", "rest of the step"]
+
+
+def test_memory_by_module(run: Path, tmp_path: Path) -> None:
+    first, second = read_run(run, 10**6)["ledgers"]
+    assert (first["file"], second["file"]) == ("ledger.json", "ledger-stage1.json")
+    at_peak = write_ledger(tmp_path / "again.json")
+    assert {name: peak for name, peak, *_ in first["modules"]} == at_peak
+    assert first["peak"] == sum(at_peak.values())
+    assert first["modules"][1] == ["norm", 30, 70, 2]
+    assert first["taken"] == 7
+    kept = zip(*first["curves"].values(), strict=True)
+    assert dict(zip(first["events"], map(sum, kept), strict=True))[5] == 100 + 30 + 40
 
 
 @settings(max_examples=20, deadline=None)
@@ -274,6 +340,9 @@ CALLS = 2 * MICROBATCHES
         (save_trace(layer=np.zeros((0,), int)), r"its arrays do not fit"),
         (save_trace(iteration=np.zeros(2, int)), r"its arrays do not fit"),
         (save_trace(counts=np.zeros((CALLS, RANKS, 16), int)), r"of another run than .*\. Take"),
+        (change("ledger.json", "{"), r"ledger\.json is no memory ledger\. Take"),
+        (change("ledger.json", '{"events": 1, "entries": [{}]}'), r"is no memory ledger"),
+        (change("ledger.json", "[1]"), r"is no memory ledger"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_one_message(
@@ -287,6 +356,32 @@ def test_bad_input_is_told_in_one_message(
     assert ended.value.code == str(raised.value)
     assert "\n" not in ended.value.code
     assert not (tmp_path / "never.html").exists()
+
+
+def test_no_pickle_is_loaded_from_a_run(run: Path, tmp_path: Path) -> None:
+    """Python itself tells of every name that a pickle asks for."""
+    asked: list[str] = []
+    is_watched = True
+    sys.addaudithook(
+        lambda event, about: (
+            asked.append(event) if is_watched and event.startswith("pickle.") else None
+        )
+    )
+    content = pickle.dumps(Pickled())
+    for name in ("ledger.pkl", "metrics.pt", "traces/step-00000001-stage-009.npy", "routing.npz"):
+        (run / name).write_bytes(content)
+    report.main([str(run), "-o", str(tmp_path / "page.html")])
+    for name in ("run.json", "metrics.jsonl", "ledger.json", trace_file(run).relative_to(run)):
+        kept = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        with pytest.raises(SystemExit):
+            report.main([str(run), "-o", str(tmp_path / "page.html")])
+        (run / name).write_bytes(kept)
+    save_trace(counts=np.array([Pickled()]))(run)
+    with pytest.raises(SystemExit):
+        report.main([str(run), "-o", str(tmp_path / "page.html")])
+    is_watched = False
+    assert asked == []
 
 
 def test_an_output_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
