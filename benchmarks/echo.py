@@ -45,6 +45,7 @@ RATIOS = (
     ("clones kept, skew 1.0", "no clones, skew 1.0"),
     ("clones, skew 1.0", "stock, natural"),
     ("clones by p2p, skew 1.0", "stock, natural"),
+    ("clones, natural", "no clones, natural"),
     ("clones, natural", "stock, natural"),
     ("no clones, natural", "stock, natural"),
 )

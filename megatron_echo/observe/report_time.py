@@ -32,7 +32,7 @@ def step_parts(metrics: Json) -> list[Json]:
         metrics: ``values`` has the columns of ``metrics.jsonl`` by name.
 
     Returns:
-        For each part with timers: ``label``, ``values`` (None where the line has none), ``mean``
+        For each part with timers: ``label``, ``values`` (None where the line has none), ``median``
         and ``source``. Empty without ``--timing-log-level``.
     """
     columns, rows = metrics["values"], len(metrics["iteration"])
@@ -61,6 +61,6 @@ def step_parts(metrics: Json) -> list[Json]:
             label = "forward and backward"
         values = [part(whole, inside, row) for row in range(rows)]
         source = " + ".join(timed) + "".join(f" - {name}" for name in taken_off)
-        mean = statistics.fmean(value for value in values if value is not None)
-        found.append({"label": label, "values": values, "mean": mean, "source": source})
+        median = statistics.median(value for value in values if value is not None)
+        found.append({"label": label, "values": values, "median": median, "source": source})
     return found

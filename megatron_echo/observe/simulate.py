@@ -19,8 +19,13 @@ from typing import Any
 import torch
 
 from megatron_echo.observe.simulation.calibration import calibrate
-from megatron_echo.observe.simulation.cluster import CLUSTERS, Cluster, load_cluster
-from megatron_echo.observe.simulation.cost_model import Assumptions, CostModel
+from megatron_echo.observe.simulation.cluster import (
+    CLUSTERS,
+    Assumptions,
+    Cluster,
+    load_cluster,
+)
+from megatron_echo.observe.simulation.cost_model import CostModel
 from megatron_echo.observe.simulation.layout import Work
 from megatron_echo.observe.simulation.models import MODELS, load_model
 from megatron_echo.observe.simulation.output import (
@@ -34,6 +39,7 @@ from megatron_echo.observe.simulation.output import (
 )
 from megatron_echo.observe.simulation.search import (
     PIPELINES,
+    TRANSPORTS,
     Candidate,
     Search,
     Setting,
@@ -47,6 +53,9 @@ from megatron_echo.observe.simulation.workloads import (
     load_workload,
 )
 from megatron_echo.planner.balance import MAX_TOLERANCE
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+"""In a checkout: the measurements that the model is compared with."""
 
 OVERLOADS = (1.1, 1.5, 2.0, 3.0, 4.0)
 """Skews of the plot's last panel."""
@@ -76,6 +85,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ep", type=int, nargs="+", help="expert-parallel sizes; all that divide")
     made.add_argument("--pp", type=int, nargs="+", default=list(PIPELINES), help="pipeline sizes")
     made.add_argument(
+        "--vpp", type=int, nargs="+", default=[1, 2], help="chunks of a pipeline rank"
+    )
+    made.add_argument("--tp", type=int, default=1, help="tensor parallelism, not of experts")
+    made.add_argument("--cp", type=int, default=1, help="context parallelism")
+    made.add_argument(
+        "--offload-fraction", type=float, nargs="+", default=[0.0, 1.0], metavar="X",
+        help="shares of what is kept for backward that may go to the host",
+    )  # fmt: skip
+    made.add_argument(
+        "--token-transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS),
+        help="how tokens travel with clones; exact is what no program does between nodes",
+    )  # fmt: skip
+    made.add_argument(
         "--slots", nargs="+", default=["all", "1", "2"], metavar="S",
         help="clone slots of a rank; all: as many as it has experts",
     )  # fmt: skip
@@ -89,7 +111,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--trace-tolerance", type=float, default=0.02, help="of the traced run")
     made.add_argument("--trace-ranks-per-node", type=int, help="of the traced run")
-    made.add_argument("--results", type=Path, help="benchmarks/results, for the model's error")
+    made.add_argument(
+        "--results", type=Path, default=RESULTS if RESULTS.is_dir() else None,
+        help="measurements that the model is compared with",
+    )  # fmt: skip
     made.add_argument("--plot", type=Path, metavar="PNG", help="save the sweep's picture")
     made.add_argument("--json", type=Path, metavar="FILE", help="save all candidates")
     for field in dataclasses.fields(Assumptions):
@@ -112,8 +137,12 @@ def _slots(word: str) -> int | None:
 
 
 def _check_values(args: argparse.Namespace) -> None:
-    counted = [(name, getattr(args, name)) for name in ("seq_length", "micro_batch_size")]
-    counted += [(name, value) for name in ("ep", "pp") for value in getattr(args, name) or []]
+    counted = [
+        (name, getattr(args, name)) for name in ("seq_length", "micro_batch_size", "tp", "cp")
+    ]
+    counted += [
+        (name, value) for name in ("ep", "pp", "vpp") for value in getattr(args, name) or []
+    ]
     if args.global_batch_size is not None:
         counted.append(("global_batch_size", args.global_batch_size))
     for name, value in counted:
@@ -126,6 +155,9 @@ def _check_values(args: argparse.Namespace) -> None:
     for value in args.tolerance:
         if not 0 <= value <= MAX_TOLERANCE:
             raise ValueError(f"--tolerance {value} is not between 0 and {MAX_TOLERANCE}. Use 0.02.")
+    for value in args.offload_fraction:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--offload-fraction {value} is no share. Use 0 to 1.")
     if args.calls < 0:
         raise ValueError(f"--calls {args.calls} is negative. Use 0 for all.")
 
@@ -144,7 +176,8 @@ def prepare(args: argparse.Namespace) -> tuple[CostModel, Search]:
     assumed = Assumptions(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)}
     )
-    batch = args.global_batch_size or 8 * cluster.gpus * args.micro_batch_size
+    data = max(1, cluster.gpus // (args.tp * args.cp))
+    batch = args.global_batch_size or 8 * data * args.micro_batch_size
     work = Work(args.seq_length, args.micro_batch_size, batch)
     sizes = args.ep or [
         size
@@ -164,6 +197,11 @@ def prepare(args: argparse.Namespace) -> tuple[CostModel, Search]:
         settings=settings,
         calls=args.calls,
         by_node=args.by_node,
+        virtuals=tuple(args.vpp),
+        tensor=args.tp,
+        context=args.cp,
+        offloads=tuple(dict.fromkeys(args.offload_fraction)),
+        transports=tuple(args.token_transports),
     )
     return CostModel(cluster, model, work, assumed), search
 
@@ -229,19 +267,21 @@ def simulate(args: argparse.Namespace) -> list[str]:
     work, shape = model.work, model.model
     lines = [
         f"{shape.name} ({shape.parameters / 1e9:.1f} G parameters) on {search.gpus:,} GPUs of "
-        f"{model.cluster.name}, {work.global_batch:,} sequences of {work.sequence} tokens a step; "
-        f"loads: {search.loads.name} ({search.loads.basis})",
+        f"{model.cluster.name}, TP={search.tensor}, CP={search.context}, {work.global_batch:,} "
+        f"sequences of {work.sequence} tokens a step; loads: {search.loads.name} "
+        f"({search.loads.basis})",
         "",
     ]
     if search.loads.traces:
         node = args.trace_ranks_per_node
         check = check_trace(search.loads.traces, args.trace_tolerance, node)
         lines += [*trace_lines(check, args.trace_tolerance), ""]
+    compared = calibrate(args.results) if args.results is not None else None
     found, left_out = candidates(model, search)
     lines += [f"Left out: {reason}" for reason in left_out]
     lines += [*table(model, found), "", *best_lines(model, search, found), ""]
-    if args.results is not None:
-        lines += [*calibration_lines(calibrate(args.results)), ""]
+    if compared is not None:
+        lines += [*calibration_lines(compared), ""]
     lines += basis_lines(model, search)
     if args.plot is not None:
         from megatron_echo.observe.simulation.plots import save_plot

@@ -53,7 +53,8 @@ def test_the_same_bits(flags: dict, ranks: int, tmp_path: Path) -> None:
         assert line["offload/reloaded_bytes"] == back
         kept = sum(value for name, value in line.items() if name.startswith("offload/kept_"))
         assert line["offload/candidate_bytes"] == line["offload/bytes"] + kept
-    assert [line["offload/planned_bytes"] > 0 for line in offloaded] == [False] * 2 + [True] * 2
+    planned = [line["offload/planned_bytes"] for line in offloaded]
+    assert planned[0] == 0 < max(planned)
     assert "activation offloading by this package's manager" in output
     assert "module             offloaded" in output
 

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -274,16 +275,16 @@ ROWS = """
 
 def test_parts_of_a_step_are_those_of_the_timers(page: Page, runs: Path, one: Path) -> None:
     page.open(one)
-    parts = {row[0]: float(row[1].split()[0]) for row in page.run(ROWS % "#time")}
+    parts = {row[0]: float(row[1]) / 1e3 for row in page.run(ROWS % "#time")}
     lines = read_metrics(runs / "clones")
-
-    def mean(name: str) -> float:
-        return sum(line.get(f"{name}-time", 0) for line in lines) / len(lines)
-
-    assert parts["data"] == pytest.approx(mean("batch-generator"), rel=1e-3)
-    assert parts["backward"] == pytest.approx(mean("backward-compute"), rel=1e-3)
-    assert parts["optimizer"] == pytest.approx(mean("optimizer"), rel=1e-3)
-    assert sum(parts.values()) == pytest.approx(mean("iteration"), rel=1e-3)
+    for part, timer in (
+        ("data", "batch-generator"), ("backward", "backward-compute"), ("optimizer", "optimizer"),
+    ):  # fmt: skip
+        median = statistics.median(line[f"{timer}-time"] for line in lines)
+        assert parts[part] == pytest.approx(median, rel=1e-3)
+    assert min(parts.values()) >= 0
+    for line in lines:
+        assert line["forward-backward-time"] + line["optimizer-time"] < line["iteration-time"]
 
 
 def test_memory_is_that_of_the_ledger(page: Page, runs: Path, one: Path) -> None:

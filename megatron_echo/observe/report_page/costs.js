@@ -3,7 +3,7 @@
 const HUES = [212, 30, 160, 330, 55, 280, 100, 0, 190];
 const hue = (i) => `hsl(${HUES[i % HUES.length]} 55% 50%)`;
 
-// Where the time of a step goes: its parts stacked, and their means.
+// Where the time of a step goes: its parts stacked, and their medians.
 function showParts() {
   for (const run of runs) {
     const box = side(run);
@@ -16,9 +16,10 @@ function showParts() {
     const series = run.parts.map((part, i) =>
       ({ name: part.label, xs: run.metrics.iteration, ys: part.values, color: hue(i) }));
     lineChart(box, "Parts of a step in seconds", series, { unit: "s", stacked: true });
-    const whole = run.parts.reduce((sum, part) => sum + part.mean, 0);
-    box.append(table(["part", "mean", "share", "source"], run.parts.map((part) =>
-      [part.label, format(part.mean, "s"), format(part.mean / whole, "%"),
+    const whole = run.parts.reduce((sum, part) => sum + part.median, 0);
+    box.append(table(["part", "median ms", "share", "source"], run.parts.map((part) =>
+      [part.label, format(Number((1e3 * part.median).toPrecision(4))),
+        format(Number((part.median / whole).toPrecision(2)), "%"),
         make("small", {}, part.source)])), source("metrics.jsonl: timers of the last rank"));
   }
 }

@@ -188,8 +188,7 @@ def _pairs_of(result: dict[str, Any]) -> list[_Pair]:
     for skew in ("natural", "skew 1.0"):
         on, off = f"clones, {skew}", f"no clones, {skew}"
         balance, seconds = result["balance"][on], result["seconds"]
-        # The median of the rounds' own ratios, where there is one: turns share the machine's load.
-        ratio = result.get("ratios", {}).get(f"{on} / {off}", seconds[on] / seconds[off])
+        ratio = _ratio(result.get("ratios", {}), on, off) or seconds[on] / seconds[off]
         routed, placed = balance["overload_routed"], balance["overload_placed"]
         found.append(
             _Pair(
@@ -197,3 +196,14 @@ def _pairs_of(result: dict[str, Any]) -> list[_Pair]:
             )
         )
     return found
+
+
+def _ratio(ratios: dict[str, float], on: str, off: str) -> float | None:
+    """Of two runs by the rounds' own ratios, whose turns share the machine's load.
+
+    Their median, or that of each over stock, or None.
+    """
+    if (direct := ratios.get(f"{on} / {off}")) is not None:
+        return direct
+    stock = [ratios[name] for run in (on, off) if (name := f"{run} / stock, natural") in ratios]
+    return stock[0] / stock[1] if len(stock) == 2 else None

@@ -1,4 +1,4 @@
-"""The machines: how many GPUs, and how fast they compute and talk."""
+"""The machines: how many GPUs, how fast they compute and talk, and what is assumed of them."""
 
 import dataclasses
 import json
@@ -21,6 +21,7 @@ class Cluster:
         network_gb_s: 10^9 bytes a second to other nodes, this GPU's part of the network.
         hbm_gib: memory of a GPU that programs can use, GiB.
         tflops: peak of dense bf16 products, 10^12 a second.
+        host_gb_s: 10^9 bytes a second between a GPU and the memory of its host.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Cluster:
     network_gb_s: float
     hbm_gib: float
     tflops: float
+    host_gb_s: float
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[1:]:
@@ -51,6 +53,29 @@ class Cluster:
         return math.gcd(ranks, self.gpus_per_node)
 
 
+@dataclass(frozen=True)
+class Assumptions:
+    """Figures that nobody measured here; each is printed with the results.
+
+    Attributes:
+        efficiency: products' rate over the peak.
+        link_efficiency: bandwidth reached over that of the data sheet.
+        exchange_us: latency of one collective, microseconds.
+        plan_us: planning of a layer call, microseconds.
+        reserve_gib: context, NCCL and fragmentation.
+        peer_margin: room in an all-to-all's parts, over the fullest that was seen.
+        capacity_margin: room in the receive buffer, over the fullest rank that was seen.
+    """
+
+    efficiency: float = 0.5
+    link_efficiency: float = 0.8
+    exchange_us: float = 20.0
+    plan_us: float = 100.0
+    reserve_gib: float = 4.0
+    peer_margin: float = 1.25
+    capacity_margin: float = 1.05
+
+
 _UNITS = {
     "gpus": "of the whole cluster",
     "gpus_per_node": "joined by NVLink",
@@ -58,19 +83,21 @@ _UNITS = {
     "network_gb_s": "GB/s of one GPU, one direction",
     "hbm_gib": "GiB that programs can use",
     "tflops": "dense bf16 peak, TFLOP/s",
+    "host_gb_s": "GB/s between a GPU and its host, one direction",
 }
 
 CLUSTERS = {
     cluster.name: cluster
     for cluster in (
-        Cluster("h100-nvl8", 64, 8, 450, 50, 79, 989),
-        Cluster("h200-nvl8", 64, 8, 450, 50, 140, 989),
-        Cluster("h800-nvl8", 64, 8, 200, 50, 79, 989),
-        Cluster("b200-nvl8", 64, 8, 900, 50, 178, 2250),
-        Cluster("gb200-nvl72", 72, 72, 900, 50, 184, 2500),
+        Cluster("h100-nvl8", 64, 8, 450, 50, 79, 989, 64),
+        Cluster("h200-nvl8", 64, 8, 450, 50, 140, 989, 64),
+        Cluster("h800-nvl8", 64, 8, 200, 50, 79, 989, 64),
+        Cluster("b200-nvl8", 64, 8, 900, 50, 178, 2250, 64),
+        Cluster("gb200-nvl72", 72, 72, 900, 50, 184, 2500, 225),
     )
 }
-"""From the vendors' data sheets: peak rates; one 400 Gbit/s network port for each GPU."""
+"""From the vendors' data sheets: peak rates; one 400 Gbit/s network port for each GPU; PCIe 5.0 x16
+to the host, or half of a Grace CPU's NVLink-C2C."""
 
 
 def load_cluster(name: str, changes: dict[str, Any] | None = None) -> Cluster:

@@ -6,59 +6,45 @@ A layer call takes as long as its slowest rank::
     tokens    4 passes of the rows, max(inside / NVLink, across / network)
     clones    weights to the slots (twice: again for backward), gradients home in fp32
     rest      attention, shared expert, router; the same on every rank
+    shards    what TP and CP exchange
 
-Inside and across run at the same time on their links. A step is all layer calls of a pipeline
-stage, ``1 + (stages - 1) / microbatches`` times for the bubble, and what the last microbatch's
-backward does not hide of the gradients' reduction and the weights' gathering.
+Inside and across run at the same time on their links. A step is all microbatches of the slowest
+pipeline rank; on top come one microbatch of the others, divided by VPP (the bubble of 1F1B and of
+the interleaved schedule), and what the last microbatch's backward does not hide of the gradients'
+reduction and the weights' gathering. Offloading takes what the host's link moves during a forward
+pass, and no time.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from megatron_echo.dispatch.layout import round_rows
-from megatron_echo.observe.simulation.cluster import Cluster
-from megatron_echo.observe.simulation.layout import Layout, Stage, Work, stages
+from megatron_echo.memory.schedules import BACKWARD_SHARE
+from megatron_echo.observe.simulation.cluster import Assumptions, Cluster
+from megatron_echo.observe.simulation.layout import Layout, Stage, Work, held, stages
 from megatron_echo.observe.simulation.models import Model
 from megatron_echo.observe.simulation.placement import Placement
+from megatron_echo.observe.simulation.traffic import Traffic
 from megatron_echo.planner import balance_bound
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Figures that nobody measured here; each is printed with the results.
-
-    Attributes:
-        efficiency: products' rate over the peak.
-        link_efficiency: bandwidth reached over that of the data sheet.
-        exchange_us: latency of one collective, microseconds.
-        plan_us: planning of a layer call, microseconds.
-        reserve_gib: context, NCCL and fragmentation.
-        peer_margin: room in an all-to-all's parts, over the fullest that was seen.
-        capacity_margin: room in the receive buffer, over the fullest rank that was seen.
-    """
-
-    efficiency: float = 0.5
-    link_efficiency: float = 0.8
-    exchange_us: float = 20.0
-    plan_us: float = 100.0
-    reserve_gib: float = 4.0
-    peer_margin: float = 1.25
-    capacity_margin: float = 1.05
+IN_TRANSIT = 2
+"""Layers whose offloaded bytes are on the device at once, on their way."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step: of the slowest stage, then what comes on top.
+    """Seconds of a step: of the slowest pipeline rank, then what comes on top.
 
     Attributes:
         compute: products of routed experts on the fullest rank.
         tokens: their traffic.
         clones: weights and gradients of clones, and planning.
         rest: all other products.
+        shards: exchanges of tensor and context parallelism.
         bubble: of the pipeline.
         exposed: reduction of gradients and gathering of weights that nothing hides.
         error: standard error of the total, from the layer calls that were looked at.
@@ -68,6 +54,7 @@ class StepTime:
     tokens: float
     clones: float
     rest: float
+    shards: float
     bubble: float
     exposed: float
     error: float
@@ -75,7 +62,8 @@ class StepTime:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.compute + self.tokens + self.clones + self.rest + self.bubble + self.exposed
+        busy = self.compute + self.tokens + self.clones + self.rest + self.shards
+        return busy + self.bubble + self.exposed
 
 
 @dataclass(frozen=True)
@@ -88,6 +76,7 @@ class Memory:
         clones: the pool of clones and the gradients that travel.
         working: buffers of one layer call.
         reserve: context, NCCL and fragmentation, assumed.
+        host: offloaded; on the host, not in the total.
     """
 
     states: float
@@ -95,11 +84,109 @@ class Memory:
     clones: float
     working: float
     reserve: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All of it on the device."""
         return self.states + self.activations + self.clones + self.working + self.reserve
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One layer, or the output, for one microbatch on the slowest rank.
+
+    Attributes:
+        seconds: forward and backward.
+        kept: bytes on the device for backward.
+        gone: bytes kept on the host.
+        states: bytes of weights, gradients and optimizer.
+        working: bytes while it runs.
+    """
+
+    seconds: float
+    kept: float
+    gone: float
+    states: float
+    working: float
+
+
+class Costs:
+    """What a layout's layers cost; ``dense``, ``moe`` and ``output`` in :attr:`layers`."""
+
+    def __init__(self, model: "CostModel", layout: Layout, placed: Placement) -> None:
+        """Set the layout.
+
+        Args:
+            model: the cost model.
+            layout: sizes that fit (:meth:`Layout.check`).
+            placed: its layer calls, as many as one likes: their mean counts.
+        """
+        self._of, self.layout, self.placed = model, layout, placed
+        self.tokens = layout.tokens(model.work)
+        self._again = 1 + (1 - BACKWARD_SHARE) if layout.recompute else 1.0
+        rows = placed.mean if layout.tokens_by == "balanced" else placed.placed
+        experts = self._again * 6 * model.model.expert_parameters * rows / model.flops
+        traffic = model.traffic
+        self.calls = experts, traffic.tokens(layout, placed), traffic.clones(layout, placed)
+        self.buffer_rows = model.buffer_rows(layout, placed, model.capacity(layout, placed))
+
+    def rest(self, layer: str) -> float:
+        """Seconds of a microbatch in a layer's products besides routed experts."""
+        model, work = self._of.model, self._of.work
+        if layer == "output":
+            return 6 * model.vocab * model.hidden * self.tokens / self._of.flops
+        return self._again * model.layer_flops(layer, self.tokens, work.sequence) / self._of.flops
+
+    def shards(self, layer: str) -> float:
+        """Seconds of a microbatch in exchanges of TP and CP."""
+        return 0.0 if layer == "output" else self._of.traffic.shards(self.layout, layer)
+
+    @cached_property
+    def layers(self) -> dict[str, Cost]:
+        """Of each kind."""
+        return {kind: self._layer(kind) for kind in ("dense", "moe", "output")}
+
+    def _layer(self, kind: str) -> Cost:
+        seconds = self.rest(kind) + self.shards(kind)
+        if kind == "moe":
+            seconds += sum(float(each.mean()) for each in self.calls)
+        kept, working = self._bytes(kind)
+        if self.layout.recompute and kind != "output":
+            working += kept
+            kept = 2.0 * self.tokens * self._of.model.hidden
+        cluster, assumed = self._of.cluster, self._of.assumed
+        link = 1e9 * cluster.host_gb_s * assumed.link_efficiency
+        gone = min(self.layout.offload * kept, link * seconds * (1 - BACKWARD_SHARE))
+        return Cost(seconds, kept - gone, gone, self._states(kind), working)
+
+    def _bytes(self, kind: str) -> tuple[float, float]:
+        """Kept for backward, and while it runs, for one microbatch."""
+        model, layout = self._of.model, self.layout
+        if kind == "output":
+            return 0.0, 6.0 * self.tokens * model.vocab
+        kept = float(model.kept_bytes(kind, self.tokens))
+        if kind == "dense":
+            return kept, 0.0
+        kept += self.buffer_rows * 2 * (model.hidden + 3 * model.moe_ffn)
+        working = self.buffer_rows * 4 * (model.hidden + 2 * model.moe_ffn)
+        if layout.tokens_by in ("all_gather", "all_to_all"):
+            working += layout.expert * self._of.traffic.places(layout) * model.hidden * 6
+        return kept, working
+
+    def _states(self, kind: str) -> float:
+        """bf16 weights, fp32 gradients, and this rank's shard of main weights and moments."""
+        expert, dense = self._of.parameters(self.layout, kind)
+        layout = self.layout
+        experts = expert * (6 + 12 / layout.expert_copies)
+        return experts + dense * (6 + 12 / layout.dense_copies)
+
+    def of_stage(self, stage: Stage) -> list[Cost]:
+        """Its layers, the embedding's states among the first."""
+        found = [self.layers["dense"]] * stage.dense + [self.layers["moe"]] * stage.moe
+        if stage.first:
+            found.append(Cost(0.0, 0.0, 0.0, self.layers["output"].states, 0.0))
+        return [*found, self.layers["output"]] if stage.last else found
 
 
 class CostModel:
@@ -118,120 +205,75 @@ class CostModel:
         """
         self.cluster, self.model, self.work = cluster, model, work
         self.assumed = assumed or Assumptions()
-        self._flops = cluster.tflops * 1e12 * self.assumed.efficiency
+        self.flops = cluster.tflops * 1e12 * self.assumed.efficiency
+        self.traffic = Traffic(cluster, model, work, self.assumed)
 
-    def _seconds(self, inside: np.ndarray | float, across: np.ndarray | float) -> np.ndarray:
-        """Of bytes of one rank inside its node and to others, both links at work."""
-        rate = 1e9 * self.assumed.link_efficiency
-        return np.maximum(
-            np.asarray(inside, float) / (self.cluster.nvlink_gb_s * rate),
-            np.asarray(across, float) / (self.cluster.network_gb_s * rate),
-        )
-
-    def _token_seconds(self, layout: Layout, placed: Placement) -> np.ndarray:
-        """Of a layer call: rows there and back, for backward too, and again if recomputed."""
-        ranks, width = layout.expert, 2 * self.model.hidden
-        node = self.cluster.ranks_per_node(ranks)
-        passes = (6 if layout.recompute else 4) if ranks > 1 else 0
-        if layout.tokens_by == "megatron":
-            inside, across = placed.rows_inside * width, placed.rows_across * width
-        elif layout.tokens_by == "balanced":
-            part = placed.mean * width / ranks
-            inside, across = (node - 1) * part, (ranks - node) * part
-        elif layout.tokens_by == "exact":
-            inside = placed.placed * (placed.leave_rank - placed.leave_node) * width
-            across = placed.placed * placed.leave_node * width
-        else:
-            rows = self._places(layout)
-            # An all-gather's results travel in fp32 (2 of 4 passes): 1.5 times the bytes.
-            part = np.full_like(placed.mean, rows * width)
-            part *= 1.5 if layout.tokens_by == "all_gather" else 1.0
-            inside, across = (node - 1) * part, (ranks - node) * part
-        return passes * (self._seconds(inside, across) + self.assumed.exchange_us * 1e-6)
-
-    def _places(self, layout: Layout) -> int:
-        """Tokens that each rank sends to each rank."""
-        if layout.tokens_by == "all_gather":
-            return self.work.tokens
-        return math.ceil(layout.peer_capacity * self.work.tokens)
-
-    def _clone_seconds(self, layout: Layout, placed: Placement) -> np.ndarray:
-        """A layer call's clones: bf16 weights forward, again for backward, fp32 gradients home."""
-        if not layout.weights_by:
-            return np.zeros_like(placed.mean)
-        pushes = 3 if layout.recompute else 2
-        size = self.model.expert_parameters * (2 * pushes + 4)
-        inside, across = placed.clones_inside, placed.clones_across
-        exchanges = 2.0 * (pushes + 1)  # two projections
-        if layout.weights_by == "collective":
-            node = self.cluster.ranks_per_node(layout.expert)
-            inside = np.full_like(placed.mean, placed.slots * (node - 1))
-            across = np.full_like(placed.mean, placed.slots * (layout.expert - node))
-            exchanges *= placed.slots
-        fixed = exchanges * self.assumed.exchange_us + self.assumed.plan_us
-        return self._seconds(inside * size, across * size) + fixed * 1e-6
+    def _ranks(self, layout: Layout) -> list[list[Stage]]:
+        """The stages of each pipeline rank."""
+        found, schedule = stages(self.model, layout), layout.schedule(self.work)
+        return [
+            [found[schedule.stage(rank, chunk)] for chunk in range(layout.virtual)]
+            for rank in range(layout.pipeline)
+        ]
 
     def step_time(self, layout: Layout, placed: Placement) -> StepTime:
-        """Seconds of a step.
-
-        Args:
-            layout: sizes that fit (:meth:`Layout.check`).
-            placed: its layer calls, as many as one likes: their mean counts.
-        """
-        model, work = self.model, self.work
-        again = 4 / 3 if layout.recompute else 1.0
-        rows = placed.mean if layout.tokens_by == "balanced" else placed.placed
-        compute = again * 6 * model.expert_parameters * rows / self._flops
-        tokens = self._token_seconds(layout, placed)
-        clones = self._clone_seconds(layout, placed)
-        whole = compute + tokens + clones
+        """Seconds of a step; the arguments are those of :class:`Costs`."""
+        costs, microbatches = Costs(self, layout, placed), layout.microbatches(self.work)
+        ranks = self._ranks(layout)
+        busy = [
+            sum(cost.seconds for stage in chunks for cost in costs.of_stage(stage))
+            for chunks in ranks
+        ]
+        slowest = busy.index(max(busy))
+        layers = {
+            "dense": sum(stage.dense for stage in ranks[slowest]),
+            "moe": sum(stage.moe for stage in ranks[slowest]),
+            "output": sum(stage.last for stage in ranks[slowest]),
+        }
+        calls = layers["moe"] * microbatches
+        experts, tokens, clones = (float(each.mean()) * calls for each in costs.calls)
+        whole = np.sum(costs.calls, axis=0)
         deviation = float(whole.std(ddof=1)) if len(whole) > 1 else 0.0
-        microbatches = layout.microbatches(work)
-        stretch = 1 + (layout.pipeline - 1) / microbatches
-
-        def time_of(stage: Stage) -> StepTime:
-            calls = stage.moe * microbatches
-            rest = self._rest_flops(stage, again) * microbatches / self._flops
-            busy = float(whole.mean()) * calls + rest
-            return StepTime(
-                compute=float(compute.mean()) * calls,
-                tokens=float(tokens.mean()) * calls,
-                clones=float(clones.mean()) * calls,
-                rest=rest,
-                bubble=busy * (stretch - 1),
-                exposed=self._exposed(layout, stage, busy / microbatches * 2 / 3),
-                error=stretch * calls * deviation / math.sqrt(len(whole)),
-            )
-
-        found = map(time_of, stages(model, layout, microbatches))
-        return max(found, key=lambda time: time.total)
-
-    def _rest_flops(self, stage: Stage, again: float) -> float:
-        """Operations of a microbatch besides routed experts."""
-        model, tokens = self.model, self.work.tokens
-        flops = sum(
-            layers * again * model.layer_flops(kind, tokens, self.work.sequence)
-            for kind, layers in (("dense", stage.dense), ("moe", stage.moe))
+        bubble = (sum(busy) - busy[slowest]) / layout.virtual
+        stretch = 1 + bubble / (busy[slowest] * microbatches)
+        return StepTime(
+            compute=experts,
+            tokens=tokens,
+            clones=clones,
+            rest=sum(costs.rest(kind) * n for kind, n in layers.items()) * microbatches,
+            shards=sum(costs.shards(kind) * n for kind, n in layers.items()) * microbatches,
+            bubble=bubble,
+            exposed=max(map(self._exposed, [layout] * len(ranks), ranks, busy)),
+            error=stretch * calls * deviation / math.sqrt(len(whole)),
         )
-        return flops + (6 * model.vocab * model.hidden * tokens if stage.last else 0)
 
-    def _exposed(self, layout: Layout, stage: Stage, hidden: float) -> float:
+    def _exposed(self, layout: Layout, chunks: list[Stage], busy: float) -> float:
         """What the last backward pass does not hide of fp32 gradients and bf16 weights."""
-        expert, dense = self._parameters(layout, stage)
-        copies = layout.data // layout.expert
-        moved = expert * (copies - 1) / copies + dense * (layout.data - 1) / layout.data
+        kinds = [
+            kind
+            for stage in chunks
+            for kind, number in (
+                ("dense", stage.dense),
+                ("moe", stage.moe),
+                ("output", stage.first + stage.last),
+            )
+            for _ in range(number)
+        ]
+        expert, dense = np.sum([self.parameters(layout, kind) for kind in kinds], axis=0)
+        copies, others = layout.expert_copies, layout.dense_copies
+        moved = expert * (copies - 1) / copies + dense * (others - 1) / others
         rate = 1e9 * self.assumed.link_efficiency
         fits = layout.gpus <= self.cluster.gpus_per_node
         link = self.cluster.nvlink_gb_s if fits else self.cluster.network_gb_s
-        return max(0.0, 6 * moved / (link * rate) - hidden)
+        return max(0.0, float(6 * moved / (link * rate)) - busy * BACKWARD_SHARE)
 
-    def _parameters(self, layout: Layout, stage: Stage) -> tuple[float, float]:
-        """Of a rank: routed experts, and all else."""
+    def parameters(self, layout: Layout, kind: str) -> tuple[float, float]:
+        """Of a rank in a layer or the output: routed experts, and all else."""
         model = self.model
-        expert = stage.moe * model.experts / layout.expert * model.expert_parameters
-        dense = stage.dense * model.dense_parameters("dense")
-        dense += stage.moe * model.dense_parameters("moe")
-        return expert, dense + (stage.first + stage.last) * model.vocab * model.hidden
+        if kind == "output":
+            return 0.0, model.vocab * model.hidden / layout.tensor
+        expert = model.experts / layout.expert * model.expert_parameters if kind == "moe" else 0.0
+        return expert, model.dense_parameters(kind) / layout.tensor
 
     def buffer_rows(self, layout: Layout, placed: Placement, capacity: float | None) -> float:
         """Rows that one layer call keeps on the fullest rank.
@@ -245,64 +287,56 @@ class CostModel:
         """
         if not layout.weights_by:
             return placed.fullest if layout.tokens_by == "megatron" else float(placed.mean.mean())
-        pairs = self.work.tokens * self.model.topk
+        pairs = layout.tokens(self.work) * self.model.topk
         if capacity is None:
             return round_rows(balance_bound(pairs * layout.expert, layout.expert, placed.tolerance))
         return round_rows(math.ceil(capacity * pairs))
 
     def capacity(self, layout: Layout, placed: Placement) -> float | None:
         """``--moe-received-token-capacity`` for the loads seen; None (``auto``) never overflows."""
-        if placed.slots * layout.expert >= self.model.experts:
+        if not layout.weights_by or placed.slots * layout.expert >= self.model.experts:
             return None
-        pairs = self.work.tokens * self.model.topk
+        pairs = layout.tokens(self.work) * self.model.topk
         return math.ceil(placed.placed.max() / pairs * self.assumed.capacity_margin * 100) / 100
 
     def memory(self, layout: Layout, placed: Placement) -> Memory:
-        """GiB of the fullest rank.
-
-        Args:
-            layout: sizes that fit.
-            placed: its layer calls.
-        """
-        rows = self.buffer_rows(layout, placed, self.capacity(layout, placed))
+        """GiB of the fullest rank; the arguments are those of :class:`Costs`."""
+        costs = Costs(self, layout, placed)
+        clones = self.clone_bytes(layout, placed.slots) / GIB
         found = [
-            self._memory_of(layout, stage, rows, placed.slots)
-            for stage in stages(self.model, layout, layout.microbatches(self.work))
+            self._memory_of([costs.of_stage(stage) for stage in chunks], moments, clones)
+            for chunks, moments in zip(
+                self._ranks(layout), held(layout.schedule(self.work)), strict=True
+            )
         ]
         return max(found, key=lambda memory: memory.total)
 
-    def _memory_of(self, layout: Layout, stage: Stage, rows: float, slots: int) -> Memory:
-        model, tokens = self.model, self.work.tokens
-        expert, dense = self._parameters(layout, stage)
-        copies = layout.data // layout.expert
-        states = expert * (6 + 12 / copies) + dense * (6 + 12 / layout.data)
-        one = {
-            "dense": model.kept_bytes("dense", tokens),
-            "moe": model.kept_bytes("moe", tokens) + rows * 2 * (model.hidden + 3 * model.moe_ffn),
-        }
-        if layout.recompute:
-            inputs = 2 * tokens * model.hidden * (stage.dense + stage.moe)
-            kept = stage.in_flight * inputs + one["moe" if stage.moe else "dense"]
-        else:
-            kept = stage.in_flight * (stage.dense * one["dense"] + stage.moe * one["moe"])
-        working = rows * 4 * (model.hidden + 2 * model.moe_ffn)
-        if layout.tokens_by in ("all_gather", "all_to_all"):
-            working += layout.expert * self._places(layout) * model.hidden * 6
-        logits = 6 * tokens * model.vocab if stage.last else 0
+    def _memory_of(
+        self, chunks: list[list[Cost]], moments: list[tuple[int, ...]], clones: float
+    ) -> Memory:
+        """One pipeline rank."""
+
+        def highest(name: str) -> float:
+            sizes = [sum(getattr(cost, name) for cost in chunk) for chunk in chunks]
+            return max(sum(n * size for n, size in zip(m, sizes, strict=True)) for m in moments)
+
+        layers = [cost for chunk in chunks for cost in chunk]
+        in_transit = sum(sorted((cost.gone for cost in layers), reverse=True)[:IN_TRANSIT])
         return Memory(
-            states=states / GIB,
-            activations=kept / GIB,
-            clones=self._clone_bytes(layout, slots) / GIB,
-            working=max(logits, working) / GIB,
+            states=sum(cost.states for cost in layers) / GIB,
+            activations=(highest("kept") + in_transit) / GIB,
+            clones=clones,
+            working=max(cost.working for cost in layers) / GIB,
             reserve=self.assumed.reserve_gib,
+            host=highest("gone") / GIB,
         )
 
-    def _clone_bytes(self, layout: Layout, slots: int) -> float:
+    def clone_bytes(self, layout: Layout, slots: int) -> float:
         """The pool (home experts are copied into it) and one projection's gradients, wide."""
         if not layout.weights_by:
             return 0.0
         model = self.model
-        held = model.experts // layout.expert + slots
+        pool = model.experts // layout.expert + slots
         projection = 2 * model.hidden * model.moe_ffn
         buffers = 2 * 4 * layout.expert if layout.weights_by == "collective" else 2 * slots * 4
-        return held * (2 * model.expert_parameters + (2 + 4) * projection) + buffers * projection
+        return pool * (2 * model.expert_parameters + (2 + 4) * projection) + buffers * projection

@@ -85,6 +85,17 @@ class Model:
             )
         return self.hidden * (self.heads + 2 * self.groups) * self.head_dim + out
 
+    @property
+    def key_value_width(self) -> int:
+        """Elements of a token's keys and values as attention reads them."""
+        if self.q_lora:
+            return self.heads * (self.head_dim + self.rope_dim + self._value_dim)
+        return 2 * self.groups * self.head_dim
+
+    def has_dense_mlp(self, layer: str) -> bool:
+        """Whether a layer has an MLP besides routed experts."""
+        return layer == "dense" or self.shared_ffn > 0
+
     def dense_parameters(self, layer: str) -> int:
         """What a layer has besides routed experts; ``layer`` is ``dense`` or ``moe``."""
         if layer == "dense":

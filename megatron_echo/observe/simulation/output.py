@@ -7,10 +7,15 @@ import numpy as np
 
 from megatron_echo.observe.simulation.calibration import Calibration
 from megatron_echo.observe.simulation.cost_model import CostModel
-from megatron_echo.observe.simulation.layout import largest_stage
+from megatron_echo.observe.simulation.layout import Layout, stage_layers
 from megatron_echo.observe.simulation.placement import place
 from megatron_echo.observe.simulation.search import Candidate, Search, best_by_name, fastest
 from megatron_echo.observe.trace import StepTrace
+
+OFFLOADED = (
+    "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"
+)  # fmt: skip
+"""Names for ``--offload-modules``: together nearly all that a layer keeps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +71,10 @@ def trace_lines(check: TraceCheck, tolerance: float) -> list[str]:
 def table(model: CostModel, found: Sequence[Candidate]) -> list[str]:
     """The best of each EP size and number of clones."""
     header = (
-        f"{'EP':>4} {'clones':<21} {'PP':>2} {'recomp.':<7} {'tokens by':<18} {'weights':<10} "
+        f"{'EP':>4} {'clones':<21} {'PPxVPP':>6} {'kept':<9} {'tokens by':<18} {'weights':<10} "
         f"{'routed':>6} {'placed':>6} {'clones':>6} {'step s':>8} {'+-':>6} {'experts':>7} "
-        f"{'tokens':>7} {'clones':>7} {'rest':>7} {'bubble':>7} {'exposed':>7} "
-        f"{'tok/s/GPU':>9} {'GiB':>6}"
+        f"{'tokens':>7} {'clones':>7} {'rest':>7} {'TP, CP':>7} {'bubble':>7} {'exposed':>7} "
+        f"{'tok/s/GPU':>9} {'GiB':>6} {'host':>6}"
     )
     lines = [header]
     hbm = model.cluster.hbm_gib
@@ -80,17 +85,44 @@ def table(model: CostModel, found: Sequence[Candidate]) -> list[str]:
         )
         speed = model.work.global_batch * model.work.sequence / time.total / layout.gpus
         overload = 1.0 if layout.tokens_by == "balanced" else placed.overload_placed.mean()
-        parts = (time.compute, time.tokens, time.clones, time.rest, time.bubble, time.exposed)
+        parts = (
+            time.compute, time.tokens, time.clones, time.rest, time.shards, time.bubble,
+            time.exposed,
+        )  # fmt: skip
+        kept = "recompute" if layout.recompute else "offload" if layout.offload else "all"
         lines.append(
-            f"{layout.expert:>4} {one.name:<21} {layout.pipeline:>2} "
-            f"{'full' if layout.recompute else 'none':<7} {by:<18} {layout.weights_by or '-':<10} "
+            f"{layout.expert:>4} {one.name:<21} "
+            f"{f'{layout.pipeline}x{layout.virtual}' + '*' * (layout.layers is not None):>6} "
+            f"{kept:<9} {by:<18} {layout.weights_by or '-':<10} "
             f"{placed.overload_routed.mean():>6.3f} {overload:>6.3f} "
             f"{placed.clones.mean():>6.1f} {time.total:>8.3f} {time.error:>6.3f} "
             + " ".join(f"{part:>7.3f}" for part in parts)
-            + f" {speed:>9,.0f} {one.memory.total:>6.1f}"
+            + f" {speed:>9,.0f} {one.memory.total:>6.1f} {one.memory.host:>6.1f}"
             + ("" if one.memory.total <= hbm else "  does not fit")
         )
+    if any("*" in line for line in lines):
+        lines.append("* layers placed with --pipeline-model-parallel-layout")
     return lines
+
+
+def _parallel_flags(model: CostModel, layout: Layout) -> str:
+    """Sizes of the groups, and which layers are where."""
+    words = [f"--expert-model-parallel-size {layout.expert}"]
+    words.append(f"--pipeline-model-parallel-size {layout.pipeline}")
+    if layout.tensor > 1:
+        words.append(f"--tensor-model-parallel-size {layout.tensor} --sequence-parallel")
+        words.append("--expert-tensor-parallel-size 1")
+    if layout.context > 1:
+        words.append(f"--context-parallel-size {layout.context}")
+    counts = stage_layers(model.model, layout)
+    if layout.layers is not None:
+        middle = "|".join("t" * count for count in counts)
+        words.append(f"--pipeline-model-parallel-layout 'E{middle}L'")
+    elif layout.virtual > 1:
+        words.append(f"--num-virtual-stages-per-pipeline-rank {layout.virtual}")
+    elif counts[-1] != counts[0]:
+        words.append(f"--decoder-last-pipeline-num-layers {counts[-1]}")
+    return " ".join(words)
 
 
 def megatron_flags(model: CostModel, one: Candidate, by_node: bool = False) -> list[str]:
@@ -102,15 +134,15 @@ def megatron_flags(model: CostModel, one: Candidate, by_node: bool = False) -> l
         f"--micro-batch-size {work.micro_batch} --global-batch-size {work.global_batch}"
     )
     lines.append("--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
-    parallel = f"--expert-model-parallel-size {layout.expert}"
-    parallel += f" --pipeline-model-parallel-size {layout.pipeline}"
-    if model.model.layers % layout.pipeline:
-        last = model.model.layers - largest_stage(model.model, layout) * (layout.pipeline - 1)
-        parallel += f" --decoder-last-pipeline-num-layers {last}"
-    lines.append(parallel)
+    lines.append(_parallel_flags(model, layout))
     if layout.recompute:
         lines.append(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        )
+    if layout.offload:
+        lines.append(
+            "--fine-grained-activation-offloading --activation-offload-fraction "
+            f"{layout.offload:g} --offload-modules {' '.join(_offloaded(model))}"
         )
     lines.append("--moe-token-dispatcher-type alltoall --moe-grouped-gemm")
     if one.kind != "echo":
@@ -130,6 +162,11 @@ def megatron_flags(model: CostModel, one: Candidate, by_node: bool = False) -> l
     if by_node and node < layout.expert:
         lines.append(f"--moe-echo-ranks-per-node {node}")
     return lines
+
+
+def _offloaded(model: CostModel) -> list[str]:
+    shared = ["shared_experts"] if model.model.shared_ffn else []
+    return [*OFFLOADED, *shared]
 
 
 def best_lines(model: CostModel, search: Search, found: Sequence[Candidate]) -> list[str]:
@@ -171,7 +208,8 @@ def best_lines(model: CostModel, search: Search, found: Sequence[Candidate]) -> 
     lines.append(
         f"  Memory of the fullest rank: {memory.total:.1f} of {hbm:g} GiB (states "
         f"{memory.states:.1f}, activations {memory.activations:.1f}, clones {memory.clones:.1f}, "
-        f"working {memory.working:.1f}, reserve {memory.reserve:.1f})."
+        f"working {memory.working:.1f}, reserve {memory.reserve:.1f}); on the host "
+        f"{memory.host:.1f} GiB."
     )
     lines.append("  Flags:")
     lines += [f"    {line} \\" for line in megatron_flags(model, best, search.by_node)]
@@ -210,11 +248,13 @@ def basis_lines(model: CostModel, search: Search) -> list[str]:
         "  Arithmetic: operations, bytes over links, parameters, bytes kept for backward "
         "(bf16, fp32 gradients, Adam in fp32 spread by the distributed optimizer).",
         f"  Data sheets: {model.cluster.name} {model.cluster.nvlink_gb_s:g} GB/s in a node, "
-        f"{model.cluster.network_gb_s:g} GB/s a GPU to others, {model.cluster.tflops:g} TFLOP/s.",
+        f"{model.cluster.network_gb_s:g} GB/s a GPU to others, {model.cluster.host_gb_s:g} GB/s to "
+        f"its host, {model.cluster.tflops:g} TFLOP/s.",
         f"  Assumed, not measured: {assumed}.",
         "  Assumed: no transfer within a layer hides behind products; replicas of an expert-"
-        "parallel group see equal loads; TP = CP = 1; no offloading; no contention between groups.",
+        "parallel group see equal loads; no contention between groups; what the host's link moves "
+        "in a forward pass is offloaded, and hidden.",
         "  What if, in no program: balanced, Megatron's all-to-all with equal loads; exact, clones "
-        "with a dispatcher that sends just the rows that leave.",
+        "with a dispatcher that sends just the rows that leave, between nodes too.",
         "  No step on a GPU has been compared with this. Ratios are worth more than seconds.",
     ]

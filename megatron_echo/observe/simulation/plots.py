@@ -7,9 +7,16 @@ from typing import Any
 from megatron_echo.observe.simulation.cost_model import CostModel
 from megatron_echo.observe.simulation.search import Candidate, best_by_name, fastest
 
-PARTS = ("compute", "tokens", "clones", "rest", "bubble", "exposed")
-NAMES = ("experts", "tokens' traffic", "clones", "other products", "bubble", "gradients")
-COLOURS = ("tab:blue", "tab:orange", "tab:red", "tab:gray", "lightgray", "tab:purple")
+PARTS = {
+    "compute": ("experts", "tab:blue"),
+    "tokens": ("tokens' traffic", "tab:orange"),
+    "clones": ("clones", "tab:red"),
+    "rest": ("other products", "tab:gray"),
+    "shards": ("TP and CP", "tab:brown"),
+    "bubble": ("bubble", "lightgray"),
+    "exposed": ("gradients", "tab:purple"),
+}
+"""Fields of a step's time: name and colour."""
 
 
 def save_plot(
@@ -79,8 +86,10 @@ def _breakdown(axes: Any, found: Sequence[Candidate], hbm: float) -> None:
         if one is not None:
             winners[f"{one.name}\nEP={one.layout.expert} PP={one.layout.pipeline}"] = one
     below = [0.0] * len(winners)
-    for part, name, colour in zip(PARTS, NAMES, COLOURS, strict=True):
+    for part, (name, colour) in PARTS.items():
         heights = [getattr(one.time, part) for one in winners.values()]
+        if not any(heights):
+            continue
         axes.bar(list(winners), heights, bottom=below, label=name, color=colour, width=0.6)
         below = [a + b for a, b in zip(below, heights, strict=True)]
     axes.set(ylabel="seconds of a step", title="Where the time goes, fastest of each kind")

@@ -1,18 +1,22 @@
 """Which layout is the fastest that fits, of plain expert parallelism and of clones."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
-from megatron_echo.observe.simulation.cost_model import CostModel, Memory, StepTime
-from megatron_echo.observe.simulation.layout import Layout
+from megatron_echo.memory.pipeline_layout import LayerCost, even_split, plan_layout
+from megatron_echo.observe.simulation.cost_model import GIB, CostModel, Costs, Memory, StepTime
+from megatron_echo.observe.simulation.layout import Layout, stage_layers
 from megatron_echo.observe.simulation.placement import Placement, check_ranks, fullest_part, place
 from megatron_echo.observe.simulation.workloads import Loads, layer_calls
 from megatron_echo.planner.balance import MAX_RANKS
 from megatron_echo.progress import track
 
 PIPELINES = (1, 2, 4, 8, 16)
+TRANSPORTS = ("all_gather", "all_to_all", "symmetric_memory", "exact")
+"""Of tokens, with clones."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class Search:
         settings: clones; plain EP is always tried.
         calls: layer calls to look at for each EP size, 0 for all of a step.
         by_node: whether the planner is told of nodes.
+        virtuals: VPP sizes, for PP above 1.
+        tensor: TP.
+        context: CP.
+        offloads: shares of what is kept that may go to the host.
+        transports: some of :data:`TRANSPORTS`.
     """
 
     loads: Loads
@@ -84,6 +93,11 @@ class Search:
     settings: tuple[Setting, ...]
     calls: int = 64
     by_node: bool = False
+    virtuals: tuple[int, ...] = (1, 2)
+    tensor: int = 1
+    context: int = 1
+    offloads: tuple[float, ...] = (0.0, 1.0)
+    transports: tuple[str, ...] = TRANSPORTS
 
 
 def candidates(model: CostModel, search: Search) -> tuple[list[Candidate], list[str]]:
@@ -100,24 +114,97 @@ def candidates(model: CostModel, search: Search) -> tuple[list[Candidate], list[
             found += list(_of_size(model, search, ranks, _layouts(model, search, ranks)))
         except ValueError as error:
             left_out.append(str(error))
+        if ranks > MAX_RANKS:
+            left_out.append(
+                f"Clones at EP={ranks}: the planner takes up to {MAX_RANKS} ranks. Use fewer."
+            )
     if not found:
         raise ValueError(left_out[0] if left_out else "No expert-parallel size. Give one.")
-    return found, left_out
+    return [*found, *_planned(model, found)], left_out
 
 
 def _layouts(model: CostModel, search: Search, ranks: int) -> list[Layout]:
     layouts: list[Layout] = []
     refused: ValueError | None = None
     for pipeline in search.pipelines:
-        layout = Layout(search.gpus, ranks, pipeline)
-        try:
-            layout.check(model.model, model.work)
-            layouts += [layout, replace(layout, recompute=True)]
-        except ValueError as error:
-            refused = refused or error
+        for virtual in search.virtuals if pipeline > 1 else (1,):
+            try:
+                layout = Layout(
+                    search.gpus, ranks, pipeline, virtual, search.tensor, search.context,
+                    _even_layers(model, pipeline, virtual),
+                )  # fmt: skip
+                layout.check(model.model, model.work)
+            except ValueError as error:
+                refused = refused or error
+                continue
+            layouts += [replace(layout, offload=share) for share in search.offloads]
+            layouts.append(replace(layout, recompute=True))
     if not layouts and refused is not None:
         raise refused
     return layouts
+
+
+def _items(model: CostModel) -> str:
+    return "E" + "t" * model.model.layers + "L"
+
+
+def _counts(cuts: Sequence[int]) -> tuple[int, ...]:
+    """Decoder layers of each stage: the first also has the embedding, the last the output."""
+    sizes = [end - begin for begin, end in pairwise(cuts)]
+    return (sizes[0] - 1, *sizes[1:-1], sizes[-1] - 1)
+
+
+def _even_layers(model: CostModel, pipeline: int, virtual: int) -> tuple[int, ...] | None:
+    """None where Megatron's flags say it; with chunks that do not divide an even split."""
+    if virtual == 1 or model.model.layers % (pipeline * virtual) == 0:
+        return None
+    items = [LayerCost(kind, 0, 0, 0) for kind in _items(model)]
+    return _counts(even_split(items, pipeline * virtual))
+
+
+def _planned(model: CostModel, found: Iterable[Candidate]) -> Iterator[Candidate]:
+    """The fastest of each kind and pipeline again, with its layers placed by ``plan_layout``."""
+    groups: dict[tuple[str, int, int], list[Candidate]] = {}
+    for one in found:
+        if one.layout.pipeline > 1 and one.kind != "what if":
+            key = one.kind, one.layout.pipeline, one.layout.virtual
+            groups.setdefault(key, []).append(one)
+    for group in groups.values():
+        best = fastest(group, model.cluster.hbm_gib) or min(group, key=_size)
+        layers = _plan(model, best)
+        if layers is not None and layers != stage_layers(model.model, best.layout):
+            yield _candidate(model, replace(best.layout, layers=layers), best.placed)
+
+
+def _plan(model: CostModel, one: Candidate) -> tuple[int, ...] | None:
+    """Layers of each stage by ``plan_layout``; None where no assignment fits."""
+    costs, layout = Costs(model, one.layout, one.placed), one.layout
+    dense, number = model.model.dense_layers, 0
+    items = []
+    for letter in _items(model):
+        number += letter == "t"
+        kind = ("dense" if number <= dense else "moe") if letter == "t" else "output"
+        cost = costs.layers[kind]
+        is_embedding = letter == "E"
+        items.append(
+            LayerCost(
+                letter,
+                0.0 if is_embedding else cost.seconds,
+                cost.kept,
+                cost.states,
+                0.0 if is_embedding else cost.working,
+            )
+        )
+    fixed = model.assumed.reserve_gib + one.memory.clones
+    schedule = layout.schedule(model.work)
+    try:
+        plan = plan_layout(
+            items, layout.pipeline, layout.virtual, schedule.schedule, schedule.microbatches,
+            budget_bytes=(model.cluster.hbm_gib - fixed) * GIB,
+        )  # fmt: skip
+    except ValueError:
+        return None
+    return _counts(plan.cuts)
 
 
 def _of_size(
@@ -127,7 +214,8 @@ def _of_size(
     shape, node = model.model, model.cluster.ranks_per_node(ranks)
     microbatches = max(layout.microbatches(model.work) for layout in layouts)
     calls = layer_calls(shape.moe_layers, microbatches, search.calls)
-    counts = search.loads.draw(ranks, shape.experts, shape.topk, model.work.tokens, calls)
+    tokens = layouts[0].tokens(model.work)
+    counts = search.loads.draw(ranks, shape.experts, shape.topk, tokens, calls)
     plain = place(counts, 0, 0.0, node)
     for layout in layouts:
         for way in ("megatron", "balanced"):
@@ -141,17 +229,30 @@ def _of_size(
     ]
     for slots, tolerance in dict.fromkeys(settings):
         placed = place(counts, slots, tolerance, node, search.by_node)
-        yield from _with_clones(model, layouts, placed, counts)
+        part = min(fullest_part(counts, placed), tokens) / tokens * model.assumed.peer_margin
+        ways = _ways(model, search, ranks, float(np.ceil(part * 1000) / 1000))
+        yield from _with_clones(model, layouts, placed, ways)
+
+
+def _ways(model: CostModel, search: Search, ranks: int, capacity: float) -> list[tuple[str, float]]:
+    """Transports of tokens that make sense at this size, with their ``peer_capacity``."""
+    in_a_node = model.cluster.ranks_per_node(ranks) == ranks
+    makes_sense = {
+        "all_gather": True,
+        "all_to_all": capacity < 1,
+        "symmetric_memory": in_a_node,
+        "exact": not in_a_node or "symmetric_memory" not in search.transports,
+    }
+    return [
+        (way, capacity if way == "all_to_all" else 1.0)
+        for way in search.transports
+        if makes_sense[way]
+    ]
 
 
 def _with_clones(
-    model: CostModel, layouts: Iterable[Layout], placed: Placement, counts: np.ndarray
+    model: CostModel, layouts: Iterable[Layout], placed: Placement, ways: list[tuple[str, float]]
 ) -> Iterator[Candidate]:
-    tokens = model.work.tokens
-    part = min(fullest_part(counts, placed), tokens) / tokens * model.assumed.peer_margin
-    capacity = min(1.0, np.ceil(part * 1000) / 1000)
-    ways = [("all_gather", 1.0), ("exact", 1.0)]
-    ways += [("all_to_all", float(capacity))] if capacity < 1 else []
     for layout in layouts:
         for tokens_by, peer in ways:
             for weights_by in ("collective", "p2p"):
@@ -163,10 +264,17 @@ def _with_clones(
 
 
 def _candidate(model: CostModel, layout: Layout, placed: Placement) -> Candidate:
-    capacity = model.capacity(layout, placed) if layout.weights_by else None
     return Candidate(
-        layout, placed, capacity, model.step_time(layout, placed), model.memory(layout, placed)
+        layout,
+        placed,
+        model.capacity(layout, placed),
+        model.step_time(layout, placed),
+        model.memory(layout, placed),
     )
+
+
+def _size(one: Candidate) -> float:
+    return one.memory.total
 
 
 def fastest(found: Iterable[Candidate], hbm: float) -> Candidate | None:
@@ -183,7 +291,4 @@ def best_by_name(found: Iterable[Candidate], hbm: float) -> list[Candidate]:
     groups: dict[tuple[int, str], list[Candidate]] = {}
     for one in found:
         groups.setdefault((one.layout.expert, one.name), []).append(one)
-    return [
-        fastest(group, hbm) or min(group, key=lambda one: one.memory.total)
-        for group in groups.values()
-    ]
+    return [fastest(group, hbm) or min(group, key=_size) for group in groups.values()]

@@ -172,7 +172,7 @@ def test_parts_of_a_step_add_up(run: Path) -> None:
     assert parts["optimizer"] == pytest.approx([0.15] * STEPS)
     rest = 0.7 + number / 70 - 0.3 - 0.25 - number / 100 - 0.03
     assert parts["rest of the passes"] == pytest.approx(rest)
-    assert data["parts"][2]["mean"] == pytest.approx(0.25 + 3.5 / 100)
+    assert data["parts"][2]["median"] == pytest.approx(0.25 + 3.5 / 100)
     assert all(part["source"] for part in data["parts"])
 
 

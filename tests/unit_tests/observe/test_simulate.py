@@ -1,5 +1,6 @@
 """The simulator: exact plans, arithmetic by hand, one sentence where it refuses."""
 
+import argparse
 import dataclasses
 import json
 import shlex
@@ -11,20 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_echo.config import echo_fields
 from megatron_echo.observe import simulate
-from megatron_echo.observe.simulation import calibration, search, workloads
+from megatron_echo.observe.simulation import calibration, cost_model, search, workloads
 from megatron_echo.observe.simulation.cluster import CLUSTERS, Cluster, load_cluster
 from megatron_echo.observe.simulation.cost_model import CostModel
-from megatron_echo.observe.simulation.layout import Layout, Work, stages
+from megatron_echo.observe.simulation.layout import Layout, Work, held, stages
 from megatron_echo.observe.simulation.models import MODELS, Model, load_model
 from megatron_echo.observe.simulation.output import check_trace, megatron_flags
 from megatron_echo.observe.simulation.placement import fullest_part, place
 from megatron_echo.observe.trace import RoutingTrace, read_traces
+from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.planner import plan_clones
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 TINY = Model("tiny", 2, 64, 4, 4, 16, 256, 128, 64, 8, 2)
-SMALL = Cluster("small", 8, 4, 100, 10, 40, 100)
+SMALL = Cluster("small", 8, 4, 100, 10, 40, 100, 50)
 WORK = Work(sequence=128, micro_batch=1, global_batch=32)
 
 
@@ -217,18 +220,109 @@ def test_clones_by_hand() -> None:
     assert collective.clones == pytest.approx(8 * (4 * size / 8e9 + fixed))
 
 
-def test_pipelines_and_recomputation() -> None:
+def test_recomputation() -> None:
     model, placed = two_calls(0)
-    plain, piped = (model.step_time(Layout(8, 4, stages), placed) for stages in (1, 2))
-    # The same layer calls a rank, half the layers and twice the microbatches, and a bubble.
-    assert piped.compute == pytest.approx(plain.compute)
-    busy = piped.compute + piped.tokens + piped.rest
-    assert piped.bubble == pytest.approx(busy / 8)
     layout = Layout(8, 4)
+    plain = model.step_time(layout, placed)
     again = model.step_time(dataclasses.replace(layout, recompute=True), placed)
     assert again.compute == pytest.approx(plain.compute * 4 / 3)
     kept = model.memory(layout, placed).activations
     assert model.memory(dataclasses.replace(layout, recompute=True), placed).activations < kept
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([(2, 1), (4, 1), (2, 2), (4, 2), (2, 4)]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([False, True]),
+)
+def test_the_bubble_is_that_of_the_replayed_schedule(
+    sizes: tuple[int, int], groups: int, planned: bool
+) -> None:
+    """Exactly for 1F1B with equal stages; at most 0.7 / microbatches more where they are not."""
+    pipeline, virtual = sizes
+    number = pipeline * virtual
+    shape = dataclasses.replace(TINY, layers=16, dense_layers=3)
+    model = CostModel(SMALL, shape, Work(128, 1, 8 * groups))
+    layers = (16 // number + 1, *[16 // number] * (number - 2), 16 // number - 1)
+    layout = Layout(8, 2, pipeline, virtual, layers=layers if planned else None)
+    counts = workloads.synthetic("zipf 0.6").draw(2, 8, 2, 128, [(0, 0), (1, 0)])
+    placed = place(counts, 0, 0.0, 2)
+    layout.check(shape, model.work)
+    costs = cost_model.Costs(model, layout, placed)
+    seconds = [sum(c.seconds for c in costs.of_stage(s)) for s in stages(shape, layout)]
+    replayed = layout.schedule(model.work).step_time(seconds)
+    time = model.step_time(layout, placed)
+    more = (time.total - time.exposed) / replayed - 1
+    assert -1e-9 < more < 0.7 / layout.microbatches(model.work)
+    if virtual == 1 and not planned:
+        assert more < 1e-9
+
+
+def test_a_pipeline_does_the_same_work() -> None:
+    model, placed = two_calls(0)
+    plain, piped = (model.step_time(Layout(8, 4, stages), placed) for stages in (1, 2))
+    # The same layer calls a rank, half the layers and twice the microbatches, and a bubble.
+    assert piped.compute == pytest.approx(plain.compute)
+    assert 0 < piped.bubble < (piped.total - piped.bubble) / 8
+
+
+def test_tensor_and_context_parallelism_by_hand() -> None:
+    """Rows, products and states are divided, and the exchanges cost what they carry."""
+    counts = workloads.synthetic("uniform").draw(8, 8, 2, 32, [(0, 0)])
+    model, layout = CostModel(SMALL, TINY, WORK), Layout(8, 8, tensor=2, context=2)
+    placed, one = place(counts, 0, 0.0, 4), Layout(8, 8)
+    layout.check(TINY, WORK)
+    assert (layout.tokens(WORK), layout.data, layout.dense_copies) == (32, 2, 4)
+    time, plain = model.step_time(layout, placed), model.step_time(one, placed)
+    assert time.rest == pytest.approx(plain.rest)  # a quarter of the rows, 4 times as often
+    tensor = 5 * (2 * 32 * 1 * 64 / 80e9 + 20e-6)
+    context = 3 * (2 * 32 * 1 * 2 * 4 * 16 / 80e9 + 20e-6)
+    assert time.shards == pytest.approx(2 * 16 * (tensor + context))
+    assert plain.shards == 0
+    assert model.traffic.shards(layout, "dense") == pytest.approx(2 * tensor + context)
+    dense = (2 * (4 * 64 * 64 + 64 * 8) + 2 * 256 * 64) / 2
+    states = 2 * 3 * 64 * 64 * (6 + 12) + dense * (6 + 12 / 4)
+    assert model.memory(layout, placed).states * 2**30 == pytest.approx(states)
+    with pytest.raises(ValueError, match=r"TP=3 x CP=1 does not divide 128 tokens and 4 heads\."):
+        Layout(9, 1, tensor=3).check(TINY, WORK)
+
+
+def test_offloading_by_hand() -> None:
+    """What the link moves in a forward pass is gone, but for two layers on their way."""
+    model, placed = two_calls(0)
+    layout = Layout(8, 8, offload=0.5)
+    plain, memory = model.memory(Layout(8, 8), placed), model.memory(layout, placed)
+    kept = 2 * 128 * (4 * 64 + 4 * 64) + placed.fullest * 2 * (64 + 3 * 64)
+    assert memory.host * 2**30 == pytest.approx(2 * kept / 2)
+    assert memory.activations == pytest.approx(plain.activations)  # two layers: all in transit
+    deep = CostModel(SMALL, dataclasses.replace(TINY, layers=20), WORK)
+    gone = deep.memory(Layout(8, 8), placed).activations - deep.memory(layout, placed).activations
+    assert gone * 2**30 == pytest.approx(18 * kept / 2)
+    assert model.step_time(layout, placed) == model.step_time(Layout(8, 8), placed)
+    slow = CostModel(dataclasses.replace(SMALL, host_gb_s=0.01), TINY, WORK)
+    seconds = cost_model.Costs(slow, layout, placed).layers["moe"].seconds
+    assert slow.memory(layout, placed).host * 2**30 == pytest.approx(2 * 8e6 * seconds / 3)
+
+
+def test_just_the_rows_that_leave() -> None:
+    """Inside a node with symmetric memory; between nodes it is a what-if."""
+    model, placed = two_calls(1)
+    layout = Layout(8, 8, tokens_by="symmetric_memory", weights_by="p2p")
+    time = model.step_time(layout, placed)
+    inside = placed.placed * (placed.leave_rank - placed.leave_node) * 128 / 80e9
+    across = placed.placed * placed.leave_node * 128 / 8e9
+    latency = model.assumed.exchange_us * 1e-6
+    assert time.tokens == pytest.approx(32 * (np.maximum(inside, across).mean() + latency))
+    gathered = dataclasses.replace(layout, tokens_by="all_gather")
+    assert time.tokens < model.step_time(gathered, placed).tokens
+    assert model.memory(layout, placed).working < model.memory(gathered, placed).working
+    ways = {
+        ranks: [way for way, _ in search._ways(model, search_for("uniform"), ranks, 0.5)]
+        for ranks in (4, 8)
+    }
+    assert ways[4] == ["all_gather", "all_to_all", "symmetric_memory"]
+    assert ways[8] == ["all_gather", "all_to_all", "exact"]
 
 
 def test_memory_by_hand() -> None:
@@ -250,10 +344,12 @@ def test_memory_by_hand() -> None:
 
 def test_stages() -> None:
     """DeepSeek-V3 on 16 stages: three dense layers, and one layer at the end."""
-    found = stages(MODELS["deepseek-v3"], Layout(128, 8, 16), 10)
+    layout = Layout(128, 8, 16)
+    found = stages(MODELS["deepseek-v3"], layout)
     assert [stage.dense + stage.moe for stage in found] == [4] * 15 + [1]
     assert [stage.dense for stage in found] == [3] + [0] * 15
-    assert [stage.in_flight for stage in found] == [10] * 7 + list(range(9, 0, -1))
+    moments = held(layout.schedule(Work(4096, 1, 80)))
+    assert [moment for ((moment,),) in moments] == [10] * 7 + list(range(9, 0, -1))
     assert found[0].first
     assert found[-1].last
 
@@ -297,24 +393,87 @@ def test_what_is_faster_is_never_slower() -> None:
     assert max(network, products) <= slow
 
 
-@pytest.mark.parametrize("name", [*MODELS, "tiny"])
-def test_flags_are_megatrons(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The winner's flags go through the real parser."""
+def real_parser() -> argparse.ArgumentParser:
+    """That of ``pretrain_gpt_moe.py``."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_echo.arguments import add_echo_arguments
+    from megatron_echo.offload.training import add_offload_arguments
 
+    parser = add_echo_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    add_offload_arguments(parser, [])
+    return parser
+
+
+def test_planned_layouts() -> None:
+    """A heavy output moves layers off the last stage, and Megatron reads the same stages."""
+    from megatron.core.transformer.pipeline_parallel_layer_layout import (
+        PipelineParallelLayerLayout,
+    )
+
+    shape = dataclasses.replace(TINY, layers=13, vocab=300_000)
+    model = CostModel(SMALL, shape, WORK)
+    found, _ = search.candidates(model, search_for("uniform", experts=(4,), pipelines=(2,)))
+    planned = [one for one in found if one.layout.layers and one.kind == "plain"]
+    assert {one.layout.virtual for one in planned} == {1, 2}
+    for one in planned:
+        even = dataclasses.replace(one.layout, layers=None)
+        if one.layout.virtual == 1:
+            assert one.time.total < model.step_time(even, one.placed).total
+            assert one.layout.layers[0] > one.layout.layers[1]
+        words = shlex.split(" ".join(megatron_flags(model, one)))
+        args, unknown = real_parser().parse_known_args(words)
+        assert unknown == []
+        read = PipelineParallelLayerLayout(args.pipeline_model_parallel_layout, 2)
+        read.validate_layer_layout(13, 0)
+        assert read.virtual_pipeline_model_parallel_size == one.layout.virtual
+        assert sum(one.layout.layers) == 13
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_flags_of_the_other_groups(virtual: int) -> None:
+    model, placed = two_calls(0)
+    layout = Layout(8, 2, 1, 1, 2, 2, offload=0.5)
+    if virtual == 2:
+        layout = Layout(8, 2, 1, 2, 2, 2, offload=0.5)
+    one = search._candidate(model, layout, placed)
+    args, unknown = real_parser().parse_known_args(
+        shlex.split(" ".join(megatron_flags(model, one)))
+    )
+    assert unknown == []
+    assert args.tensor_model_parallel_size == args.context_parallel_size == 2
+    assert args.sequence_parallel
+    assert args.expert_tensor_parallel_size == 1
+    assert args.num_virtual_stages_per_pipeline_rank == (2 if virtual == 2 else None)
+    assert args.echo_fine_grained_activation_offloading
+    assert args.echo_activation_offload_fraction == 0.5
+    OffloadConfig(modules=tuple(args.echo_offload_modules))
+
+
+TRANSPORTS = next(f for f in echo_fields() if f.name == "moe_echo_token_transport").metadata[
+    "choices"
+]
+
+
+def test_every_transport_is_known() -> None:
+    assert set(TRANSPORTS) <= set(search.TRANSPORTS)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "tiny"])
+def test_flags_are_megatrons(name: str) -> None:
+    """The winner's flags go through the real parser."""
     shape = MODELS.get(name, TINY)
     ranks = min(8, shape.experts)
     calls = [(0, 0), (1, 0)]
     counts = workloads.synthetic("zipf 0.9").draw(ranks, shape.experts, shape.topk, 64, calls)
     model = CostModel(CLUSTERS["h100-nvl8"], shape, Work(64, 1, 64))
-    layout = Layout(64, ranks, 2, True, "all_to_all", "p2p", 0.5)
+    layout = Layout(
+        64, ranks, 2, recompute=True, tokens_by="all_to_all", weights_by="p2p", peer_capacity=0.5
+    )
     placed = place(counts, 1, 0.02, 8)
     one = search._candidate(model, layout, placed)
     words = shlex.split(" ".join(megatron_flags(model, one, by_node=True)))
-    parser = add_echo_arguments(add_megatron_arguments(simulate.argparse.ArgumentParser()))
-    args, unknown = parser.parse_known_args(words)
+    args, unknown = real_parser().parse_known_args(words)
     assert unknown == []
     assert args.num_experts == shape.experts
     assert args.moe_num_echo_experts == ranks
@@ -348,10 +507,18 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
 
 def test_calibration_of_the_repositorys_results(tmp_path: Path) -> None:
     found = calibration.calibrate(RESULTS)
-    ratios = [check for check in found.checks if check.name.startswith("clones / no clones")]
-    moe_layer = [check for check in ratios if check.name.endswith("moe_layer.json")]
-    assert len(moe_layer) == 2
-    assert all(abs(check.error) < 0.15 for check in moe_layer)
+    ratios = {
+        check.name: check for check in found.checks if check.name.startswith("clones / no clones")
+    }
+    assert set(ratios) == {
+        f"clones / no clones, {skew}, {file}.json"
+        for skew in ("natural", "skew 1.0")
+        for file in ("moe_layer", "echo")
+    }
+    record = json.loads((RESULTS / "echo.json").read_text())["results"][0]
+    measured = record["ratios"]["clones, skew 1.0 / no clones, skew 1.0"]
+    assert ratios["clones / no clones, skew 1.0, echo.json"].measured == measured
+    assert all(abs(check.error) < 0.15 for check in ratios.values()), ratios
 
 
 def test_calibration_recovers_constants(tmp_path: Path) -> None:
@@ -406,6 +573,10 @@ def test_calibration_recovers_constants(tmp_path: Path) -> None:
         ("--slots 0", "--slots 0 is not a number of slots"),
         ("--tolerance -1", "--tolerance -1.0 is not between"),
         ("--efficiency 0", "--efficiency 0.0 is out of range"),
+        ("--vpp 0", "--vpp 0 is below 1"),
+        ("--tp 0", "--tp 0 is below 1"),
+        ("--tp 3 --ep 8", "64 GPUs are not divisible by TP=3 x CP=1 x PP=1"),
+        ("--offload-fraction 2", "--offload-fraction 2.0 is no share"),
         ("--results nowhere --ep 8 --calls 1", "nowhere has no CPU results"),
     ],
 )
