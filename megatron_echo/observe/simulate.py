@@ -214,18 +214,20 @@ def gains(
     winner = fastest((one for one in found if one.kind == "echo"), hbm)
     if winner is None:
         return []
-    setting = Setting(winner.placed.slots, winner.placed.tolerance)
+    layout = winner.layout
+    same = dataclasses.replace(
+        search,
+        experts=(layout.expert,),
+        pipelines=(layout.pipeline,),
+        virtuals=(layout.virtual,),
+        settings=(Setting(winner.placed.slots, winner.placed.tolerance),),
+        calls=16,
+    )
     points = []
     for overload in OVERLOADS:
         try:
             loads = at_overload(f"overload {overload}", overload, "drawn")
-            tried, _ = candidates(
-                model,
-                dataclasses.replace(
-                    search, loads=loads, experts=(winner.layout.expert,), settings=(setting,),
-                    calls=16,
-                ),
-            )  # fmt: skip
+            tried, _ = candidates(model, dataclasses.replace(same, loads=loads))
         except ValueError:  # so much skew is not possible at this size
             continue
         plain = fastest((one for one in tried if one.kind == "plain"), hbm)

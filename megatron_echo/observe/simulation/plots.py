@@ -103,6 +103,6 @@ def _gains(axes: Any, gains: Sequence[tuple[float, float]]) -> None:
     axes.set(
         xlabel="max/mean load of ranks as routed (lognormal popularity)",
         ylabel="plain EP takes longer, %",
-        title="When clones pay, at the EP of the fastest with clones",
+        title="When clones pay, at the sizes of the fastest with clones",
     )
     axes.grid(alpha=0.3)

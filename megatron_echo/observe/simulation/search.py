@@ -278,10 +278,10 @@ def _size(one: Candidate) -> float:
 
 
 def fastest(found: Iterable[Candidate], hbm: float) -> Candidate | None:
-    """The shortest step of those that fit the memory; the earlier in a tie."""
+    """The shortest step of those that fit the memory; in a tie to the microsecond the smaller."""
     return min(
         (one for one in found if one.memory.total <= hbm),
-        key=lambda one: one.time.total,
+        key=lambda one: (round(one.time.total, 6), one.memory.total),
         default=None,
     )
 

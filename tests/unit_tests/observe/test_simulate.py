@@ -450,6 +450,51 @@ def test_flags_of_the_other_groups(virtual: int) -> None:
     OffloadConfig(modules=tuple(args.echo_offload_modules))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(16, 2, 2, 2, 2, 2, (1, 2, 2, 1), tokens_by="all_gather", weights_by="collective"),
+        Layout(16, 4, 2, 1, recompute=True, tokens_by="all_to_all", weights_by="p2p",
+               peer_capacity=0.9),
+        Layout(16, 8, 1),
+        Layout(16, 2, 2, 3),
+    ],
+)  # fmt: skip
+def test_megatron_accepts_the_flags(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own validation, and the configurations of the model."""
+    from megatron.core import num_microbatches_calculator
+    from megatron.training import global_vars
+
+    from megatron_echo import environment
+    from megatron_echo.memory import estimate
+    from megatron_echo.preflight import check_command_line
+
+    shape = dataclasses.replace(TINY, layers=6, dense_layers=1)
+    model = CostModel(SMALL, shape, Work(64, 1, 64))
+    layout.check(shape, model.work)
+    tokens = layout.tokens(model.work)
+    counts = workloads.synthetic("zipf 0.9").draw(layout.expert, 8, 2, tokens, [(0, 0), (1, 0)])
+    placed = place(counts, 1 if layout.weights_by else 0, 0.02, layout.expert)
+    words = shlex.split(" ".join(megatron_flags(model, search._candidate(model, layout, placed))))
+    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "256", "--mock-data"]
+    words += ["--lr", "1e-3", "--train-iters", "2"]
+    words = environment.add_missing_flags(words, False, verbose=False)
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", layout.gpus)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("sys.argv", ["train", *words])
+    try:
+        args, container = estimate._parse()
+    finally:
+        global_vars.destroy_global_vars()
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
+    check_command_line(args)
+    assert args.data_parallel_size == layout.data
+    assert args.virtual_pipeline_model_parallel_size == (
+        layout.virtual if layout.virtual > 1 else None
+    )
+    assert container.model.transformer.num_layers == 6
+
+
 TRANSPORTS = next(f for f in echo_fields() if f.name == "moe_echo_token_transport").metadata[
     "choices"
 ]
