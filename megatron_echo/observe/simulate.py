@@ -10,8 +10,10 @@ planner places them. Step time and memory are arithmetic on data sheets and prin
 import argparse
 import dataclasses
 import json
+import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -303,6 +305,8 @@ def main(words: list[str] | None = None) -> None:
     """
     args = parser().parse_args(words)
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Megatron warns of each optional package that is absent
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         print("\n".join(simulate(args)))
     except (ValueError, OSError) as error:

@@ -21,7 +21,6 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_echo.dispatch.layout import round_rows
 from megatron_echo.memory.schedules import BACKWARD_SHARE
 from megatron_echo.observe.simulation.cluster import Assumptions, Cluster
 from megatron_echo.observe.simulation.layout import Layout, Stage, Work, held, stages
@@ -285,6 +284,8 @@ class CostModel:
             placed: its layer calls.
             capacity: ``--moe-received-token-capacity``, None for ``auto``.
         """
+        from megatron_echo.dispatch.layout import round_rows  # imports Megatron
+
         if not layout.weights_by:
             return placed.fullest if layout.tokens_by == "megatron" else float(placed.mean.mean())
         pairs = layout.tokens(self.work) * self.model.topk
