@@ -84,6 +84,33 @@ def parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Cluster)[1:]:
         kind = int if field.type is int else float
         made.add_argument(_flag(field.name), type=kind, help="in place of the cluster's own")
+    _add_choices(made)
+    made.add_argument("--by-node", action="store_true", help="tell the planner of nodes")
+    made.add_argument("--seq-length", type=int, default=4096, help="tokens of a sequence")
+    made.add_argument("--micro-batch-size", type=int, default=1, help="sequences")
+    made.add_argument(
+        "--global-batch-size", type=int, help="sequences; 8 microbatches a rank at PP=1"
+    )
+    made.add_argument(
+        "--calls", type=int, default=48, help="layer calls to plan for each EP size, 0 for all"
+    )
+    made.add_argument("--trace-tolerance", type=float, default=0.02, help="of the traced run")
+    made.add_argument("--trace-ranks-per-node", type=int, help="of the traced run")
+    made.add_argument(
+        "--results", type=Path, metavar="DIR",
+        help="measurements that the model is compared with; in a checkout its own",
+    )  # fmt: skip
+    made.add_argument("--plot", type=Path, metavar="PNG", help="save the sweep's picture")
+    made.add_argument("--json", type=Path, metavar="FILE", help="save all candidates")
+    for field in dataclasses.fields(Assumptions):
+        made.add_argument(
+            _flag(field.name), type=float, default=field.default, help="assumed, see the source"
+        )
+    return made
+
+
+def _add_choices(made: argparse.ArgumentParser) -> None:
+    """What is tried."""
     made.add_argument("--ep", type=int, nargs="+", help="expert-parallel sizes; all that divide")
     made.add_argument("--pp", type=int, nargs="+", default=list(PIPELINES), help="pipeline sizes")
     made.add_argument(
@@ -96,34 +123,22 @@ def parser() -> argparse.ArgumentParser:
         help="shares of what is kept for backward that may go to the host",
     )  # fmt: skip
     made.add_argument(
-        "--token-transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS),
-        help="how tokens travel with clones; exact is what no program does between nodes",
+        "--token-transports", nargs="+", choices=TRANSPORTS,
+        help="how tokens travel with clones; all that --moe-echo-token-transport takes",
     )  # fmt: skip
     made.add_argument(
         "--slots", nargs="+", default=["all", "1", "2"], metavar="S",
         help="clone slots of a rank; all: as many as it has experts",
     )  # fmt: skip
     made.add_argument("--tolerance", type=float, nargs="+", default=[0.02], help="of balance")
-    made.add_argument("--by-node", action="store_true", help="tell the planner of nodes")
-    made.add_argument("--seq-length", type=int, default=4096, help="tokens of a sequence")
-    made.add_argument("--micro-batch-size", type=int, default=1, help="sequences")
-    made.add_argument("--global-batch-size", type=int, help="sequences; 8 for each GPU")
-    made.add_argument(
-        "--calls", type=int, default=48, help="layer calls to plan for each EP size, 0 for all"
-    )
-    made.add_argument("--trace-tolerance", type=float, default=0.02, help="of the traced run")
-    made.add_argument("--trace-ranks-per-node", type=int, help="of the traced run")
-    made.add_argument(
-        "--results", type=Path, default=RESULTS if RESULTS.is_dir() else None,
-        help="measurements that the model is compared with",
-    )  # fmt: skip
-    made.add_argument("--plot", type=Path, metavar="PNG", help="save the sweep's picture")
-    made.add_argument("--json", type=Path, metavar="FILE", help="save all candidates")
-    for field in dataclasses.fields(Assumptions):
-        made.add_argument(
-            _flag(field.name), type=float, default=field.default, help="assumed, see the source"
-        )
-    return made
+
+
+def known_transports() -> list[str]:
+    """Those that ``--moe-echo-token-transport`` takes."""
+    from megatron_echo.config import echo_fields  # imports Megatron
+
+    (field,) = (each for each in echo_fields() if each.name == "moe_echo_token_transport")
+    return [name for name in TRANSPORTS if name in field.metadata["choices"]]
 
 
 def _flag(name: str) -> str:
@@ -203,7 +218,7 @@ def prepare(args: argparse.Namespace) -> tuple[CostModel, Search]:
         tensor=args.tp,
         context=args.cp,
         offloads=tuple(dict.fromkeys(args.offload_fraction)),
-        transports=tuple(args.token_transports),
+        transports=tuple(args.token_transports or known_transports()),
     )
     return CostModel(cluster, model, work, assumed), search
 
@@ -280,7 +295,8 @@ def simulate(args: argparse.Namespace) -> list[str]:
         node = args.trace_ranks_per_node
         check = check_trace(search.loads.traces, args.trace_tolerance, node)
         lines += [*trace_lines(check, args.trace_tolerance), ""]
-    compared = calibrate(args.results) if args.results is not None else None
+    results = args.results or (RESULTS if RESULTS.is_dir() else None)
+    compared = calibrate(results) if results is not None else None
     found, left_out = candidates(model, search)
     lines += [f"Left out: {reason}" for reason in left_out]
     lines += [*table(model, found), "", *best_lines(model, search, found), ""]

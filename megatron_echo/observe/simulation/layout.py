@@ -38,9 +38,9 @@ class Layout:
         recompute: whether whole layers are recomputed in backward.
         offload: share of what is kept for backward that may go to the host.
         tokens_by: ``megatron`` (its all-to-all of just the rows that leave); of this package
-            ``all_gather``, ``all_to_all`` (equal parts) and, inside a node, ``symmetric_memory``
-            (just the rows that leave); or what no program does: ``exact``, the latter between
-            nodes too, and ``balanced``, Megatron's with equal loads.
+            ``all_gather``, ``all_to_all`` (equal parts) and, for just the rows that leave,
+            ``symmetric_memory`` inside a node and ``hybrid_ep``; or, what no program does,
+            ``balanced``, Megatron's with equal loads.
         weights_by: ``collective`` or ``p2p``, of this package; empty without clones.
         peer_capacity: of ``all_to_all``.
     """

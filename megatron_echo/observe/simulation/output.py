@@ -254,7 +254,7 @@ def basis_lines(model: CostModel, search: Search) -> list[str]:
         "  Assumed: no transfer within a layer hides behind products; replicas of an expert-"
         "parallel group see equal loads; no contention between groups; what the host's link moves "
         "in a forward pass is offloaded, and hidden.",
-        "  What if, in no program: balanced, Megatron's all-to-all with equal loads; exact, clones "
-        "with a dispatcher that sends just the rows that leave, between nodes too.",
+        "  What if, in no program: balanced, Megatron's all-to-all with equal loads.",
+        "  symmetric_memory and hybrid_ep send just the rows that leave; hybrid_ep needs DeepEP.",
         "  No step on a GPU has been compared with this. Ratios are worth more than seconds.",
     ]

@@ -15,7 +15,7 @@ from megatron_echo.planner.balance import MAX_RANKS
 from megatron_echo.progress import track
 
 PIPELINES = (1, 2, 4, 8, 16)
-TRANSPORTS = ("all_gather", "all_to_all", "symmetric_memory", "exact")
+TRANSPORTS = ("all_gather", "all_to_all", "symmetric_memory", "hybrid_ep")
 """Of tokens, with clones."""
 
 
@@ -53,7 +53,7 @@ class Candidate:
     @property
     def kind(self) -> str:
         """``plain``, ``echo``, or ``what if`` where no program does it."""
-        if self.layout.tokens_by in ("balanced", "exact"):
+        if self.layout.tokens_by == "balanced":
             return "what if"
         return "echo" if self.layout.weights_by else "plain"
 
@@ -62,8 +62,6 @@ class Candidate:
         """One phrase."""
         if not self.layout.weights_by:
             return "plain EP" if self.kind == "plain" else "plain EP, balanced"
-        if self.kind == "what if":
-            return "ECHO, exact"
         return f"ECHO S={self.placed.slots}, {self.placed.tolerance:.0%}"
 
 
@@ -241,7 +239,7 @@ def _ways(model: CostModel, search: Search, ranks: int, capacity: float) -> list
         "all_gather": True,
         "all_to_all": capacity < 1,
         "symmetric_memory": in_a_node,
-        "exact": not in_a_node or "symmetric_memory" not in search.transports,
+        "hybrid_ep": not in_a_node or "symmetric_memory" not in search.transports,
     }
     return [
         (way, capacity if way == "all_to_all" else 1.0)

@@ -41,7 +41,7 @@ class Traffic:
         elif layout.tokens_by == "balanced":
             part = placed.mean * width / ranks
             inside, across = (node - 1) * part, (ranks - node) * part
-        elif layout.tokens_by in ("exact", "symmetric_memory"):
+        elif layout.tokens_by in ("symmetric_memory", "hybrid_ep"):
             inside = placed.placed * (placed.leave_rank - placed.leave_node) * width
             across = placed.placed * placed.leave_node * width
         else:
