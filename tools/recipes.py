@@ -24,6 +24,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_echo import cpu_backend  # noqa: E402
+
+cpu_backend.enable(verbose=False)  # before Megatron is imported
+
+from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: E402
+    PipelineParallelLayerLayout,
+)
+
 from megatron_echo.memory.estimate import estimate  # noqa: E402
 from megatron_echo.observe.simulate import parser as simulator_parser  # noqa: E402
 from megatron_echo.observe.simulate import prepare  # noqa: E402
@@ -80,6 +88,9 @@ def settings_of(name: str) -> Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--expert-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("--num-layers-per-virtual-pipeline-stage", type=int)
+    parser.add_argument("--pipeline-model-parallel-layout")
     parser.add_argument("--seq-length", type=int)
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--global-batch-size", type=int)
@@ -89,6 +100,16 @@ def settings_of(name: str) -> Namespace:
     parser.add_argument("--moe-echo-expert-dispatcher-type")
     parser.add_argument("--recompute-granularity")
     return parser.parse_known_args(flags_of(name))[0]
+
+
+def chunks_of(asked: Namespace) -> int:
+    """Model chunks on each pipeline rank."""
+    stages = asked.pipeline_model_parallel_size
+    if asked.pipeline_model_parallel_layout is not None:
+        layout = PipelineParallelLayerLayout(asked.pipeline_model_parallel_layout, stages)
+        return layout.virtual_pipeline_model_parallel_size
+    layers = asked.num_layers_per_virtual_pipeline_stage
+    return 1 if layers is None else asked.num_layers // (stages * layers)
 
 
 def memory_lines(name: str) -> list[str]:
@@ -112,20 +133,16 @@ def memory_lines(name: str) -> list[str]:
 def simulated(name: str, command: str, loads: str) -> tuple[Candidate, Candidate]:
     """The recipe's layout without clones, and with them as its flags say.
 
-    The simulator knows recomputation of whole layers only, which stands for any.
+    The simulator knows recomputation of whole layers only, which stands for any. Its first layout
+    has even pipeline stages; those of a recipe's own layout differ by a layer.
     """
     words = [*command.split(), "--loads", loads]
     asked, (model, search) = settings_of(name), prepare(simulator_parser().parse_args(words))
     is_recomputed = asked.recompute_granularity is not None
     found = [one for one in candidates(model, search)[0] if one.layout.recompute == is_recomputed]
-    ways = (asked.moe_echo_token_transport, asked.moe_echo_expert_dispatcher_type)
-    (plain,) = [one for one in found if one.kind == "plain"]
-    (echo,) = [
-        one
-        for one in found
-        if one.kind == "echo" and (one.layout.tokens_by, one.layout.weights_by) == ways
-    ]
-    return plain, echo
+    way = asked.moe_echo_expert_dispatcher_type
+    plain = next(one for one in found if one.kind == "plain")
+    return plain, next(one for one in found if one.kind == "echo" and one.layout.weights_by == way)
 
 
 def gain_lines(name: str) -> list[str]:
@@ -134,6 +151,8 @@ def gain_lines(name: str) -> list[str]:
     command = (
         f"--model {name.replace('_', '-')} --cluster {CLUSTER} --gpus {gpus_of(name)} "
         f"--ep {asked.expert_model_parallel_size} --pp {asked.pipeline_model_parallel_size} "
+        f"--vpp {chunks_of(asked)} --offload-fraction 0 "
+        f"--token-transports {asked.moe_echo_token_transport} "
         f"--slots {asked.moe_num_echo_experts // asked.expert_model_parallel_size} "
         f"--tolerance {asked.moe_echo_tolerance:g} --seq-length {asked.seq_length} "
         f"--micro-batch-size {asked.micro_batch_size} "

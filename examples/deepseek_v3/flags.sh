@@ -3,15 +3,15 @@
 # config.json).
 #
 # figures: begin
-# 2048 GPUs of 80 GB; flags da0fd0f27b9d. Again: python tools/recipes.py --write deepseek_v3
+# 2048 GPUs of 80 GB; flags ef518dbc489c. Again: python tools/recipes.py --write deepseek_v3
 # Memory: python -m megatron_echo.memory.estimate --ranks 2048 --flash-attention --stages 0 1 15 --
 #   all arrays but OFFLOAD
 #   62.5 GiB on pipeline rank 15 (weights 12.8, gradients 25.6, optimizer 3.2, activations 20.8)
 # Gain: python -m megatron_echo.observe.simulate --model deepseek-v3 --cluster h100-nvl8 --gpus
-#   2048 --ep 8 --pp 16 --slots 32 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
-#   --global-batch-size 15360 --loads ...
-#   ultraep-low: fullest rank 1.37 x the mean, with clones 1.02; +6 % tokens a second
-#   ultraep-high: fullest rank 3.57 x the mean, with clones 1.02; +108 % tokens a second
+#   2048 --ep 8 --pp 16 --vpp 2 --offload-fraction 0 --token-transports all_gather --slots 32
+#   --tolerance 0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 16384 --loads ...
+#   ultraep-low: fullest rank 1.36 x the mean, with clones 1.02; +6 % tokens a second
+#   ultraep-high: fullest rank 3.98 x the mean, with clones 1.02; +124 % tokens a second
 # figures: end
 
 MODEL=(
@@ -61,8 +61,8 @@ OFFLOAD=()  # next to nothing is left to offload
 TRAINING=(
     --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     # Published: the batch grows from 3072 to 15360 sequences over the first 0.47 T tokens; the rate
-    # is constant for 10 T tokens and then falls.
-    --micro-batch-size 1 --global-batch-size 15360 --train-iters 235000
+    # is constant for 10 T tokens and then falls. 16384 is the next multiple of 16 microbatches.
+    --micro-batch-size 1 --global-batch-size 16384 --train-iters 220000
     --lr 2.2e-4 --min-lr 2.2e-5 --lr-decay-style cosine --lr-warmup-iters 2000
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
     --cross-entropy-loss-fusion --cross-entropy-fusion-impl native

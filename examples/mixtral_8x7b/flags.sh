@@ -7,8 +7,8 @@
 #   all arrays but OFFLOAD
 #   69.8 GiB on pipeline rank 0 (weights 3.5, gradients 7.0, optimizer 8.2, activations 51.1)
 # Gain: python -m megatron_echo.observe.simulate --model mixtral-8x7b --cluster h100-nvl8 --gpus 64
-#   --ep 8 --pp 4 --slots 1 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
-#   --global-batch-size 1024 --loads ...
+#   --ep 8 --pp 4 --vpp 4 --offload-fraction 0 --token-transports all_gather --slots 1 --tolerance
+#   0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 1024 --loads ...
 #   ultraep-low: fullest rank 1.21 x the mean, with clones 1.02; -20 % tokens a second
 #   ultraep-high: fullest rank 3.06 x the mean, with clones 1.02; +53 % tokens a second
 # figures: end

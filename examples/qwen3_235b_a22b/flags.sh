@@ -7,10 +7,10 @@
 #   all arrays but OFFLOAD
 #   45.6 GiB on pipeline rank 0 (weights 8.8, gradients 17.6, optimizer 9.8, activations 9.4)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-235b-a22b --cluster h100-nvl8 --gpus
-#   256 --ep 8 --pp 8 --slots 16 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
-#   --global-batch-size 2048 --loads ...
-#   ultraep-low: fullest rank 1.39 x the mean, with clones 1.02; +7 % tokens a second
-#   ultraep-high: fullest rank 3.31 x the mean, with clones 1.02; +107 % tokens a second
+#   256 --ep 8 --pp 8 --vpp 2 --offload-fraction 0 --token-transports all_gather --slots 16
+#   --tolerance 0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 2048 --loads ...
+#   ultraep-low: fullest rank 1.39 x the mean, with clones 1.02; +6 % tokens a second
+#   ultraep-high: fullest rank 3.31 x the mean, with clones 1.02; +103 % tokens a second
 # figures: end
 
 MODEL=(

@@ -7,8 +7,8 @@
 #   arrays but OFFLOAD
 #   59.3 GiB on pipeline rank 0 (weights 4.8, gradients 9.6, optimizer 10.7, activations 34.2)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-30b-a3b --cluster h100-nvl8 --gpus
-#   32 --ep 8 --pp 2 --slots 16 --tolerance 0.02 --seq-length 4096 --micro-batch-size 1
-#   --global-batch-size 2048 --loads ...
+#   32 --ep 8 --pp 2 --vpp 1 --offload-fraction 0 --token-transports all_gather --slots 16
+#   --tolerance 0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 2048 --loads ...
 #   ultraep-low: fullest rank 1.35 x the mean, with clones 1.02; -2 % tokens a second
 #   ultraep-high: fullest rank 3.26 x the mean, with clones 1.02; +81 % tokens a second
 # figures: end
