@@ -82,7 +82,11 @@ from megatron_echo.offload.training import (  # noqa: E402
     announcement,
     offload_config,
 )
-from megatron_echo.preflight import check_command_line, explain_failure  # noqa: E402
+from megatron_echo.preflight import (  # noqa: E402
+    check_command_line,
+    check_schedule,
+    explain_failure,
+)
 
 straggler_timer = StragglerDetector()
 SPIKY_LOSS_FACTOR = 10
@@ -323,6 +327,7 @@ def main() -> None:
     try:
         check_command_line(parse_args(extra_args_provider))
         args = parse_and_validate_args(extra_args_provider)
+        check_schedule(args)
         model_config = model_config_from_args(args)
         offloading = offload_config(args)
     except ValueError as error:

@@ -71,6 +71,29 @@ def check_command_line(args: Namespace) -> None:
         _check_checkpoint(args)
 
 
+def check_schedule(args: Namespace) -> None:
+    """Check what Megatron's interleaved schedule would refuse after the model was built.
+
+    Args:
+        args: a validated command line, from ``parse_and_validate_args``.
+
+    Raises:
+        ValueError: the fault, then what to do about it.
+    """
+    if args.virtual_pipeline_model_parallel_size is None or args.global_batch_size is None:
+        return
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    samples = args.micro_batch_size * args.data_parallel_size
+    microbatches = args.global_batch_size // samples
+    if microbatches < group or 0 < microbatches % group < stages:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is {microbatches} microbatches for each "
+            f"pipeline, which virtual stages cannot run in groups of {group}. Use a multiple of "
+            f"{group * samples}."
+        )
+
+
 def _check_backend(args: Namespace) -> None:
     if not cpu_backend.is_enabled():
         return

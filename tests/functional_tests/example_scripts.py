@@ -35,6 +35,7 @@ if __name__ == "__main__":
     args = script.parse_args(script.extra_args_provider)
     script.check_command_line(args)
     validate_args(args)
+    script.check_schedule(args)
     config = script.echo_config_from_args(args)
     script.offload_config(args)
     assert config.num_moe_experts == args.num_experts

@@ -223,3 +223,32 @@ def test_only_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Namespace(free=10))
     assert "is full" in (preflight.explain_failure(RuntimeError("Worker failure"), args) or "")
     assert preflight.explain_failure(full, Namespace(save=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "problem"),
+    [
+        (64, None, None),
+        (48, None, "12 microbatches .* groups of 8. Use a multiple of 32"),
+        (16, None, "4 microbatches"),
+        (72, 10, None),
+        (52, 10, "13 microbatches .* groups of 10. Use a multiple of 40"),
+        (None, None, None),
+    ],
+)
+def test_microbatches_of_virtual_stages(
+    batch: int | None, group: int | None, problem: str | None
+) -> None:
+    """As Megatron's interleaved schedule has it: a last group is none, or a whole pipeline."""
+    args = Namespace(
+        virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=8,
+        global_batch_size=batch, micro_batch_size=2, data_parallel_size=2,
+        microbatch_group_size_per_vp_stage=group,
+    )  # fmt: skip
+    if problem is None:
+        preflight.check_schedule(args)
+    else:
+        with pytest.raises(ValueError, match=problem):
+            preflight.check_schedule(args)
+    args.virtual_pipeline_model_parallel_size = None
+    preflight.check_schedule(args)
