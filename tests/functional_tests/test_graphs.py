@@ -27,7 +27,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "moe_clones_ep2",
+        pytest.param("moe_clones_ep2", marks=SLOW),
         pytest.param("moe_echo_ep1", marks=SLOW),
         pytest.param("moe_echo_ep2_bf16", marks=SLOW),
         pytest.param("moe_echo_tp2_sp_ep2", marks=SLOW),

@@ -194,7 +194,9 @@ def test_the_table_says_what_the_comments_say() -> None:
     assert recipes.read_block(recipes.README) == recipes.table()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "mixtral_8x7b")) for n in NAMES]
+)
 def test_the_simulated_gain_is_todays(name: str) -> None:
     block = recipes.read_block(recipes.flags_file(name))
     assert recipes.as_comment(recipes.gain_lines(name)) in block

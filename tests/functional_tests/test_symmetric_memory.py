@@ -19,7 +19,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["ep2", pytest.param("ep2_pp2", marks=pytest.mark.slow)])
 def test_the_losses_of_the_collectives(layout: str, tmp_path: Path) -> None:
     """With clones, evaluation and a check of a layer in between."""
     ranks = 4 if layout == "ep2_pp2" else 2

@@ -244,6 +244,7 @@ for name, stored, summed, constants in {cases}:
 """
 
 
+@pytest.mark.slow
 def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """For an H100: 16-byte loads of full rows, no flush of subnormals, little shared memory."""
     cases: list[tuple[str, str, str, dict[str, int]]] = []

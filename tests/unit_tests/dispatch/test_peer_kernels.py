@@ -95,6 +95,7 @@ for name, stored, summed, constants in {cases}:
 """
 
 
+@pytest.mark.slow
 def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """For an H100: peers' rows are read and written in 16 bytes, with little shared memory."""
     cases: list[tuple[str, str, str, dict[str, int]]] = []

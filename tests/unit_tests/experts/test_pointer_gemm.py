@@ -278,6 +278,7 @@ for name, dtype, stacks, (constants, options) in {cases}:
 SHARED_MEMORY = 227 * 1024  # bytes that a block can have on sm_90
 
 
+@pytest.mark.slow
 def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """For an H100: warp-group products, copies of 16 bytes into shared memory, no tf32."""
     cases = []

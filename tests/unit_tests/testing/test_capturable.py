@@ -247,7 +247,7 @@ def test_the_layer(ranks: int, wire: str, slots: int | None, again: bool) -> Non
     operators = assert_capturable(step, *inputs)
     assert len(operators) > 100
     collectives = [operator for operator in operators if operator.name.startswith("c10d")]
-    assert (len(collectives) > 5) == (ranks > 1)
+    assert (len(collectives) >= 5) == (ranks > 1)
 
 
 @groups_of(1, 4)
