@@ -130,24 +130,42 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         lambda a: a.fine_grained_activation_offloading,
         "is unknown to Megatron's offloading manager. Leave --offload-implementation megatron out.",
     ),
+)
+
+
+_WHOLE_STEP_GRAPH: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
-        lambda a: a.cuda_graph_impl == "full_iteration" and a.optimizer_cuda_graph,
+        lambda a: a.optimizer_cuda_graph,
         "checks between the graph of the step and the optimizer whether everything fitted. Leave "
         "--optimizer-cuda-graph out.",
     ),
     (
-        lambda a: (
-            a.cuda_graph_impl == "full_iteration" and a.overlap_param_gather_with_optimizer_step
-        ),
-        "cannot wait inside a graph for what was started outside. Leave "
-        "--overlap-param-gather-with-optimizer-step out.",
+        # After an evaluation or a save Megatron has gathered the weights already: a step captured
+        # then would never gather them again.
+        lambda a: a.overlap_param_gather,
+        "would keep the weights that were gathered before the capture. Leave "
+        "--overlap-param-gather out.",
     ),
     (
-        lambda a: a.cuda_graph_impl == "full_iteration" and (a.timing_log_level or a.log_straggler),
+        lambda a: a.fp16,
+        "goes on with the loss scale of the capture. Use --bf16.",
+    ),
+    (
+        lambda a: a.rampup_batch_size or a.step_batch_size_schedule,
+        "keeps the number of microbatches of the capture. Leave --rampup-batch-size and "
+        "--step-batch-size-schedule out.",
+    ),
+    (
+        lambda a: a.check_for_spiky_loss,
+        "cannot look at the loss inside a graph. Leave --check-for-spiky-loss out.",
+    ),
+    (
+        lambda a: a.timing_log_level or a.log_straggler,
         "cannot be timed inside a graph, where the host must not wait. Leave --timing-log-level "
         "and --log-straggler out.",
     ),
 )
+"""With ``--cuda-graph-impl full_iteration``."""
 
 
 def config_refusal(config: Any) -> str | None:
@@ -163,7 +181,8 @@ def config_refusal(config: Any) -> str | None:
 
 def argument_refusal(args: Any) -> str | None:
     """The same for settings that stand on the command line only, from Megatron's namespace."""
-    for refused, reason in _ARGUMENTS:
+    has_graph = args.cuda_graph_impl == "full_iteration"
+    for refused, reason in (*_ARGUMENTS, *(_WHOLE_STEP_GRAPH if has_graph else ())):
         if refused(args):
             return reason
     return None

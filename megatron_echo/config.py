@@ -104,8 +104,8 @@ def _check_token_transport(value: str, config: Any) -> str | None:
         return _check_peer_memory(value, config)
     if config.expert_model_parallel_size == 1:
         return "has no other rank to send to. Use all_gather, or a larger expert-parallel size."
-    if config.params_dtype.itemsize != 2:
-        return f"moves 16 bits a value, not {config.params_dtype}. Use --bf16, or all_to_all."
+    if config.params_dtype != torch.bfloat16:
+        return f"adds in bf16, not {config.params_dtype}. Use --bf16, or all_to_all."
     if find_hybrid_ep() is None:
         return (
             "needs DeepEP with HybridEPBuffer, and a version that takes non_blocking. Install the "

@@ -32,6 +32,11 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return on_gpu(tensor) or (is_real_cpu and interprets_triton())
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _find_transformer_engine() -> bool:
     """True if it imports: an installed one whose libraries do not fit is as good as none."""
     if importlib.util.find_spec("transformer_engine") is None:

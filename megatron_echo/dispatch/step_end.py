@@ -94,7 +94,10 @@ class StepEnd(EndOfStep):
     def before_optimizer(self) -> None:
         """:meth:`end_step`, once a step, where it has not been called: see the module's text."""
         training = _training_args()
-        if training is not None and training.curr_iteration != self._ended:
+        if training is None:  # a loop of its own, which calls config.finalize_model_grads_func
+            if self._is_in_graph:
+                self.end_step()
+        elif training.curr_iteration != self._ended:
             self._ended = training.curr_iteration
             self._routers.end_step()
             self.end_step()

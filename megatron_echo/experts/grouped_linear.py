@@ -51,15 +51,15 @@ def _masks(ends: Tensor, rows: int) -> list[Tensor]:
 def _takes_grouped_mm(rows: Tensor, *widths: int) -> bool:
     """Whether torch has a kernel that does not read the offsets on the host.
 
-    On CUDA that is bf16 from Hopper on: elsewhere ``grouped_mm`` copies them. Rows must be
-    multiples of 16 bytes.
+    On CUDA that is bf16 on compute capability 9 and 10: elsewhere ``grouped_mm`` copies them. Rows
+    must be multiples of 16 bytes.
     """
     if rows.is_cpu and not isinstance(rows, FakeTensor):
         has_kernel = rows.dtype != torch.float64
     else:
         has_kernel = rows.dtype == torch.bfloat16  # also all that the operator's shape rule knows
         if on_gpu(rows):
-            has_kernel &= torch.cuda.get_device_capability(rows.device) >= (9, 0)
+            has_kernel &= torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
     return has_kernel and all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
 
 
@@ -73,7 +73,12 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``left[g].T @ right[g]``; see :func:`grouped_outer_reference`."""
     if _takes_grouped_mm(left, left.shape[1], right.shape[1]):
-        return grouped_mm(left.t(), right, offs=ends)
+        outer = grouped_mm(left.t(), right, offs=ends)
+        if on_gpu(left) and torch.cuda.get_device_capability(left.device)[0] == 10:
+            # Groups without rows are not zero there: github.com/pytorch/pytorch/issues/172439
+            rows = torch.diff(ends, prepend=ends.new_zeros(1))
+            outer.masked_fill_((rows == 0)[:, None, None], 0)
+        return outer
     return grouped_outer_reference(left, right, ends)
 
 

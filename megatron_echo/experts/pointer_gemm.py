@@ -5,9 +5,9 @@ These take the stack in two parts: ``home``, the parameter itself, and ``slots``
 clones. Group g is ``home[g]`` for g below m, else ``slots[g - m]``.
 
 On a GPU, and in Triton's interpreter, they are Triton kernels, for bf16, fp16 and (not rounded to
-tf32) fp32, on any device that Triton knows; no value is read on the host. Elsewhere they are the
-products of ``grouped_linear``, on the two parts put together; its references say what the kernels
-compute.
+tf32) fp32, where a block can have 144 KiB of shared memory (A100, H100); no value is read on the
+host. Elsewhere they are the products of ``grouped_linear``, on the two parts put together; its
+references say what the kernels compute.
 """
 
 import torch

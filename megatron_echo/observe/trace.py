@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_echo.environment import is_capturing
+
 
 def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.savez) -> None:
     """Write a file that is there whole or not at all; its folder is made where it is missing.
@@ -37,10 +39,6 @@ def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np
 
 _Record = tuple[int, int, Tensor, Tensor, Tensor]
 """Layer, microbatch, counts, slots and load after."""
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class RoutingTrace:
     @property
     def is_on(self) -> bool:
         """Whether the current step is traced; all are whose graph is captured."""
-        return self._folder is not None and (self._is_traced_step or _is_capturing())
+        return self._folder is not None and (self._is_traced_step or is_capturing())
 
     @property
     def _is_traced_step(self) -> bool:
@@ -114,7 +112,7 @@ class RoutingTrace:
         """
         microbatch = self._calls[layer] = self._calls.get(layer, -1) + 1
         self._stage = stage
-        records = self._in_graph if _is_capturing() else self._records
+        records = self._in_graph if is_capturing() else self._records
         records.append(
             (layer, microbatch, plan.counts.int(), plan.slot_expert.int(), plan.load_after.int())
         )

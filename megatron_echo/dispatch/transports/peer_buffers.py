@@ -28,6 +28,7 @@ from megatron_echo.dispatch.transports.peer_memory import (
     PlainMemory,
     peer_memory,
 )
+from megatron_echo.environment import is_capturing
 
 
 class PeerBuffers:
@@ -46,6 +47,7 @@ class PeerBuffers:
         self._memory = peer_memory(group)
         self._rows: dict[tuple, PeerRows] = {}
         self._last: set[tuple] = set()
+        self._is_in_graph = False
 
     @classmethod
     def of(cls, config: Any, group: dist.ProcessGroup) -> "PeerBuffers":
@@ -119,7 +121,10 @@ class PeerBuffers:
                 memory = PlainMemory(self.group.size(), device) if is_meta else self._memory
                 with torch.inference_mode(False):  # evaluation may come first
                     self._rows[key] = memory.allocate(num_rows + 1, columns, dtype)
-        if not self._last.isdisjoint(keys):
+        # A replay may come after other movements than its capture did.
+        is_first_of_graph = is_capturing() and not self._is_in_graph
+        self._is_in_graph = is_capturing()
+        if is_first_of_graph or not self._last.isdisjoint(keys):
             self._memory.barrier()
         self._last = set(keys)
         return [self._rows[key] for key in keys]

@@ -72,7 +72,7 @@ def test_without_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fields", "message"),
     [
         ({"expert_model_parallel_size": 1}, "has no other rank to send to. Use all_gather"),
-        ({"params_dtype": torch.float32}, "moves 16 bits a value, not torch.float32. Use --bf16"),
+        ({"params_dtype": torch.float32}, "adds in bf16, not torch.float32. Use --bf16"),
     ],
 )
 def test_what_it_cannot_do(
