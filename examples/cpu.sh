@@ -15,7 +15,7 @@ MODEL=(
 MOE=(
     --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64
     --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
-    --expert-model-parallel-size 2
+    --expert-model-parallel-size 2 --moe-enable-echo
 )
 TRAINING=(
     --micro-batch-size 4 --global-batch-size 16 --train-iters 50 --lr 1e-3 --lr-decay-style cosine

@@ -6,10 +6,21 @@
 from collections.abc import Callable
 from typing import Any
 
+from megatron_echo.planner.balance import MAX_EXPERTS, MAX_RANKS
+
 _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda c: c.num_moe_experts is None,
         "needs a mixture of experts. Give --num-experts, or leave the flag out.",
+    ),
+    (
+        lambda c: (
+            c.expert_model_parallel_size > 1
+            and getattr(c, "moe_num_echo_experts", None) != 0
+            and (c.expert_model_parallel_size > MAX_RANKS or c.num_moe_experts > MAX_EXPERTS)
+        ),
+        f"plans clones for up to {MAX_RANKS} expert-parallel ranks and {MAX_EXPERTS} experts. Use "
+        "--moe-num-echo-experts 0, or fewer.",
     ),
     (
         lambda c: c.moe_expert_capacity_factor is not None,

@@ -106,6 +106,8 @@ ROWS = (
     Row("asynchronous saving", {"async_save": True, "save": "{folder}", "save_interval": 1}),
     Row("no experts", {"num_experts": None, "expert_model_parallel_size": None},
         "needs a mixture of experts. Give --num-experts, or leave the flag out."),
+    Row("more experts than the planner takes", {"num_experts": 2048},
+        "plans clones for up to 256 expert-parallel ranks and 1024 experts."),
     Row("expert capacity",
         {"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"},
         "is dropless, but --moe-expert-capacity-factor 1.0 drops tokens."),
