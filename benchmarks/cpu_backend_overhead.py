@@ -72,7 +72,10 @@ def training_step(hidden: int, batch: int, sequence: int) -> Callable[[], None]:
 
 
 def measure(step: Callable[[], None], rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds a step for each way, and its ratio to plain torch's median."""
+    """Median milliseconds a step for each way, and the median over rounds of its ratio to plain.
+
+    The machine's speed drifts over a minute, hardly within a round: ratios are of one round.
+    """
     ways: dict[str, Callable] = {
         "plain torch": contextlib.nullcontext,
         "cpu_backend": backend,
@@ -87,9 +90,14 @@ def measure(step: Callable[[], None], rounds: int) -> dict[str, dict[str, float]
                 elapsed = time.perf_counter() - begin
             if number >= 2:
                 seconds[name].append(elapsed)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    plain = medians["plain torch"]
-    return {n: {"milliseconds": m * 1e3, "ratio": m / plain} for n, m in medians.items()}
+    plain = seconds["plain torch"]
+    return {
+        name: {
+            "milliseconds": statistics.median(values) * 1e3,
+            "ratio": statistics.median(v / p for v, p in zip(values, plain, strict=True)),
+        }
+        for name, values in seconds.items()
+    }
 
 
 def as_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -115,7 +123,10 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {name: measure(training_step(*size), args.rounds) for name, size in SIZES.items()}
     machine = environment.device_name()
-    note = f"{args.rounds} alternating steps each, one thread, {machine}, {date.today()}."
+    note = (
+        f"{args.rounds} alternating steps each, one thread, {machine}, {date.today()}; the last "
+        "column is the median over rounds of the ratio in a round."
+    )
     text = f"{as_table(results)}\n\n{note}"
     print(text)
     record = {"machine": machine, "rounds": args.rounds, "results": results}
