@@ -16,13 +16,18 @@ PAGE = ROOT / "docs" / "flags.md"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One setting: its flags, and the words of the refusal, or None where it works."""
+    """One setting: its flags, and the words of the refusal, or None where it works.
+
+    Attributes:
+        is_elsewhere: that it works is also shown by a golden curve or a test of its own.
+    """
 
     setting: str
     flags: dict[str, Any]
     refusal: str | None = None
     ranks: int = 2
     note: str = ""
+    is_elsewhere: bool = False
 
 
 SHARED = {"moe_shared_expert_intermediate_size": 64}
@@ -36,13 +41,13 @@ GRAPH = {"cuda_graph_impl": "full_iteration", "no_check_for_nan_in_loss_and_grad
 ROWS = (
     Row("tensor and sequence parallelism, whole experts",
         {"tensor_model_parallel_size": 2, "sequence_parallel": True,
-         "expert_tensor_parallel_size": 1}),
+         "expert_tensor_parallel_size": 1}, is_elsewhere=True),
     Row("expert-tensor parallelism",
         {"tensor_model_parallel_size": 2, "sequence_parallel": True,
          "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},
         "Use --expert-tensor-parallel-size 1."),
-    Row("pipeline parallelism", {"pipeline_model_parallel_size": 2}, ranks=4),
-    Row("context parallelism", {"context_parallel_size": 2}),
+    Row("pipeline parallelism", {"pipeline_model_parallel_size": 2}, ranks=4, is_elsewhere=True),
+    Row("context parallelism", {"context_parallel_size": 2}, is_elsewhere=True),
     Row("either dispatcher flag of Megatron", {"moe_token_dispatcher_type": "alltoall"},
         note="ours takes its place: --moe-echo-token-transport"),
     Row("tokens over symmetric memory", {"moe_echo_token_transport": "symmetric_memory"}),
@@ -54,17 +59,17 @@ ROWS = (
     Row("--moe-grouped-gemm", {"moe_grouped_gemm": True}, note="our experts always are"),
     Row("distributed optimizer, both overlaps",
         {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
-         "overlap_param_gather": True}),
-    Row("bf16", {"bf16": True}),
+         "overlap_param_gather": True}, is_elsewhere=True),
+    Row("bf16", {"bf16": True}, is_elsewhere=True),
     Row("fp16", {"fp16": True}),
     Row("router in fp64", {"moe_router_dtype": "fp64"}),
     Row("shared expert", SHARED),
     Row("shared expert, recomputed",
         {**SHARED, **SELECTIVE, "recompute_modules": "shared_experts"}),
-    Row("multi-token prediction", {"mtp_num_layers": 1}),
+    Row("multi-token prediction", {"mtp_num_layers": 1}, is_elsewhere=True),
     Row("dense layers between", {"moe_layer_freq": 2}),
-    Row("full recomputation", FULL),
-    Row("MoE layer recomputed", {**SELECTIVE, "recompute_modules": "moe"}),
+    Row("full recomputation", FULL, is_elsewhere=True),
+    Row("MoE layer recomputed", {**SELECTIVE, "recompute_modules": "moe"}, is_elsewhere=True),
     Row("sigmoid router with expert bias",
         {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}),
     Row("group-limited routing", {"moe_router_num_groups": 2, "moe_router_group_topk": 1}),
@@ -82,7 +87,7 @@ ROWS = (
     Row("documents packed in a sequence",
         {"reset_position_ids": True, "reset_attention_mask": True}),
     Row("whole-step CUDA graph", {**GRAPH, "cuda_graph_warmup_steps": 1},
-        note="captured in the second step"),
+        note="captured in the second step", is_elsewhere=True),
     Row("whole-step CUDA graph from the first step", {**GRAPH, "cuda_graph_warmup_steps": 0},
         "makes its buffers in the first step, before the graph."),
     Row("whole-step CUDA graph and one of the optimizer", {**GRAPH, "optimizer_cuda_graph": True},

@@ -105,9 +105,10 @@ def test_our_fields_survive_multi_latent_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
     [
-        ({"recompute_granularity": "full", "recompute_method": "uniform",
-          "recompute_num_layers": 1}, 0),
-        ({"recompute_granularity": "selective", "recompute_modules": "moe"}, 0),
+        pytest.param({"recompute_granularity": "full", "recompute_method": "uniform",
+                      "recompute_num_layers": 1}, 0, marks=pytest.mark.slow),
+        pytest.param({"recompute_granularity": "selective", "recompute_modules": "moe"}, 0,
+                     marks=pytest.mark.slow),
         # The layer norm's recomputation sums its gradients in another order.
         ({"recompute_granularity": "selective", "recompute_modules": "layernorm"}, 1e-6),
     ],

@@ -11,7 +11,13 @@ from megatron_echo.observe.metrics import read_metrics
 BASE = {"expert_model_parallel_size": 2, "train_iters": 2, "moe_enable_echo": True}
 
 
-@pytest.mark.parametrize("row", flag_table.ROWS, ids=lambda row: row.setting)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=[pytest.mark.slow] if row.is_elsewhere else [], id=row.setting)
+        for row in flag_table.ROWS
+    ],
+)
 def test_row(row: flag_table.Row, tmp_path: Path) -> None:
     """It trains, or it is refused in the words of the table before anything starts."""
     flags = {**BASE, **row.flags, "run_dir": tmp_path / "run"}

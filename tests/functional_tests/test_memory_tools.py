@@ -21,6 +21,7 @@ def planned(virtual_size: int) -> str:
     return layout.string
 
 
+@pytest.mark.slow
 def test_planned_layouts_train_as_the_even_split(tmp_path: Path, text_flags: dict) -> None:
     """From one checkpoint, in two stages and in two virtual ones on each rank: the same losses."""
     common = {**text_flags, "num_layers": LAYERS, "moe_enable_echo": True, "save_interval": None,
