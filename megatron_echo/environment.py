@@ -34,7 +34,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _find_transformer_engine() -> bool:

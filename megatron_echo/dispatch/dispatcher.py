@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import echo_setting, num_clone_slots
-from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows, share_of
+from megatron_echo.dispatch.layout import RowMap, build_layout, histogram, round_rows, share_of
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.reroute import Clones, physical_experts
 from megatron_echo.dispatch.step_end import StepEnd
@@ -212,8 +212,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     @torch.no_grad()
     def _plan(self, experts: Tensor) -> ClonePlan:
         """Count this rank's pairs, gather the counts, and plan: the same bits on every rank."""
-        flat = experts.reshape(-1).to(torch.int64)
-        local = flat.new_zeros(self._experts + 1).scatter_add_(0, flat, torch.ones_like(flat))
+        local = histogram(experts.reshape(-1).to(torch.int64), self._experts + 1)
         counts = all_gather(local[None, : self._experts], self.ep_group)
         return self._planner(
             counts, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node

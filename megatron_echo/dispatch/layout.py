@@ -78,6 +78,30 @@ class DispatchLayout:
     dropped: Tensor
 
 
+def histogram(index: Tensor, size: int) -> Tensor:
+    """int64 ``[size]``, how often each number below ``size`` is in ``index``, int64 ``[N]``."""
+    return index.new_zeros(size).scatter_add_(0, index, torch.ones_like(index))
+
+
+def place_groups(size: Tensor, num_rows: int, alignment: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Put groups one after the other, each padded to a multiple of ``alignment`` rows.
+
+    Args:
+        size: int64 ``[..., G]``, rows of each group.
+        num_rows: B, rows of the buffer.
+        alignment: 1 for no padding.
+
+    Returns:
+        First row and end of each group as if there were room for all, and how many rows of each
+        are behind row B; all int64 ``[..., G]``.
+    """
+    padded = (size + (alignment - 1)) // alignment * alignment
+    ends = padded.cumsum(-1)
+    starts = ends - padded
+    placed = (starts + size).clamp(max=num_rows) - starts.clamp(max=num_rows)
+    return starts, ends, size - placed
+
+
 def build_layout(
     groups: Tensor, num_groups: int, num_rows: int, num_sources: int = 1, alignment: int = 1
 ) -> DispatchLayout:
@@ -99,22 +123,19 @@ def build_layout(
     key = groups.reshape(pairs).to(torch.int64)
     position = torch.arange(pairs, device=key.device)
     cell = position // max(pairs // num_sources, 1) * (num_groups + 1) + key
-    counts = key.new_zeros(num_sources * (num_groups + 1))
-    counts = counts.scatter_add_(0, cell, torch.ones_like(key))
-    counts = counts.view(num_sources, num_groups + 1)
+    counts = histogram(cell, num_sources * (num_groups + 1)).view(num_sources, num_groups + 1)
     # The pairs that are not here form a last group, from row B on.
     size = counts.sum(0)
     group_rows = size[:num_groups]
-    padded_rows = (group_rows + (alignment - 1)) // alignment * alignment
-    ends = padded_rows.cumsum(0)
-    starts = torch.cat((ends - padded_rows, ends.new_full((1,), num_rows)))
+    starts, ends, behind = place_groups(group_rows, num_rows, alignment)
+    padded_rows = ends - starts
+    starts = torch.cat((starts, starts.new_full((1,), num_rows)))
     order = key.argsort(stable=True)
     group = key.index_select(0, order)
     in_group = position - (size.cumsum(0) - size).index_select(0, group)
     row = (starts.index_select(0, group) + in_group).clamp_(max=num_rows)
     row_src = key.new_full((num_rows + 1,), pairs).scatter_(0, row, order)[:num_rows]
     row_of = torch.empty_like(row).scatter_(0, order, row)
-    placed = (starts[:-1] + group_rows).clamp(max=num_rows) - starts[:-1].clamp(max=num_rows)
     need = padded_rows.sum()
     ends = ends.clamp(max=num_rows).int()
     return DispatchLayout(
@@ -125,7 +146,7 @@ def build_layout(
         ends=ends,
         need=need,
         over=need > num_rows,
-        dropped=(group_rows - placed).sum(),
+        dropped=behind.sum(),
     )
 
 
@@ -164,9 +185,7 @@ def place_pairs(
     ranks, physical = counts.shape
     num_groups = physical // ranks
     size = counts.sum(0).view(ranks, num_groups)
-    padded = (size + (alignment - 1)) // alignment * alignment
-    ends = padded.cumsum(1)
-    starts = ends - padded
+    starts, ends, behind = place_groups(size, num_rows, alignment)
     # Of each expert the first row of this source; the pairs without one begin at row B.
     first = starts.reshape(-1) + (counts.cumsum(0) - counts)[rank]
     first = torch.cat((first, first.new_full((1,), num_rows)))
@@ -187,11 +206,10 @@ def place_pairs(
     filled = (starts + size)[rank]
     filled = torch.cat((filled, filled.new_zeros(1)))
     filled = filled.index_select(0, torch.searchsorted(ends[rank], row, right=True))
-    placed = (starts + size).clamp(max=num_rows) - starts.clamp(max=num_rows)
     return PairPlaces(
         place=place.view(experts.shape).int(),
         received=torch.where(row < filled, row, num_rows).int(),
         ends=ends[rank].clamp(max=num_rows).int(),
         need=ends[rank, -1],
-        dropped=(size - placed)[rank].sum(),
+        dropped=behind[rank].sum(),
     )

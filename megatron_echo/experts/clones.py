@@ -16,29 +16,18 @@ from megatron_echo.config import num_clone_slots
 from megatron_echo.dispatch.permute import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.grouped_linear import GroupedGemm
+from megatron_echo.per_model import PerModel
 
 
-class WeightPool:
+class WeightPool(PerModel):
     """A stack of slots ``[S, out, in]`` for each projection, shared by all layers.
 
     Where the grouped products want all weights in one stack, it is ``[m + S, out, in]``, with the
-    home experts before the slots. One object for a model, kept on its configuration: :meth:`of`
-    finds or makes it.
+    home experts before the slots.
     """
 
     def __init__(self) -> None:
         self._stacks: dict[tuple, Tensor] = {}
-
-    @classmethod
-    def of(cls, config: Any) -> "WeightPool":
-        """The pool of a model, from its ``TransformerConfig``."""
-        pool = getattr(config, "echo_weight_pool", None)
-        if pool is None:
-            pool = config.echo_weight_pool = cls()
-        return pool
-
-    def __deepcopy__(self, memo: dict) -> "WeightPool":
-        return self  # Megatron copies configurations for some layers; the model stays one
 
     def stack(self, weight: Tensor, size: int) -> Tensor:
         """The buffer for so many matrices like those of ``weight``; what it holds is stale."""

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]
     _create_work_from_future,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 _POINT_TO_POINT = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
 _EMPTY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
@@ -267,7 +267,7 @@ def capture(graph: RecordedGraph, *args: Any, **kwargs: Any) -> Iterator[None]:
 
 def _work(result: Any) -> dist.Work:
     """The handle in what a collective of the dispatcher returned."""
-    script = next(leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.ScriptObject))
+    script = next(leaf for leaf in tree_iter(result) if isinstance(leaf, torch.ScriptObject))
     return dist.Work.unbox(script)
 
 

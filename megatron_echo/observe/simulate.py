@@ -133,14 +133,6 @@ def _add_choices(made: argparse.ArgumentParser) -> None:
     made.add_argument("--tolerance", type=float, nargs="+", default=[0.02], help="of balance")
 
 
-def known_transports() -> list[str]:
-    """Those that ``--moe-echo-token-transport`` takes."""
-    from megatron_echo.config import echo_fields  # imports Megatron
-
-    (field,) = (each for each in echo_fields() if each.name == "moe_echo_token_transport")
-    return [name for name in TRANSPORTS if name in field.metadata["choices"]]
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -218,7 +210,7 @@ def prepare(args: argparse.Namespace) -> tuple[CostModel, Search]:
         tensor=args.tp,
         context=args.cp,
         offloads=tuple(dict.fromkeys(args.offload_fraction)),
-        transports=tuple(args.token_transports or known_transports()),
+        transports=tuple(args.token_transports or TRANSPORTS),
     )
     return CostModel(cluster, model, work, assumed), search
 

@@ -63,7 +63,7 @@ class RowDelivery:
     """Rows that this rank computes, where ``dispatch/layout.py`` puts them. B rows, G groups.
 
     Attributes:
-        rows: ``[B, H]``, zeros in empty rows.
+        rows: ``[B, H]``, zeros in the empty rows of groups; anything behind the last end.
         probs: ``[B]``, likewise.
         ends: int32 ``[G]``, end offset of each padded group, not above B.
         need: int64 scalar, rows that would hold everything.

@@ -14,29 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.dispatch.layout import place_groups
 from megatron_echo.dispatch.permute import wide_dtype
 from megatron_echo.dispatch.transports.base import RowDelivery, RowTransport
 from megatron_echo.dispatch.transports.collectives import reduce_scatter
 from megatron_echo.environment import find_hybrid_ep
+from megatron_echo.per_model import PerModel
 
 
-class HybridEPBuffers:
-    """The ``HybridEPBuffer`` of a model, one for each width: :meth:`of` finds or makes them."""
+class HybridEPBuffers(PerModel):
+    """The ``HybridEPBuffer`` of a model, one for each width."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._buffers: dict[tuple[int, int], Any] = {}
-
-    @classmethod
-    def of(cls, config: Any, group: dist.ProcessGroup) -> "HybridEPBuffers":
-        """The buffers of a model, from its ``TransformerConfig``."""
-        buffers = getattr(config, "echo_hybrid_ep_buffers", None)
-        if buffers is None:
-            buffers = config.echo_hybrid_ep_buffers = cls(group)
-        return buffers
-
-    def __deepcopy__(self, memo: dict) -> "HybridEPBuffers":
-        return self  # Megatron copies configurations for some layers; the model stays one
 
     def get(self, hidden: int, tokens: int, experts_per_rank: int) -> Any:
         """The buffer for tokens of width H; with more tokens it grows by itself.
@@ -168,7 +159,5 @@ class HybridEPTransport(RowTransport):
     def _need(self, chosen: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """Rows that would hold all pairs of this rank, and pairs without a row."""
         size = reduce_scatter(chosen.sum(0), self._buffers.group)
-        padded = (size + (self._alignment - 1)) // self._alignment * self._alignment
-        starts = padded.cumsum(0) - padded
-        placed = (starts + size).clamp(max=num_rows) - starts.clamp(max=num_rows)
-        return padded.sum(), (size - placed).sum()
+        _, ends, behind = place_groups(size, num_rows, self._alignment)
+        return ends[-1], behind.sum()

@@ -17,8 +17,6 @@ Every rank makes the same movements in the same order, as with collectives. On C
 one stream, and barriers are waited for by the stream, not by the host.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,10 +27,11 @@ from megatron_echo.dispatch.transports.peer_memory import (
     peer_memory,
 )
 from megatron_echo.environment import is_capturing
+from megatron_echo.per_model import PerModel
 
 
-class PeerBuffers:
-    """The buffers of one model, of each shape and purpose one: :meth:`of` finds or makes them."""
+class PeerBuffers(PerModel):
+    """The buffers of one model, of each shape and purpose one."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """Find out how the ranks of the group reach each other; they call it together.
@@ -48,17 +47,6 @@ class PeerBuffers:
         self._rows: dict[tuple, PeerRows] = {}
         self._last: set[tuple] = set()
         self._is_in_graph = False
-
-    @classmethod
-    def of(cls, config: Any, group: dist.ProcessGroup) -> "PeerBuffers":
-        """The buffers of a model, from its ``TransformerConfig``."""
-        buffers = getattr(config, "echo_peer_buffers", None)
-        if buffers is None:
-            buffers = config.echo_peer_buffers = cls(group)
-        return buffers
-
-    def __deepcopy__(self, memo: dict) -> "PeerBuffers":
-        return self  # Megatron copies configurations for some layers; the model stays one
 
     def push(self, name: str, moved: list[tuple[Tensor, Tensor]], num_rows: int) -> list[Tensor]:
         """Write rows to other ranks and give back views of what came to this one.
@@ -122,8 +110,8 @@ class PeerBuffers:
                 with torch.inference_mode(False):  # evaluation may come first
                     self._rows[key] = memory.allocate(num_rows + 1, columns, dtype)
         # A replay may come after other movements than its capture did.
-        is_first_of_graph = is_capturing() and not self._is_in_graph
-        self._is_in_graph = is_capturing()
+        was_in_graph, self._is_in_graph = self._is_in_graph, is_capturing()
+        is_first_of_graph = self._is_in_graph and not was_in_graph
         if is_first_of_graph or not self._last.isdisjoint(keys):
             self._memory.barrier()
         self._last = set(keys)

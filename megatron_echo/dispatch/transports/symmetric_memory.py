@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.dispatch.layout import PairPlaces, place_pairs
+from megatron_echo.dispatch.layout import PairPlaces, histogram, place_pairs
 from megatron_echo.dispatch.permute import take_rows
 from megatron_echo.dispatch.transports.base import RowDelivery, RowTransport
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
@@ -95,10 +95,8 @@ class SymmetricMemoryTransport(RowTransport):
     def _place(self, experts: Tensor, num_rows: int) -> PairPlaces:
         """Tell all ranks how many pairs go to each expert, and find the place of each pair."""
         ranks, rank = self._buffers.group.size(), self._buffers.group.rank()
-        flat = experts.reshape(-1).to(torch.int64)
-        count = flat.new_zeros(ranks * self._groups + 1)
-        count = count.scatter_add_(0, flat, torch.ones_like(flat))
-        row_of_this_rank = torch.arange(ranks, device=flat.device) * (ranks + 1) + rank
+        count = histogram(experts.reshape(-1).to(torch.int64), ranks * self._groups + 1)
+        row_of_this_rank = torch.arange(ranks, device=count.device) * (ranks + 1) + rank
         moved = [(count[None, :-1], row_of_this_rank[None].int())]
         (counts,) = self._buffers.push("counts", moved, ranks)
         return place_pairs(experts, counts, rank, num_rows, self._alignment)
