@@ -27,10 +27,10 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from megatron_echo.host_reads import masked_stores_of_cuda, reads_on_host
+
 _POINT_TO_POINT = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
 _EMPTY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
-_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 _graphs: "weakref.WeakSet[RecordedGraph]" = weakref.WeakSet()
 
@@ -93,15 +93,6 @@ def _written(function: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _reads_a_value(function: Any, args: tuple) -> bool:
-    """Whether the host waits for a value, or for the size of the result."""
-    if function._schema.name in _INDEXING:  # by numbers, or one value into a mask, is static
-        is_fill = len(args) > 2 and args[2].numel() == 1
-        masks = (index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
-        return not is_fill and any(masks)
-    return any(tag in function.tags for tag in _READS)
-
-
 class RecordedGraph:
     """``torch.cuda.CUDAGraph``'s methods for operations on a CPU."""
 
@@ -115,7 +106,7 @@ class RecordedGraph:
         self._of_host: dict[int, Tensor] = {}
         self._sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self._state_shape = torch.default_generator.get_state().shape
-        self._mode: _Recorder | None = None
+        self._modes: contextlib.ExitStack | None = None
         _graphs.add(self)
 
     @classmethod
@@ -143,14 +134,15 @@ class RecordedGraph:
         if RecordedGraph._current is not None:
             raise CaptureError("A graph is being captured already. End that capture first.")
         RecordedGraph._current = self
-        self._mode = _Recorder(self._record)
-        self._mode.__enter__()
+        self._modes = contextlib.ExitStack()
+        self._modes.enter_context(masked_stores_of_cuda())
+        self._modes.enter_context(_Recorder(self._record))
 
     def capture_end(self) -> None:
         """Stop recording, and undo what the operations did to memory from outside."""
-        assert self._mode is not None, "capture_begin has not been called"
-        self._mode.__exit__(None, None, None)
-        self._mode = RecordedGraph._current = None
+        assert self._modes is not None, "capture_begin has not been called"
+        self._modes.close()
+        self._modes = RecordedGraph._current = None
         for storage, size in self._sizes.values():
             if storage.nbytes() < size:
                 storage.resize_(size)
@@ -194,7 +186,7 @@ class RecordedGraph:
             self._of_host |= {_key(tensor): tensor for tensor in _tensors(result)}
             return result
         name = function._schema.name
-        if _reads_a_value(function, args):
+        if reads_on_host(function, args, kwargs):
             raise CaptureError(
                 f"{name} cannot be captured: the host would read a value of the device. Move it "
                 "out of the captured part."

@@ -21,15 +21,14 @@ What none of them can see:
 
 * a wait inside one operator's C++ (``grouped_mm`` where it falls back to a loop on CUDA; tensors in
   ``tensor_split``; ``histc`` without bounds) or inside a custom operator's own operators, and the
-  copy of pageable host memory by ``torch.tensor(..., device="cuda")``. The known cases that look
-  at a tensor argument are listed in ``_READING_OPS``;
+  copy of pageable host memory by ``torch.tensor(..., device="cuda")``. ``host_reads.py`` lists the
+  known cases that look at a tensor argument;
 * operators called in a thread that the code itself started (patched methods are seen there);
 * names bound before entry (``from torch.cuda import synchronize``), pickling, ``data_ptr``, NCCL
   and extensions. ``torch.cuda.set_sync_debug_mode`` on a GPU is the complement, not a substitute:
   it misses event waits.
 
-Deliberately strict: a copy to the CPU counts even with ``non_blocking=True``, and a store through a
-boolean mask counts even if the value is a Python number (use ``torch.where``).
+Deliberately strict: a copy to the CPU counts even with ``non_blocking=True``.
 """
 
 import contextlib
@@ -44,15 +43,15 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_READING_OPS = (
-    *("aten.masked_fill.Tensor", "aten.masked_fill_.Tensor", "aten._linalg_check_errors.default"),
-    *("aten.index_fill.int_Tensor", "aten.index_fill_.int_Tensor"),
-)
-"""Operators without a tag whose CUDA kernels read a tensor argument on the host."""
+from megatron_echo import host_reads
+from megatron_echo.host_reads import is_cpu, masked_stores_of_cuda, reads_on_host
 
-_INDEXING = ("aten.index.", "aten.index_put", "aten._index_put_impl", "aten._unsafe_index")
 _TORCH = str(Path(torch.__file__).parent) + "/"
-_OWN_FILES = (__file__, str(Path(__file__).parent.parent / "cpu_backend.py"))
+_OWN_FILES = (
+    __file__,
+    host_reads.__file__,
+    str(Path(__file__).parent.parent / "cpu_backend.py"),
+)
 _MISSING = object()
 
 
@@ -78,14 +77,10 @@ def _caller() -> tuple[CodeType | None, int]:
     return None, 0
 
 
-def _is_cpu(device: Any) -> bool:
-    return isinstance(device, str | torch.device) and str(device).split(":")[0] == "cpu"
-
-
 def _moves_to_cpu(tensor: Any, /, *args: Any, **kwargs: Any) -> bool:
     """True if ``tensor.to(*args, **kwargs)`` names the CPU, or a CPU tensor from elsewhere."""
     return any(
-        not tensor.is_cpu and other.is_cpu if isinstance(other, torch.Tensor) else _is_cpu(other)
+        not tensor.is_cpu and other.is_cpu if isinstance(other, torch.Tensor) else is_cpu(other)
         for other in (*args, *kwargs.values())
     )
 
@@ -116,24 +111,6 @@ _WATCHED: tuple[tuple[str, str, Callable[..., bool] | None], ...] = (
 """Where, which names, and which of their calls read (``None``: all)."""
 
 
-def _reads_on_host(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """True if the operator needs a device value on the host, or waits for a copy."""
-    name = str(func)
-    if name in _READING_OPS or torch.Tag.data_dependent_output in func.tags:
-        return True
-    if name.startswith(_INDEXING):  # tagged whatever the index; only a mask becomes a list
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    if name == "aten.copy_.default":
-        blocking = not kwargs.get("non_blocking", args[2:] == (True,))
-        return blocking and args[0].is_cpu != args[1].is_cpu
-    if name == "aten._to_copy.default":
-        device = kwargs.get("device") or args[0].device
-        return not kwargs.get("non_blocking") and _is_cpu(device) != args[0].is_cpu
-    if name == "aten.repeat_interleave.Tensor" and kwargs.get("output_size") is not None:
-        return False
-    return torch.Tag.dynamic_output_shape in func.tags
-
-
 class _Operators(TorchDispatchMode):
     """Reports operators that read on the host; what one operator calls inside is not dispatched."""
 
@@ -144,7 +121,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _reads_on_host(func, args, kwargs or {}):
+        if reads_on_host(func, args, kwargs or {}):
             self._report(str(func.overloadpacket))
         return func(*args, **(kwargs or {}))
 
@@ -198,6 +175,7 @@ class no_host_sync:
                         _replace(stack, owner, name, watch)
             one_hot = self._watch_one_hot(torch.nn.functional.one_hot)
             _replace(stack, torch.nn.functional, "one_hot", one_hot)
+            stack.enter_context(masked_stores_of_cuda())
             stack.enter_context(_Operators(self._report))
             self._undo = stack.pop_all()
         self._earlier_hits = len(self.hits)

@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[Callable[[], Step], str]] = {
     "item": (lambda: lambda x: x * x.sum().item(), "host read"),
     "a branch": (lambda: branch, "host read"),
     "in backward": (lambda: reads_in_backward, "host read"),
-    "store by a mask": (lambda: lambda x: x.clone().__setitem__(x > 0, 0.0), "host read"),
+    "store by a mask": (lambda: lambda x: x.clone().__setitem__(x > 0, x[0]), "host read"),
     "a wait": (lambda: lambda x: torch.cuda.synchronize(), "host read"),
     "a mask": (lambda: lambda x: x[x > 0], "data-dependent shape"),
     "nonzero": (lambda: lambda x: x.nonzero(), "data-dependent shape"),
@@ -178,6 +178,7 @@ def training(is_set_to_none: bool) -> Step:
 ALLOWED: dict[str, Callable[[], Step]] = {
     "arithmetic": lambda: lambda x: (x * 2 + x.sum()).softmax(0),
     "where": lambda: lambda x: torch.where(x > 0, x, 0.0).cumsum(0),
+    "store of a number by a mask": lambda: lambda x: x.clone().__setitem__(x > 0, 0.0),
     "sort": lambda: lambda x: x.gather(0, x.argsort(stable=True)),
     "full": lambda: lambda x: x + torch.full((), 2.0),
     "random": lambda: lambda x: x + torch.rand(4),
