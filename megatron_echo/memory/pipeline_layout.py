@@ -277,10 +277,9 @@ def plan_layout(
 ) -> PipelineLayout:
     """Assign layers to pipeline stages.
 
-    Every stage holds at least one item, in the order of the model. Of a small model, up to 20,000
-    layouts, the answer is the best there is. Of a larger one, no move of an item from one stage to
-    another improves it; with one or two chunks a rank, no layout has a lower peak where that is
-    what counts.
+    Every stage holds at least one item, in the order of the model. Where there are up to 20,000
+    layouts, the answer is the best of them. Of more, no move of an item from one stage to another
+    improves it. Whether a budget can be kept is exact for one and two chunks a rank.
 
     Args:
         layers: ``E t ... t m ... m L`` with their costs.
@@ -292,8 +291,8 @@ def plan_layout(
         budget_bytes: no rank's peak may exceed it. None for the even split's peak.
         prefer: ``time`` minimises the replayed step, then the longest stage, the busiest rank and
             the peak. ``memory`` minimises the peak, then the same, among the layouts whose
-            longest stage and busiest rank are no longer than the even split's. Of those it takes
-            one with a slower step only where the budget allows nothing else.
+            longest stage and busiest rank are no longer than the even split's. A step that is
+            slower than the even split's comes after all that are not.
 
     Returns:
         The layout. Without a budget it is in none of the four worse than the even split. With one,

@@ -1,7 +1,6 @@
 """``plan_layout`` against every layout there is, Megatron's parser, and the even split."""
 
 import dataclasses
-import importlib
 import itertools
 import json
 import runpy
@@ -31,7 +30,6 @@ from megatron_echo.memory.pipeline_layout import (
 from megatron_echo.memory.schedules import Pipeline
 
 GIB = 2**30
-command_line = importlib.import_module("megatron_echo.memory.plan_layout")
 SCHEDULES = [
     ("1f1b", 1),
     ("interleaved", 2),
@@ -398,13 +396,14 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         (None, [], "holds no layer costs"),
     ],
 )
-def test_command_line_refuses_in_a_sentence(tmp_path, capsys, seconds, words, message):
+def test_command_line_refuses_in_a_sentence(tmp_path, capsys, monkeypatch, seconds, words, message):
     if seconds is not None:
         write_costs(
             [LayerCost("E", seconds, 0, 0), *unit_costs("0 1 1 0")[1:]], tmp_path / "c.json"
         )
+    monkeypatch.setattr(sys, "argv", ["plan_layout", str(tmp_path / "c.json"), "-p", "2", *words])
     with pytest.raises(SystemExit, match="2"):
-        command_line.main([str(tmp_path / "c.json"), "-p", "2", *words])
+        runpy.run_module("megatron_echo.memory.plan_layout", run_name="__main__")
     error = capsys.readouterr().err
     assert error.startswith("plan_layout: error: ")
     assert message in error
