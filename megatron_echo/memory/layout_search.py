@@ -147,21 +147,21 @@ class Search:
             limits: what no layout may exceed.
             enough: seconds of a step; layouts above it come last, the fastest of them first.
         """
-        # A rank works for M microbatches: more than this a microbatch cannot be as fast as cuts.
-        most = max(float(self.step_time(cuts)), enough) / self.pipeline.microbatches
+        slowest = max(float(self.step_time(cuts)), enough)
+        most = slowest / self.pipeline.microbatches  # of a rank, as it runs each of them
         limits = Measures(min(limits[0], most), min(limits[1], most), limits.peak)
         count = self.stages.size
         if math.comb(self.items - 1, count - 1) <= FEW:
             inner = np.array(list(combinations(range(1, self.items), count - 1)), dtype=np.int64)
             every = np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, self.items)))
-            return self._ranked(every, order, limits, enough)[0].tolist()
+            return self._ranked(every, order, limits, enough, slowest)[0].tolist()
         first = order[0] if order[0] in CRITERIA else "rank_time"
         starts = [cuts, self.best(cuts, [], limits), self.best(cuts, [first], limits)]
-        kept = self._ranked(np.array(starts), order, limits, enough)
+        kept = self._ranked(np.array(starts), order, limits, enough, slowest)
         begins = np.triu(np.ones((count, count + 1), dtype=np.int64), 1)
         moves = (begins[:, None] - begins).reshape(-1, count + 1)
         while True:
-            before, slowest = kept, np.inf
+            before = kept
             if len(kept) == KEPT:
                 slowest = max(float(self.step_time(kept).max()), enough)
             tried = np.unique((kept[:, None] + moves).reshape(-1, count + 1), axis=0)
@@ -171,7 +171,7 @@ class Search:
 
     def _ranked(
         self, cuts: NDArray[np.int64], order: Sequence[str], limits: Measures, enough: float,
-        slowest: float = np.inf,
+        slowest: float,
     ) -> NDArray[np.int64]:  # fmt: skip
         """Those that are legal, within the limits and no slower than that: the best one first."""
         cuts = cuts[(np.diff(cuts) > 0).all(-1)]

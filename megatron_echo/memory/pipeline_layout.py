@@ -216,7 +216,7 @@ def even_split(layers: Sequence[LayerCost], stages: int) -> list[int]:
 
 def _check_layers(layers: Sequence[LayerCost]) -> None:
     for layer in layers:
-        if layer.kind not in KINDS:
+        if layer.kind not in tuple(KINDS):
             raise ValueError(
                 f"There is no kind {layer.kind!r} of layer. Use one of {', '.join(KINDS)}."
             )
@@ -358,7 +358,7 @@ def explain(layout: PipelineLayout) -> str:
     for name, ours, theirs in rows:
         change = f"{ours / theirs - 1:+.1%}" if theirs else ""
         lines.append(f"{name:20} {ours:12.4g} {theirs:12.4g}  {change}")
-    if layout.slowdown > 0:
+    if layout.slowdown > 1e-9:
         lines.append(
             f"The budget makes a step {layout.slowdown:.1%} slower than the even split, which "
             f"needs {even.peak_bytes / 2**30:.3f} GiB a GPU."
