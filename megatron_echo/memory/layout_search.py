@@ -1,21 +1,31 @@
-"""The exact search behind ``plan_layout``: dynamic programming over pipeline ranks.
+"""The search behind ``plan_layout``: small models by trying all, others by moves.
 
-With one or two chunks a rank, a state is how far both chunks have come (and, interleaved, where
-the second one began). Every rank adds a segment to each. The largest stage time, rank time or peak
-over the ranks is then minimised one after the other, each among the layouts that keep what was
-reached before. More chunks are searched two neighbours at a time until nothing improves.
+What a rank has to do and to hold are sums over its items; how long a step takes comes from
+replaying the schedule, for many layouts at once.
+
+Dynamic programming over the pipeline ranks finds where to begin. With one or two chunks a rank, a
+state is how far both chunks have come (and, interleaved, where the second one began). Every rank
+adds a segment to each. The largest stage time, rank time or peak over the ranks is then minimised
+one after the other, each among the layouts that keep what was reached before. More chunks are
+searched two neighbours at a time until nothing improves.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_echo.memory.schedules import Pipeline
 
 Array = NDArray[np.float64]
 CRITERIA = ("stage_time", "rank_time", "peak")
+FEW = 20_000
+"""Up to so many layouts are all tried."""
+KEPT = 4
+"""Layouts that the moves of a round start from."""
 _SLACK = 1 + 1e-9
 """Sums that differ by rounding count as equal."""
 
@@ -42,20 +52,14 @@ class Costs(NamedTuple):
     is_mtp: Array  # 1 or 0
 
 
-class Segments:
-    """Sums over runs of items, from any start, for one length: all ``[n + 1 - length]``."""
+class Segments(NamedTuple):
+    """Sums over runs of items of one length, from any start: all ``[n + 1 - length]``."""
 
-    def __init__(self, costs: Costs, length: int) -> None:
-        def sums(values: NDArray) -> Array:
-            total = np.concatenate(([0], np.cumsum(values, dtype=np.float64)))
-            return total[length:] - total[: len(total) - length]
-
-        self.seconds, self.activation = sums(costs.seconds), sums(costs.activation)
-        self.static, self.mtp = sums(costs.static), sums(costs.is_mtp)
-        self.workspace = np.zeros(len(self.seconds))
-        if length > 0:
-            windows = np.lib.stride_tricks.sliding_window_view(costs.workspace, length)
-            self.workspace = windows.max(1)
+    seconds: Array
+    activation: Array
+    static: Array
+    mtp: Array
+    workspace: Array  # the largest one
 
 
 class Search:
@@ -66,42 +70,125 @@ class Search:
     """
 
     def __init__(self, costs: Costs, pipeline: Pipeline) -> None:
-        self.costs, self.pipeline = costs, pipeline
-        self.items = len(costs.seconds)
-        self.live = [
-            np.array(pipeline.live(rank), dtype=np.float64) for rank in range(pipeline.ranks)
-        ]
+        self.pipeline = pipeline
+        self.totals = Costs(*(np.cumsum(np.append(0.0, values)) for values in costs))
+        self.items, ranks = len(costs.seconds), range(pipeline.ranks)
+        self.live = [np.array(pipeline.live(rank), dtype=np.float64) for rank in ranks]
+        chunks = range(pipeline.chunks)
+        self.stages = np.array([[pipeline.stage(r, c) for c in chunks] for r in ranks])
+        self.takes_mtp = np.zeros(self.stages.size, dtype=np.bool_)
+        self.takes_mtp[self.stages] = [[self._takes_mtp(r, c) for c in chunks] for r in ranks]
+        self.workspace = np.zeros((self.items + 1, self.items + 1))
+        for start in range(self.items):
+            self.workspace[start, start + 1 :] = np.maximum.accumulate(costs.workspace[start:])
         self._segments: dict[int, Segments] = {}
+
+    def _takes_mtp(self, rank: int, chunk: int) -> bool:
+        """Megatron's rule: in the last chunk of a rank.
+
+        Its parser lets the first rank's last chunk pass, where the embedding is in another chunk.
+        Those two copies are never added up, and with tied weights the ranks wait for each other.
+        """
+        if self.pipeline.schedule == "dualpipev":
+            return True
+        last, alone = self.pipeline.chunks - 1, 1 in (self.pipeline.ranks, self.pipeline.chunks)
+        return chunk == last and (rank > 0 or alone)
 
     def segments(self, length: int) -> Segments:
         """Sums over runs of ``length`` items."""
         if length not in self._segments:
-            self._segments[length] = Segments(self.costs, length)
+            seconds, activation, static, _, mtp = (
+                total[length:] - total[: len(total) - length] for total in self.totals
+            )
+            longest = np.diagonal(self.workspace, length)
+            self._segments[length] = Segments(seconds, activation, static, mtp, longest)
         return self._segments[length]
 
-    def rank_measures(self, cuts: Sequence[int], rank: int) -> Measures:
-        """What one rank has to do and to hold.
+    def rank_measures(self, cuts: ArrayLike) -> Array:
+        """What each rank has to do and to hold, in one layout or in many.
 
         The peak is static bytes, plus the activations of the worst moment of the schedule, plus
         the largest workspace.
+
+        Args:
+            cuts: int ``[..., P * V + 1]``.
+
+        Returns:
+            float64 ``[..., P, 3]``, the fields of :class:`Measures`.
         """
-        seconds, static, workspace = [], 0.0, 0.0
-        activation = np.zeros(self.pipeline.chunks)
-        for chunk in range(self.pipeline.chunks):
-            stage = self.pipeline.stage(rank, chunk)
-            start, length = cuts[stage], cuts[stage + 1] - cuts[stage]
-            sums = self.segments(length)
-            seconds.append(float(sums.seconds[start]))
-            static += float(sums.static[start])
-            workspace = max(workspace, float(sums.workspace[start]))
-            activation[chunk] = sums.activation[start]
-        peak = static + float((self.live[rank] @ activation).max()) + workspace
-        return Measures(max(seconds), sum(seconds), peak)
+        cuts = np.asarray(cuts)
+        seconds, activation, static, _, _ = (
+            np.diff(total[cuts])[..., self.stages] for total in self.totals
+        )
+        held = [(activation[..., r, :] @ live.T).max(-1) for r, live in enumerate(self.live)]
+        space = self.workspace[cuts[..., :-1], cuts[..., 1:]][..., self.stages].max(-1)
+        peak = static.sum(-1) + np.stack(held, -1) + space
+        return np.stack((seconds.max(-1), seconds.sum(-1), peak), -1)
 
     def measures(self, cuts: Sequence[int]) -> Measures:
         """The maxima over the ranks."""
-        ranks = [self.rank_measures(cuts, rank) for rank in range(self.pipeline.ranks)]
-        return Measures(*(max(values) for values in zip(*ranks, strict=True)))
+        return Measures(*self.rank_measures(cuts).max(-2).tolist())
+
+    def step_time(self, cuts: ArrayLike) -> Array:
+        """Seconds of a step, replayed: ``[...]`` for cuts ``[..., P * V + 1]``."""
+        return self.pipeline.step_time(np.diff(self.totals.seconds[np.asarray(cuts)]))
+
+    def plan(
+        self, cuts: list[int], order: Sequence[str], limits: Measures, enough: float = 0
+    ) -> list[int]:
+        """The best layout, with its replayed step among the criteria.
+
+        Up to :data:`FEW` layouts are all tried. Of more, the best so far are changed by moving an
+        item from any stage to any other, until no move makes them better.
+
+        Args:
+            cuts: a layout that keeps the limits.
+            order: some of ``step`` and :data:`CRITERIA`; among equals, the most regular one.
+            limits: what no layout may exceed.
+            enough: seconds of a step; layouts above it come last, the fastest of them first.
+        """
+        slowest = max(float(self.step_time(cuts)), enough)
+        most = slowest / self.pipeline.microbatches  # of a rank, as it runs each of them
+        limits = Measures(min(limits[0], most), min(limits[1], most), limits.peak)
+        count = self.stages.size
+        if math.comb(self.items - 1, count - 1) <= FEW:
+            inner = np.array(list(combinations(range(1, self.items), count - 1)), dtype=np.int64)
+            every = np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, self.items)))
+            return self._ranked(every, order, limits, enough, slowest)[0].tolist()
+        first = order[0] if order[0] in CRITERIA else "rank_time"
+        starts = [cuts, self.best(cuts, [], limits), self.best(cuts, [first], limits)]
+        kept = self._ranked(np.array(starts), order, limits, enough, slowest)
+        begins = np.triu(np.ones((count, count + 1), dtype=np.int64), 1)
+        moves = (begins[:, None] - begins).reshape(-1, count + 1)
+        while True:
+            before = kept
+            if len(kept) == KEPT:
+                slowest = max(float(self.step_time(kept).max()), enough)
+            tried = np.unique((kept[:, None] + moves).reshape(-1, count + 1), axis=0)
+            kept = self._ranked(tried, order, limits, enough, slowest)[:KEPT]
+            if np.array_equal(kept, before):
+                return kept[0].tolist()
+
+    def _ranked(
+        self, cuts: NDArray[np.int64], order: Sequence[str], limits: Measures, enough: float,
+        slowest: float,
+    ) -> NDArray[np.int64]:  # fmt: skip
+        """Those that are legal, within the limits and no slower than that: the best one first."""
+        cuts = cuts[(np.diff(cuts) > 0).all(-1)]
+        mtp = np.diff(self.totals.is_mtp[cuts])
+        cuts = cuts[((mtp == 0) | self.takes_mtp & (mtp == self.totals.is_mtp[-1])).all(-1)]
+        ranks = self.rank_measures(cuts)
+        # Before a rank's first pass and after its last one the stages before it take their time.
+        before = self.totals.seconds[cuts[:, : self.pipeline.ranks]]
+        least = (self.pipeline.microbatches * ranks[..., 1] + before).max(-1)
+        inside = (ranks.max(-2) <= np.array(limits) * _SLACK).all(-1) & (least <= slowest * _SLACK)
+        cuts, ranks = cuts[inside], ranks[inside]
+        values = dict(zip(CRITERIA, np.moveaxis(ranks.max(-2), -1, 0), strict=True))
+        values |= {"step": self.step_time(cuts), "uneven": (ranks[..., :2] ** 2).sum((-1, -2))}
+        keys = [np.maximum(values["step"], enough), *(values[n] for n in (*order, "uneven"))]
+        # Sums that differ by rounding are equal.
+        keys = [np.ldexp(np.round(part, 12), power) for part, power in map(np.frexp, keys)]
+        return cuts[np.lexsort(keys[::-1])]
 
     def best(self, cuts: list[int], order: Sequence[str], limits: Measures) -> list[int]:
         """Minimise the criteria, in order.
@@ -250,15 +337,9 @@ class _Pair:
         fits &= sums.static + live * sums.activation + sums.workspace <= limits.peak * _SLACK
         if not fits.any():
             return None
-        return fits & self._mtp_is_legal(sums.mtp, rank, chunk)
-
-    def _mtp_is_legal(self, mtp: Array, rank: int, chunk: int) -> NDArray[np.bool_]:
-        """Megatron's rule: all MTP layers in one stage, the last one of a rank after the first."""
-        total = self.search.costs.is_mtp.sum()
-        last = self.pipeline.schedule == "dualpipev" or chunk == self.pipeline.chunks - 1
-        if last and (rank > 0 or self.pipeline.ranks == 1 or self.pipeline.schedule == "dualpipev"):
-            return (mtp == 0) | (mtp == total)
-        return mtp == 0
+        total = self.search.totals.is_mtp[-1]
+        takes = self.search.takes_mtp[self.pipeline.stage(rank, chunk)]
+        return fits & ((sums.mtp == 0) | (takes & (sums.mtp == total)))
 
     def _fixed(self, rank: int) -> tuple[Measures, float, float, Array]:
         """What the chunks that are not searched add: times, static, workspace, activations [K]."""

@@ -1,14 +1,14 @@
 """Which layers on which pipeline stage: memory- and time-aware, in Megatron's own notation.
 
 Early ranks hold more microbatches than late ones, so a layer costs more memory on them. What a rank
-holds comes from replaying the schedule (``schedules.py``); the assignment is exact for one and two
-chunks a rank (``layout_search.py``).
+holds, and how long a step takes, comes from replaying the schedule (``schedules.py``).
 """
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from itertools import groupby, pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from megatron_echo.memory.schedules import Pipeline
 
 KINDS = {"E": "embedding", "t": "decoder layer", "m": "MTP layer", "L": "head and loss"}
 Preference = Literal["time", "memory"]
+_MOST = 1e100
+"""Larger costs are no costs: their sums would leave float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_costs(path: str | Path) -> list[LayerCost]:
             for entry in entries
             for _ in range(entry.get("count", 1))
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fields = ", ".join(field.name for field in dataclasses.fields(LayerCost))
         raise ValueError(
             f"{path} holds no layer costs ({error}). Write "
@@ -100,6 +102,19 @@ class PipelineLayout:
     def peak_bytes(self) -> float:
         """The highest peak of all ranks."""
         return self.measures.peak
+
+    @property
+    def even(self) -> "PipelineLayout":
+        """The even split of the same model."""
+        return evaluate_layout(
+            self.layers, self.pipeline, even_split(self.layers, len(self.cuts) - 1)
+        )
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer a step takes than with the even split: 0.05 is 5 %, below 0 is faster."""
+        even = self.even.step_seconds
+        return self.step_seconds / even - 1 if even else 0.0
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -167,6 +182,7 @@ class PipelineLayout:
             "stage_seconds": self.measures.stage_time,
             "rank_seconds": self.measures.rank_time,
             "step_seconds": self.step_seconds,
+            "slowdown": self.slowdown,
             "peak_bytes": [measured.peak for measured in self.ranks],
         }
 
@@ -199,6 +215,17 @@ def even_split(layers: Sequence[LayerCost], stages: int) -> list[int]:
 
 
 def _check_layers(layers: Sequence[LayerCost]) -> None:
+    for layer in layers:
+        if layer.kind not in tuple(KINDS):
+            raise ValueError(
+                f"There is no kind {layer.kind!r} of layer. Use one of {', '.join(KINDS)}."
+            )
+        costs = (layer.seconds, layer.activation_bytes, layer.static_bytes, layer.workspace_bytes)
+        if not all(isinstance(cost, Real) and 0 <= cost <= _MOST for cost in costs):
+            raise ValueError(
+                f"{layer} has a negative cost, or one that is no number. "
+                "Give zero or more, and finite, numbers."
+            )
     letters = "".join(layer.kind for layer in layers)
     decoders, mtp = letters.count("t"), letters.count("m")
     if letters != "E" + "t" * decoders + "m" * mtp + "L":
@@ -206,12 +233,6 @@ def _check_layers(layers: Sequence[LayerCost]) -> None:
             f"The model {letters!r} is not an embedding, decoder layers, MTP layers and a loss. "
             "Order the layers as E t ... t m ... m L."
         )
-    for layer in layers:
-        bytes_ = (layer.activation_bytes, layer.static_bytes, layer.workspace_bytes)
-        if min(layer.seconds, *bytes_) < 0 or not np.isfinite([layer.seconds, *bytes_]).all():
-            raise ValueError(
-                f"{layer} has a negative cost. Give zero or more, and finite, numbers."
-            )
 
 
 def _search(layers: Sequence[LayerCost], pipeline: Pipeline) -> Search:
@@ -239,9 +260,9 @@ def evaluate_layout(
         cuts: see :class:`PipelineLayout`.
     """
     search = _search(layers, pipeline)
-    ranks = tuple(search.rank_measures(cuts, rank) for rank in range(pipeline.ranks))
-    seconds = [sum(layer.seconds for layer in layers[a:b]) for a, b in pairwise(cuts)]
-    return PipelineLayout(pipeline, tuple(layers), tuple(cuts), ranks, pipeline.step_time(seconds))
+    ranks = tuple(Measures(*row) for row in search.rank_measures(cuts).tolist())
+    step = float(search.step_time(cuts))
+    return PipelineLayout(pipeline, tuple(layers), tuple(cuts), ranks, step)
 
 
 def plan_layout(
@@ -256,8 +277,9 @@ def plan_layout(
 ) -> PipelineLayout:
     """Assign layers to pipeline stages.
 
-    Every stage holds at least one item, in the order of the model. With one or two chunks a rank
-    the answer is the best there is; with more, no change of two neighbouring chunks improves it.
+    Every stage holds at least one item, in the order of the model. Where there are up to 20,000
+    layouts, the answer is the best of them. Of more, no move of an item from one stage to another
+    improves it. Whether a budget can be kept is exact for one and two chunks a rank.
 
     Args:
         layers: ``E t ... t m ... m L`` with their costs.
@@ -267,12 +289,14 @@ def plan_layout(
         num_microbatches: of a step; None for enough to fill the pipeline.
         group_size: microbatches a chunk runs in a row, when interleaved; None for P.
         budget_bytes: no rank's peak may exceed it. None for the even split's peak.
-        prefer: ``time`` minimises the longest stage, then the busiest rank, then the peak.
-            ``memory`` minimises the peak, then the longest stage and the busiest rank, among the
-            layouts that are in both no slower than the even split.
+        prefer: ``time`` minimises the replayed step, then the longest stage, the busiest rank and
+            the peak. ``memory`` minimises the peak, then the same, among the layouts whose
+            longest stage and busiest rank are no longer than the even split's. A step that is
+            slower than the even split's comes after all that are not.
 
     Returns:
-        The layout. Without a budget it is in none of the three worse than the even split.
+        The layout. Without a budget it is in none of the four worse than the even split. With one,
+        :attr:`PipelineLayout.slowdown` says how much longer a step takes.
 
     Raises:
         ValueError: layers or sizes that make no pipeline, or a budget that nothing fits; the
@@ -280,22 +304,24 @@ def plan_layout(
     """
     if prefer not in ("time", "memory"):
         raise ValueError(f"plan_layout cannot prefer {prefer!r}. Use 'time' or 'memory'.")
+    if budget_bytes is not None and not budget_bytes > 0:
+        raise ValueError(f"A budget of {budget_bytes} bytes is no size. Give more than 0.")
     _check_layers(layers)
     schedule = schedule or ("1f1b" if virtual_size == 1 else "interleaved")
     pipeline = Pipeline.make(schedule, pipeline_size, virtual_size, num_microbatches, group_size)
-    search = _search(layers, pipeline)
     cuts = even_split(layers, pipeline_size * virtual_size)
-    even = search.measures(cuts)
-    budget = even.peak if budget_bytes is None else budget_bytes
-    limits = Measures(np.inf, np.inf, budget)
-    order = ["stage_time", "rank_time", "peak"]
+    search = _search(layers, pipeline)
+    even, enough = search.measures(cuts), 0.0
+    limits = even if budget_bytes is None else Measures(np.inf, np.inf, budget_bytes)
+    order = ["step", "stage_time", "rank_time", "peak"]
     if prefer == "memory":
-        limits, order = even._replace(peak=budget), ["peak", "stage_time", "rank_time"]
+        limits, enough = even._replace(peak=limits.peak), float(search.step_time(cuts))
+        order = ["peak", *order[:-1]]
     if not even.keeps(limits):
         cuts = search.best(cuts, ["peak"], limits._replace(peak=even.peak))
         if not search.measures(cuts).keeps(limits):
-            raise ValueError(_over_budget(evaluate_layout(layers, pipeline, cuts), budget))
-    return evaluate_layout(layers, pipeline, search.best(cuts, order, limits))
+            raise ValueError(_over_budget(evaluate_layout(layers, pipeline, cuts), limits.peak))
+    return evaluate_layout(layers, pipeline, search.plan(cuts, order, limits, enough))
 
 
 def _over_budget(least: PipelineLayout, budget: float) -> str:
@@ -311,9 +337,7 @@ def _over_budget(least: PipelineLayout, budget: float) -> str:
 
 def explain(layout: PipelineLayout) -> str:
     """Why this layout: its table, and what it changes against the even split."""
-    even = evaluate_layout(
-        layout.layers, layout.pipeline, even_split(layout.layers, len(layout.stages))
-    )
+    even = layout.even
     binding = max(range(len(layout.ranks)), key=lambda r: layout.ranks[r].peak)
     slowest = max(range(len(layout.ranks)), key=lambda r: layout.ranks[r].stage_time)
     pipeline, static = layout.pipeline, _static(layout, binding)
@@ -334,6 +358,11 @@ def explain(layout: PipelineLayout) -> str:
     for name, ours, theirs in rows:
         change = f"{ours / theirs - 1:+.1%}" if theirs else ""
         lines.append(f"{name:20} {ours:12.4g} {theirs:12.4g}  {change}")
+    if layout.slowdown > 1e-9:
+        lines.append(
+            f"The budget makes a step {layout.slowdown:.1%} slower than the even split, which "
+            f"needs {even.peak_bytes / 2**30:.3f} GiB a GPU."
+        )
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_echo.memory.pipeline_layout import explain, plan_layout, read_costs
+from megatron_echo.memory.pipeline_layout import PipelineLayout, explain, plan_layout, read_costs
 from megatron_echo.memory.schedules import SCHEDULES
 
 
@@ -36,10 +36,19 @@ def _parser() -> argparse.ArgumentParser:
         "--prefer",
         choices=("time", "memory"),
         default="time",
-        help="the shortest stages that fit, or the lowest peak with no stage longer than even",
+        help="the shortest step that fits, or the lowest peak with no slower step than even",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     return parser
+
+
+def _write(layout: PipelineLayout, path: Path) -> None:
+    try:
+        path.write_text(json.dumps(layout.as_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"--json {path} cannot be written ({error.strerror}). Give a file that can."
+        ) from error
 
 
 def main(words: list[str] | None = None) -> None:
@@ -55,12 +64,12 @@ def main(words: list[str] | None = None) -> None:
             read_costs(args.costs), args.pipeline_size, args.virtual_size, args.schedule,
             args.num_microbatches, args.group_size, budget, args.prefer,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
+        print(explain(layout))
+        if args.json is not None:
+            _write(layout, args.json)
+    except ValueError as error:
         print(f"plan_layout: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    print(explain(layout))
-    if args.json is not None:
-        args.json.write_text(json.dumps(layout.as_dict(), indent=1) + "\n")
     if layout.pipeline.schedule == "dualpipev":
         print(f"{layout.string}\nMegatron has no V-shaped placement: this is to compare with.")
         return

@@ -5,9 +5,12 @@ DeepSeek's V-shaped DualPipe (rank ``r`` of P holds the stages ``r`` and ``2P - 
 Megatron does not run; it is here to compare with.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 SCHEDULES = ("1f1b", "interleaved", "interleaved-ep-overlap", "dualpipev")
 BACKWARD_SHARE = 2 / 3
@@ -15,6 +18,8 @@ BACKWARD_SHARE = 2 / 3
 
 Work = tuple[int, int]
 """A chunk of the rank and a microbatch."""
+Pass = tuple[str, int, int]
+"""``F`` or ``B``, a stage and a microbatch."""
 
 
 class Slot(NamedTuple):
@@ -128,45 +133,62 @@ class Pipeline(NamedTuple):
                 held[slot.backward[0]] -= 1
         return sorted(v for v in seen if not any(v != w and _covers(w, v) for w in seen))
 
-    def step_time(self, stage_seconds: Sequence[float]) -> float:
+    def step_time(self, stage_seconds: ArrayLike) -> NDArray[np.float64]:
         """Seconds of a step: every pass starts when its rank is free and its input is there.
 
         Args:
-            stage_seconds: forward and backward time of a microbatch in each of the P * V stages.
-                Communication takes no time, and two passes in one slot take the sum of theirs.
-        """
-        todo = [self.slots(rank) for rank in range(self.ranks)]
-        place, clock = [0] * self.ranks, [0.0] * self.ranks
-        done: dict[tuple[str, int, int], float] = {}
-        last = self.ranks * self.chunks - 1
-        while any(place[r] < len(todo[r]) for r in range(self.ranks)):
-            before = sum(place)
-            for rank, slots in enumerate(todo):
-                while place[rank] < len(slots):
-                    needs, makes, seconds = self._passes(rank, slots[place[rank]], last)
-                    if not all(need in done for need in needs):
-                        break
-                    start = max([clock[rank], *(done[need] for need in needs)])
-                    clock[rank] = start + sum(stage_seconds[s] * share for s, share in seconds)
-                    done |= dict.fromkeys(makes, clock[rank])
-                    place[rank] += 1
-            assert sum(place) > before, "the schedule waits for itself"
-        return max(clock)
+            stage_seconds: ``[..., P * V]``, forward and backward time of a microbatch in each
+                stage; of one layout or of many at once. Communication takes no time, and two
+                passes in one slot take the sum of theirs.
 
-    def _passes(self, rank: int, slot: Slot, last: int) -> tuple[list, list, list]:
-        """What a slot waits for, what it makes, and its ``(stage, share of the time)``."""
-        needs, makes, seconds = [], [], []
+        Returns:
+            float64 ``[...]``.
+        """
+        seconds = np.moveaxis(np.asarray(stage_seconds, dtype=np.float64), -1, 0)
+        share = {"F": seconds * (1 - BACKWARD_SHARE), "B": seconds * BACKWARD_SHARE}
+        clock = [np.zeros(seconds.shape[1:])] * self.ranks
+        done: dict[Pass, NDArray[np.float64]] = {}
+        for rank, needs, makes in _replay(self):
+            now = clock[rank]
+            for need in needs:
+                now = np.maximum(now, done.pop(need))
+            for way, stage, _ in makes:
+                now = now + share[way][stage]
+            clock[rank] = now
+            done |= dict.fromkeys(makes, now)
+        return np.max(clock, axis=0)
+
+    def passes(self, rank: int, slot: Slot) -> tuple[list[Pass], list[Pass]]:
+        """What a slot waits for, and what it runs."""
+        last = self.ranks * self.chunks - 1
+        needs: list[Pass] = []
+        makes: list[Pass] = []
         if slot.forward is not None:
             stage, microbatch = self.stage(rank, slot.forward[0]), slot.forward[1]
             needs += [("F", stage - 1, microbatch)] if stage > 0 else []
             makes.append(("F", stage, microbatch))
-            seconds.append((stage, 1 - BACKWARD_SHARE))
         if slot.backward is not None:
             stage, microbatch = self.stage(rank, slot.backward[0]), slot.backward[1]
             needs.append(("B", stage + 1, microbatch) if stage < last else ("F", last, microbatch))
             makes.append(("B", stage, microbatch))
-            seconds.append((stage, BACKWARD_SHARE))
-        return needs, makes, seconds
+        return needs, makes
+
+
+@lru_cache(maxsize=8)
+def _replay(pipeline: Pipeline) -> list[tuple[int, list[Pass], list[Pass]]]:
+    """All slots of all ranks in an order in which each finds its inputs, whatever they take."""
+    todo = [[pipeline.passes(r, slot) for slot in pipeline.slots(r)] for r in range(pipeline.ranks)]
+    place, done = [0] * pipeline.ranks, set[Pass]()
+    order: list[tuple[int, list[Pass], list[Pass]]] = []
+    while any(place[rank] < len(slots) for rank, slots in enumerate(todo)):
+        before = len(order)
+        for rank, slots in enumerate(todo):
+            while place[rank] < len(slots) and done.issuperset(slots[place[rank]][0]):
+                order.append((rank, *slots[place[rank]]))
+                done.update(slots[place[rank]][1])
+                place[rank] += 1
+        assert len(order) > before, "the schedule waits for itself"
+    return order
 
 
 def _covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:

@@ -2,13 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from megatron.core.pipeline_parallel.schedules import (
     get_pp_rank_microbatches,
     get_schedule_table,
 )
 
-from megatron_echo.memory.schedules import Pipeline
+from megatron_echo.memory.schedules import BACKWARD_SHARE, Pipeline
 
 SIZES = [
     ("1f1b", 4, 1, None),
@@ -53,6 +54,40 @@ def test_time_of_one_forward_one_backward():
     assert Pipeline.make("1f1b", 4, 1, 16).step_time([3.0] * 4) == pytest.approx((16 + 3) * 3)
     interleaved = Pipeline.make("interleaved", 4, 2, 16)
     assert interleaved.step_time([3.0] * 8) == pytest.approx(2 * 16 * 3 + 3 * 3)
+
+
+def replayed(pipeline: Pipeline, seconds: list[float]) -> float:
+    """A step, pass by pass: a slot begins when its rank is free and what it needs is made."""
+    share = {"F": 1 - BACKWARD_SHARE, "B": BACKWARD_SHARE}
+    todo = {rank: pipeline.slots(rank) for rank in range(pipeline.ranks)}
+    ends, free, last = {}, dict.fromkeys(todo, 0.0), pipeline.ranks * pipeline.chunks - 1
+    while any(todo.values()):
+        for rank, slots in todo.items():
+            if not slots:
+                continue
+            works = [("F", slots[0].forward), ("B", slots[0].backward)]
+            passes = [(w, pipeline.stage(rank, work[0]), work[1]) for w, work in works if work]
+            needs = []
+            for way, stage, number in passes:
+                if way == "B":
+                    needs.append(("B", stage + 1, number) if stage < last else ("F", last, number))
+                elif stage > 0:
+                    needs.append(("F", stage - 1, number))
+            if ends.keys() >= set(needs):
+                slots.pop(0)
+                begin = max([free[rank], *(ends[need] for need in needs)])
+                free[rank] = begin + sum(share[way] * seconds[stage] for way, stage, _ in passes)
+                ends |= dict.fromkeys(passes, free[rank])
+    return max(free.values())
+
+
+@pytest.mark.parametrize(("schedule", "ranks", "chunks", "microbatches"), SIZES)
+def test_many_layouts_are_replayed_at_once(schedule, ranks, chunks, microbatches):
+    pipeline = Pipeline.make(schedule, ranks, chunks, microbatches)
+    seconds = np.random.default_rng(0).uniform(0, 9, (3, 2, ranks * chunks))
+    steps = pipeline.step_time(seconds)
+    expected = [[replayed(pipeline, row) for row in rows] for rows in seconds.tolist()]
+    assert steps == pytest.approx(np.array(expected), rel=1e-12)
 
 
 def megatron_order(pipeline: Pipeline, rank: int) -> tuple[int, list]:
