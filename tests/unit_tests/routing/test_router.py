@@ -38,9 +38,9 @@ from router_cases import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.routing import aux_loss, counts
-from megatron_echo.routing.counts import RouterStep
 from megatron_echo.routing.losses import LayerLosses, RouterLossSettings
 from megatron_echo.routing.metrics import load_metrics
 from megatron_echo.routing.router import EchoRouter, SkewedEchoRouter, SkewedRouter, router_class
@@ -219,12 +219,12 @@ def test_bias_counts_with_padding() -> None:
         theirs(tokens(S, B), mask)
     routing_map = ours(tokens(S, B), mask)[1]
     expected = routing_map[~mask.view(-1)].sum(0)
-    assert torch.equal(ours.local_tokens_per_expert, expected.float())
+    assert torch.equal(ours.local_tokens_per_expert, expected)
     square = padding(EXPERTS, (3,))  # as many tokens as experts: no error, wrong counts
     theirs.local_tokens_per_expert.zero_()
     routing_map = theirs(tokens(EXPERTS, 1), square)[1]
-    right = routing_map[~square.view(-1)].sum(0).float()
-    assert not torch.equal(theirs.local_tokens_per_expert, right)
+    right = routing_map[~square.view(-1)].sum(0)
+    assert not torch.equal(theirs.local_tokens_per_expert, right.float())
     ours.local_tokens_per_expert.zero_()
     ours(tokens(EXPERTS, 1), square)
     assert torch.equal(ours.local_tokens_per_expert, right)
@@ -583,10 +583,10 @@ def test_step_end_inside_another() -> None:
 
     made = config()
     made.finalize_model_grads_func = Other(len)
-    step = RouterStep.of(made)
+    step = StepEnd.of(made)
     assert made.finalize_model_grads_func._finalize is step
     made.finalize_model_grads_func = Other(made.finalize_model_grads_func)
-    assert RouterStep.of(made) is step
+    assert StepEnd.of(made) is step
 
 
 @pytest.mark.parametrize(
