@@ -181,7 +181,8 @@ class StepEnd(PerModel, EndOfStep):
         if not values:
             return
         publish(values, iteration)
-        if at_log_interval and self._has_clones and dist.get_rank() == dist.get_world_size() - 1:
+        has_line = self._has_clones and "moe_echo/overload_routed" in values
+        if has_line and dist.get_rank() == dist.get_world_size() - 1:
             print(console_line(values, iteration), flush=True)
 
 

@@ -89,7 +89,11 @@ class StepStatistics:
         self._highest.copy_(torch.maximum(self._highest, highest))
 
     def read(self) -> dict[str, float]:
-        """Everything since the last call, over all ranks; all of them must call."""
+        """Everything since the last call, over all ranks; all of them must call.
+
+        Returns:
+            The values above; ``layer_calls`` alone, 0, where no layer call was recorded.
+        """
         if self._sums is None or self._highest is None:
             self._sums, self._highest = self._zeros("cuda" if torch.cuda.is_available() else "cpu")
         dist.all_reduce(self._sums, op=dist.ReduceOp.SUM)
@@ -97,15 +101,16 @@ class StepStatistics:
         routed, placed, clones, moved, pairs, calls, *highest = torch.cat(
             (self._sums, self._highest)
         ).tolist()
-        values = {
-            "overload_routed": routed / max(calls, 1),
-            "overload_placed": placed / max(calls, 1),
-            "overload_routed_max": highest[0],
-            "overload_placed_max": highest[1],
-            "clones": clones / max(calls, 1),
-            "tokens_moved": moved / max(pairs, 1),
-            "layer_calls": calls / max(self._steps, 1),
-        }
+        values = {"layer_calls": calls / max(self._steps, 1)}
+        if calls:
+            values |= {
+                "overload_routed": routed / calls,
+                "overload_placed": placed / calls,
+                "overload_routed_max": highest[0],
+                "overload_placed_max": highest[1],
+                "clones": clones / calls,
+                "tokens_moved": moved / max(pairs, 1),
+            }
         self._sums.zero_()  # in place: a CUDA graph adds to these tensors
         self._highest.zero_()
         self._steps = 0

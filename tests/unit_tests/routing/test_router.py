@@ -622,6 +622,29 @@ def test_repeated_mtp_layer(how: str) -> None:
     assert values[2] > 0
 
 
+@pytest.mark.parametrize("way", ["none", "megatron"])
+def test_z_loss_of_a_repeated_mtp_layer(way: str) -> None:
+    """Megatron trains it once a repetition and logs it once (D5); ours trains as it logs."""
+    made = config(**only("z"), mtp_num_layers=2, mtp_use_repeated_layer=True)
+    grads, values = [], []
+    for kind in (EchoRouter, TopKRouter):
+        router = kind(made, get_default_pg_collection(), is_mtp_layer=True)
+        router.set_layer_number(1)
+        router.weight.data.copy_(build(TopKRouter, config()).weight)
+        hidden = tokens(S, B).requires_grad_()
+
+        def twice(x: Tensor, router: TopKRouter = router) -> Tensor:
+            return sum((0 * router(part)[0]).sum() for part in (x, x.flip(-1)))
+
+        (
+            megatron_checkpoint(twice, False, hidden) if way == "megatron" else twice(hidden)
+        ).backward()
+        grads.append(router.weight.grad)
+        values.append(logged()["z_loss"])
+    close(grads[1], 2 * grads[0], 1e-6)
+    close(values[0], values[1], 1e-6)
+
+
 class Routed(Block):
     """Hands the hidden states on, with an edge to the router."""
 
