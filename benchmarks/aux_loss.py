@@ -40,7 +40,7 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_echo.dispatch.dispatcher import _CompactProbs, compact_routing  # noqa: E402
-from megatron_echo.routing.counts import RouterStep  # noqa: E402
+from megatron_echo.dispatch.step_end import StepEnd  # noqa: E402
 from megatron_echo.routing.router import EchoRouter  # noqa: E402
 
 LAYERS, TOKENS, EXPERTS, TOPK, HIDDEN = 16, 2048, 128, 8, 64
@@ -103,7 +103,7 @@ def forward(routers: list[TopKRouter], hidden: Tensor) -> Tensor:
 
 def end_step(router: TopKRouter) -> None:
     """Begin the next step."""
-    exchange = RouterStep.of(router.config).exchange
+    exchange = StepEnd.of(router.config).exchange
     if exchange is not None:
         exchange.end_step()
 

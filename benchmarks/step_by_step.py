@@ -32,6 +32,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.training import get_args, training  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_echo.dispatch.step_end import StepEnd  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig  # noqa: E402
 
 LOCAL_EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")
@@ -61,6 +62,7 @@ class Beside:
     def __init__(self, reference: Any, fields: dict[str, Any]) -> None:
         config = copy.copy(reference.config)
         config.finalize_model_grads_func = None
+        vars(config).pop(StepEnd._name(), None)  # a model of its own, with steps of its own
         for name, value in fields.items():
             setattr(config, name, value)
         config.validate_echo()

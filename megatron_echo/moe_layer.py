@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import config_refusal
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.dispatch.step_end import StepEnd
@@ -60,7 +61,8 @@ class EchoMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, groups, is_mtp_layer, name)
         self._groups = groups
         self.token_dispatcher = EchoTokenDispatcher(config, groups)
-        self._self_check = StepEnd.of(config).self_check
+        self._step_end = StepEnd.of(config)
+        self._self_check = self._step_end.self_check
         self._place = self._self_check.register()
         self._doubted: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -77,9 +79,12 @@ class EchoMoELayer(MoELayer):
 
         See ``EchoTokenDispatcher.dispatch_preprocess``.
         """
-        self.token_dispatcher.training = self.training
+        role = role_of_call() if self.training else Role.UNRECORDED
+        if role is not Role.UNRECORDED:
+            self._step_end.note(role)
+        self.token_dispatcher.role = role
         self._doubted = None  # of a call that did not reach combine
-        if self.training and self._self_check.takes(self._place):
+        if role.counts and self._self_check.takes(self._place):
             self._doubted = hidden_states.detach(), probs.detach(), routing_map
         return super().preprocess(hidden_states, probs, routing_map)
 
@@ -112,7 +117,7 @@ class EchoMoELayer(MoELayer):
     @torch.no_grad()
     def _without_clones(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         dispatcher = EchoTokenDispatcher(self.config, self._groups, num_slots=0)
-        dispatcher.training = False  # the largest buffer, and no record
+        dispatcher.role = Role.UNRECORDED  # the largest buffer, and no record
         tokens = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
         rows, row_counts, row_probs = dispatcher.dispatch_postprocess(
             *dispatcher.token_dispatch(*tokens)

@@ -14,10 +14,20 @@ class PerModel:
             config: its ``TransformerConfig``.
             args: what the class takes, if it has to be made.
         """
-        name = f"_megatron_echo_{cls.__name__}"
-        if getattr(config, name, None) is None:
-            setattr(config, name, cls(*args))
-        return getattr(config, name)
+        found = cls.find(config)
+        if found is None:
+            found = cls(*args)
+            setattr(config, cls._name(), found)
+        return found
+
+    @classmethod
+    def find(cls, config: Any) -> Self | None:
+        """The object of a model, None if it has not been made."""
+        return getattr(config, cls._name(), None)
+
+    @classmethod
+    def _name(cls) -> str:
+        return f"_megatron_echo_{cls.__name__}"
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # Megatron copies configurations for some layers; the model stays one

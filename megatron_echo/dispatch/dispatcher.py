@@ -11,6 +11,7 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.call_roles import Role
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.layout import RowMap, build_layout, histogram, round_rows, share_of
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
@@ -32,7 +33,6 @@ from megatron_echo.dispatch.transports import (
 )
 from megatron_echo.dispatch.transports.collectives import all_gather
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
-from megatron_echo.routing.counts import in_backward
 
 
 class _CompactProbs(torch.autograd.Function):
@@ -104,7 +104,13 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     Rows of the receive buffer: ``--moe-received-token-capacity`` times ``T * K`` (1.0 is perfect
     balance), plus what the row alignment may add, rounded up to one of a few sizes. ``auto`` never
     overflows: the planner's bound with at least E / R clone slots on a rank, or else the most that
-    routing can bring. Evaluation takes the latter too, whatever was given: nothing is kept there.
+    routing can bring. Evaluation, and a pass that trains nothing, take the latter too, whatever was
+    given: nothing is kept there.
+
+    Attributes:
+        num_groups: experts and clone slots of a rank.
+        role: of the calls to come, UNRECORDED in evaluation.
+        layer_number: Megatron's, from 1.
     """
 
     def __init__(
@@ -139,8 +145,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._is_traced = self.ep_rank == 0 and get_pg_rank(pg_collection.expt_dp) == 0
         self._stage = get_pg_rank(pg_collection.pp)
         self._call: _Call | None = None
-        self.training = True  # follows the layer's
-        self.layer_number = 0  # as well
+        self.role = Role.RECORDED
+        self.layer_number = 0
 
     def _make_transport(self) -> TokenTransport | RowTransport:
         way = echo_setting(self.config, "moe_echo_token_transport")
@@ -170,7 +176,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if self._capacity is None and self._slots * self.ep_size >= self._experts:
             total = tokens * self._topk * self.ep_size
             rows = balance_bound(total, self.ep_size, self._tolerance)
-        elif self._capacity is not None and self.training:
+        elif self._capacity is not None and self._is_training:
             rows = share_of(self._capacity, tokens * self._topk)
         return round_rows(
             min(rows, most) + self.num_groups * (self._alignment - 1), self._alignment
@@ -196,15 +202,24 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             announced = self._weights.announce(plan.slot_expert)
             clones = Clones(plan.slot_expert, self._local, self._weights, announced)
             physical = physical_experts(experts, plan, self.ep_rank)
-            if self.training and torch.is_grad_enabled():  # not in the uncounted half
-                self._observe(plan)
+        if self.role.counts:
+            self._observe(plan, experts)
         self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan, clones)
         weights = _CompactProbs.apply(probs, experts)
-        if self.training and not in_backward():
+        if self.role.counts:
             self._step_end.record_routing(self.layer_number, experts, weights)
         return hidden_states.reshape(-1, hidden_states.shape[-1]), weights
 
-    def _observe(self, plan: ClonePlan) -> None:
+    @property
+    def _is_training(self) -> bool:
+        return self.role is not Role.UNRECORDED
+
+    def _observe(self, plan: ClonePlan | None, experts: Tensor) -> None:
+        if plan is None:
+            homes = experts.reshape(-1).to(torch.int64) // self._local
+            pairs = histogram(homes, self.ep_size + 1)[:-1]  # the last is for no expert
+            self._step_end.statistics.record_local(pairs, self.ep_group)
+            return
         self._step_end.statistics.record(plan)
         if self._is_traced and self._step_end.trace.is_on:
             self._step_end.trace.record(self.layer_number, self._stage, plan)
@@ -238,14 +253,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             return self._deliver_rows(hidden_states, probs, self._transport)
         call = self._current()
         delivery = self._transport.dispatch(
-            hidden_states, call.experts, probs, is_limited=self.training
+            hidden_states, call.experts, probs, is_limited=self._is_training
         )
         self._call = replace(call, experts=delivery.experts, receipt=delivery.receipt)
-        if delivery.limit is not None and self.training:
+        if delivery.limit is not None and self._is_training:
             most, cut = delivery.limit
             tokens = hidden_states.shape[0]
             part, rows = _millionths(most, tokens), _millionths(cut, tokens * self._topk)
-            self._step_end.overflow.record_wire(part, rows, cut, torch.is_grad_enabled())
+            self._step_end.overflow.record_wire(part, rows, cut, self.role.counts)
         return delivery.hidden, delivery.probs
 
     def _deliver_rows(
@@ -282,11 +297,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         return rows, _lengths(layout.ends), pairs_to_rows(probs, layout.rows)
 
     def _record_rows(self, need: Tensor, dropped: Tensor, tokens: int) -> None:
-        if self.training:
+        if self._is_training:
             padding = self.num_groups * (self._alignment - 1)
             part = _millionths((need - padding).clamp(min=0), tokens * self._topk)
-            # Recomputation runs the forward pass twice, once of them without gradients.
-            self._step_end.overflow.record_rows(part, dropped, torch.is_grad_enabled())
+            self._step_end.overflow.record_rows(part, dropped, self.role.counts)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the experts' outputs ``[B, H]`` of each delivered token: ``[N, H]``, wide dtype."""

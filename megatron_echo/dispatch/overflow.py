@@ -42,7 +42,7 @@ class OverflowCheck:
         Args:
             need: int64 scalar, the capacity that would have sufficed, in millionths.
             dropped: int64 scalar, pairs without a row.
-            counts: False in the half of a recomputation that is not counted.
+            counts: whether this pass of the tokens is the one that counts.
         """
         zero = torch.zeros_like(need)
         self._add(torch.stack((need, (dropped > 0).to(torch.int64), zero, zero)), dropped, counts)

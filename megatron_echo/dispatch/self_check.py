@@ -38,7 +38,11 @@ class SelfCheck:
     """Says which layer to check, and keeps the result on the device until the end of the step.
 
     In every N-th step one MoE layer of each pipeline stage is checked, in its first microbatch,
-    the next layer the next time.
+    the next layer the next time. Layers count that are called: which ones follow a step's first
+    is remembered, so those of a model that was built and dropped are not waited for.
+
+    Attributes:
+        ranks: that compared a layer in the last step; None if it was none to check in.
     """
 
     def __init__(self, every: int) -> None:
@@ -48,7 +52,10 @@ class SelfCheck:
             every: N, 0 for never.
         """
         self._every = every
+        self.ranks: int | None = None
         self._layers = 0
+        self._called: list[int] = []
+        self._sequences: dict[int, list[int]] = {}
         self._step = 0
         self._is_taken = False
         self._seen: Tensor | None = None
@@ -61,11 +68,16 @@ class SelfCheck:
 
     def takes(self, layer: int) -> bool:
         """Whether this call of a layer is the one to check; it counts as checked then."""
-        turn, is_off = divmod(self._step, self._every) if self._every else (0, True)
-        if is_off or self._is_taken or layer != turn % self._layers:
+        if self._every == 0:
             return False
-        self._is_taken = True
-        return True
+        if layer not in self._called:
+            self._called.append(layer)
+        turn, is_off = divmod(self._step, self._every)
+        if is_off or self._is_taken:
+            return False
+        layers = self._sequences.get(self._called[0], [layer])
+        self._is_taken = layer == layers[turn % len(layers)]
+        return self._is_taken
 
     @torch.no_grad()
     def record(
@@ -87,28 +99,35 @@ class SelfCheck:
 
     def forget(self) -> None:
         """Drop the result of the step in progress."""
-        self._is_taken, self._seen = False, None
+        self._is_taken, self._seen, self._called = False, None, []
 
     def check(self) -> float | None:
         """End a step; in a step with a check read its result, on all ranks.
 
         Returns:
-            The largest relative error on any rank, None in a step without a check.
+            The largest relative error on any rank, None if no rank compared anything.
 
         Raises:
             EchoCheckError: the error is above the rounding of the experts' dtype, or plans differ.
         """
         is_due = self._every > 0 and self._step % self._every == 0
-        seen = self._seen
+        seen, self.ranks = self._seen, None
         self._step += 1
+        if self._called:
+            self._sequences[self._called[0]] = self._called
         self.forget()
         if not is_due:
             return None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        seen = torch.zeros(2, dtype=torch.float64, device=device) if seen is None else seen
-        result = torch.cat((seen, seen.new_tensor([self._limit])))
-        dist.all_reduce(result, op=dist.ReduceOp.MAX)
-        error, differs, limit = result.tolist()
+        result = torch.zeros(4, dtype=torch.float64, device=device)
+        if seen is not None:
+            result = torch.cat((seen, seen.new_tensor([self._limit, 1])))
+        dist.all_reduce(result[:3], op=dist.ReduceOp.MAX)
+        dist.all_reduce(result[3:], op=dist.ReduceOp.SUM)
+        error, differs, limit, ranks = result.tolist()
+        self.ranks = int(ranks)
+        if ranks == 0:
+            return None
         if differs or error > limit:
             fault = (
                 "ranks of an expert-parallel group planned different clones"

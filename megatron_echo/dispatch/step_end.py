@@ -1,11 +1,20 @@
 """What the layers of a model do once a step: checks, metrics and traces.
 
-Megatron calls ``config.finalize_model_grads_func`` after the backward passes of all microbatches
-and before the optimizer, on every rank. There, and nowhere else, values are read from the device.
-With ``--cuda-graph-impl full_iteration`` that call is inside the graph, where nothing may be read
-and Python does not run again: then the end of the step is what PyTorch calls before an optimizer's
-step. It is so too for a script that puts another function there after the model was built. Weights
-and optimizer state are as they were before the step in both places.
+Values are read from the device at the end of a step and nowhere else. One object of the model ends
+it, once, after the last backward pass and before the optimizer's first change:
+
+* when ``config.finalize_model_grads_func`` is called, on every rank, while ours stands there;
+* at the latest when PyTorch calls its hook before an optimizer's step: a script may put another
+  function there, whenever it likes, and have a training loop of its own.
+
+A step is *open* once the model is called to train. So several optimizers in Megatron's chained one
+end it once, and the optimizer of another model does not end it. A rank whose pipeline stage has no
+MoE layer opens it when its part of the model is called: all ranks end as often, as the checks are
+collective.
+
+With ``--cuda-graph-impl full_iteration`` that function is called inside the graph, where nothing
+may be read, and a replay calls no layer. There the hook alone ends the step: it is over when an
+optimizer steps that has stepped since the last end.
 """
 
 import weakref
@@ -13,47 +22,53 @@ from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.self_check import SelfCheck
 from megatron_echo.observe.metrics import publish
 from megatron_echo.observe.statistics import StepStatistics, console_line
 from megatron_echo.observe.trace import RoutingTrace
+from megatron_echo.per_model import PerModel
 from megatron_echo.routing.capture import RoutingCapture
-from megatron_echo.routing.counts import RouterStep
+from megatron_echo.routing.counts import CountExchange
 from megatron_echo.routing.metrics import read_load_metrics
 from megatron_echo.step_hooks import EndOfStep
 
 
-class StepEnd(EndOfStep):
+class StepEnd(PerModel, EndOfStep):
     """The end of a step for the MoE layers of a model. One object for each model: :meth:`of`.
 
     Attributes:
+        exchange: the counts of the model's routers; None before the first one is built.
         overflow: whether every token-expert pair had a row.
-        statistics: what the planner did.
+        statistics: how even the loads of the ranks were, and what the planner did.
         self_check: ``--moe-echo-check-every``.
         trace: ``--moe-echo-trace-dir``.
         capture: ``--moe-echo-capture-routing``, None without it.
     """
 
-    def __init__(self, config: Any, finalize: Any, routers: RouterStep) -> None:
+    def __init__(self, config: Any) -> None:
         """Use :meth:`of`.
 
         Args:
             config: the model's ``TransformerConfig``.
-            finalize: Megatron's function, or what stands in for it.
-            routers: the model's, for their metrics.
         """
-        super().__init__(finalize)
-        self._routers = routers
+        super().__init__(config.finalize_model_grads_func)
+        config.finalize_model_grads_func = self
+        self.exchange: CountExchange | None = None
         self._has_clones = num_clone_slots(config) > 0
         self._steps = 0
-        self._ended: int | None = None
+        self._is_open = False
+        self._sees_calls = False
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
-        register_optimizer_step_pre_hook(_EndBeforeOptimizer(self))
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        _watch_calls(self)
+        _watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = echo_setting(config, "moe_received_token_capacity") is None
         self.overflow = OverflowCheck(policy, is_auto)
@@ -75,35 +90,36 @@ class StepEnd(EndOfStep):
             self.capture = RoutingCapture(folder, slots, config.num_moe_experts, rank)
 
     @classmethod
-    def of(cls, config: Any) -> "StepEnd":
+    def of(cls, config: Any, *_: Any) -> "StepEnd":
         """The object of a model, from its ``TransformerConfig``; installed on first use."""
-        if not isinstance(config.finalize_model_grads_func, cls):
-            routers = RouterStep.of(config)
-            finalize = config.finalize_model_grads_func
-            config.finalize_model_grads_func = cls(config, finalize, routers)
-        return config.finalize_model_grads_func
+        return super().of(config, config)
+
+    def note(self, role: Role) -> None:
+        """The model, or a layer of it, is called in training."""
+        self._sees_calls = True
+        self._is_open |= role.counts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Finish the gradients, then :meth:`end_step` if that may read here."""
-        if self._is_in_graph:
-            return self._finalize(*args, **kwargs)
-        training = _training_args()
-        self._ended = None if training is None else training.curr_iteration
-        return super().__call__(*args, **kwargs)
-
-    def before_optimizer(self) -> None:
-        """:meth:`end_step`, once a step, where it has not been called: see the module's text."""
-        training = _training_args()
-        if training is None:  # a loop of its own, which calls config.finalize_model_grads_func
-            if self._is_in_graph:
+        result = self._finalize(*args, **kwargs)
+        if not self._is_in_graph:
+            if self._is_open or not self._sees_calls:
                 self.end_step()
-        elif training.curr_iteration != self._ended:
-            self._ended = training.curr_iteration
-            self._routers.end_step()
+        elif self.exchange is not None:
+            self.exchange.join()
+        return result
+
+    def before_optimizer(self, optimizer: Optimizer) -> None:
+        """:meth:`end_step`, if this begins the update of a step that has not ended."""
+        is_replayed = self._is_in_graph and optimizer in self._stepped
+        if self._is_open or is_replayed:
+            self._stepped.clear()
             self.end_step()
+        if self._steps:  # an optimizer that loads its state may step before there is any
+            self._stepped.add(optimizer)
 
     def record_routing(self, layer: int, experts: Tensor, weights: Tensor) -> None:
-        """Capture one forward pass of a layer, if asked for; a recomputation must not call.
+        """Capture one forward pass of a layer, the one that counts, if asked for.
 
         Args:
             layer: its number.
@@ -123,6 +139,10 @@ class StepEnd(EndOfStep):
             EchoCheckError: see :meth:`SelfCheck.check`.
         """
         self._steps += 1
+        is_replayed = self._is_in_graph and not self._is_open
+        self._is_open = False
+        if self.exchange is not None:
+            self.exchange.end_step(is_replayed)
         try:
             self.overflow.check()
             error = self.self_check.check()
@@ -131,6 +151,7 @@ class StepEnd(EndOfStep):
             raise
         args = _training_args()
         iteration = self._steps if args is None else args.curr_iteration + 1
+        self.statistics.end_step(is_replayed)
         self.trace.end_step(iteration)
         if self.capture is not None:
             self.capture.end_step(iteration)
@@ -140,6 +161,7 @@ class StepEnd(EndOfStep):
 
     def _forget(self) -> None:
         """Leave nothing of a step that failed to the next one."""
+        self.statistics.forget()
         self.self_check.forget()
         self.trace.forget()
         self._captured.clear()
@@ -148,32 +170,51 @@ class StepEnd(EndOfStep):
 
     def _publish(self, iteration: int, at_log_interval: bool, error: float | None) -> None:
         """Hand the metrics of the interval to TensorBoard, wandb and the console."""
-        self.statistics.end_step()
-        values = {} if error is None else {"check_error": error}
+        values: dict[str, float] = {} if error is None else {"check_error": error}
+        if self.self_check.ranks is not None:
+            values["check_ranks"] = self.self_check.ranks
         if at_log_interval:
-            values |= read_load_metrics(self._routers.exchange)
+            values |= read_load_metrics(self.exchange) | self.statistics.read()
             if self.overflow.dropped:
                 values["dropped"] = self.overflow.dropped
-        if at_log_interval and self._has_clones:
-            values |= self.statistics.read()
         values = {f"moe_echo/{name}": value for name, value in values.items()}
         if not values:
             return
         publish(values, iteration)
-        if at_log_interval and self._has_clones and dist.get_rank() == dist.get_world_size() - 1:
+        has_line = self._has_clones and "moe_echo/overload_routed" in values
+        if has_line and dist.get_rank() == dist.get_world_size() - 1:
             print(console_line(values, iteration), flush=True)
 
 
-class _EndBeforeOptimizer:
-    """The hook; it does not keep the model's object alive."""
+def _watch_optimizers(step_end: StepEnd) -> None:
+    """Call ``before_optimizer`` while the object lives, without keeping it alive."""
+    reference = weakref.ref(step_end)
 
-    def __init__(self, step_end: StepEnd) -> None:
-        self._step_end = weakref.ref(step_end)
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        if (alive := reference()) is not None:
+            alive.before_optimizer(optimizer)
 
-    def __call__(self, *_: Any) -> None:
-        step_end = self._step_end()
-        if step_end is not None:
-            step_end.before_optimizer()
+    weakref.finalize(step_end, register_optimizer_step_pre_hook(before).remove)
+
+
+def _watch_calls(step_end: StepEnd) -> None:
+    """Call ``note`` when the model is called in training; it is found when it is called first."""
+    reference = weakref.ref(step_end)
+
+    def note(module: nn.Module, *_: Any) -> None:
+        alive, role = reference(), role_of_call()
+        if alive is not None and module.training and role is not Role.UNRECORDED:
+            alive.note(role)
+
+    def find(module: nn.Module, *_: Any) -> None:
+        alive = reference()
+        if alive is not None and StepEnd.find(getattr(module, "config", None)) is alive:
+            handle.remove()
+            module.register_forward_pre_hook(note)
+            note(module)
+
+    handle = register_module_forward_pre_hook(find)
+    weakref.finalize(step_end, handle.remove)
 
 
 def _training_args() -> Any:

@@ -1,4 +1,4 @@
-"""What the planner did in a step: kept on the device, read at the log interval."""
+"""How even the loads of ranks were: kept on the device, read at the log interval."""
 
 from typing import Any
 
@@ -16,9 +16,15 @@ class StepStatistics:
     after planning, the mean over layer calls, and the highest under the same name with ``_max``.
     ``clones``: clones of a layer call. ``tokens_moved``: the share of token-expert pairs computed
     by clones. ``layer_calls``: layer calls of a step, over all pipeline stages.
+
+    Without clones there is no plan, and no rank knows the loads of the others in a layer: each
+    keeps what it sends where, and one all-reduce at the end of the step adds up all calls.
     """
 
     def __init__(self) -> None:
+        self._local: list[Tensor] = []
+        self._last_local: list[Tensor] = []
+        self._group: dist.ProcessGroup | None = None
         self._sums: Tensor | None = None
         self._highest: Tensor | None = None
         self._steps = 0
@@ -31,24 +37,63 @@ class StepStatistics:
             plan: a ``ClonePlan``.
         """
         before = plan.load_before
-        if self._sums is None or self._highest is None or self._sums.device != before.device:
-            self._sums, self._highest = self._zeros(before.device)
         ranks, pairs = before.shape[0], before.sum()
         mean = pairs.clamp(min=1).double() / ranks
         overload = torch.stack((before.max(), plan.load_after.max())).double() / mean
         by_home = plan.allocation.view(ranks, -1, ranks)
         moved = pairs - by_home.diagonal(dim1=0, dim2=2).sum()
         rest = torch.stack((plan.num_clones, moved, pairs, torch.ones_like(pairs))).double()
-        share = 1 / ranks  # every rank of the group records the same call
-        self._sums += torch.cat((overload, rest)) * share
-        self._highest.copy_(torch.maximum(self._highest, overload))
+        # Every rank of the group records the same call.
+        self._add(torch.cat((overload, rest)) / ranks, overload)
 
-    def end_step(self) -> None:
-        """Count a step."""
+    def record_local(self, pairs: Tensor, group: dist.ProcessGroup) -> None:
+        """Keep one layer call without clones. Nothing is read, nothing is sent.
+
+        Args:
+            pairs: int64 ``[R]``, this rank's pairs for the experts of each rank.
+            group: the expert-parallel group.
+        """
+        self._local.append(pairs)
+        self._group = group
+
+    def forget(self) -> None:
+        """Drop what is kept of the step in progress."""
+        self._local = []
+
+    @torch.no_grad()
+    def end_step(self, is_replayed: bool = False) -> None:
+        """Count a step; the ranks of the expert-parallel group must all call.
+
+        Args:
+            is_replayed: by a CUDA graph, which filled the tensors of the last step again.
+        """
         self._steps += 1
+        self._last_local = self._last_local if is_replayed else self._local
+        self.forget()
+        if not self._last_local or self._group is None:
+            return
+        loads = torch.stack(self._last_local)
+        if self._group.size() > 1:
+            dist.all_reduce(loads, group=self._group)
+        pairs = loads.sum(1)
+        ranks = loads.shape[1]
+        overload = loads.amax(1).double() * ranks / pairs.clamp(min=1)
+        zero, number = overload.new_zeros(()), overload.new_tensor(len(loads))
+        sums = (overload.sum(), overload.sum(), zero, zero, pairs.sum().double(), number)
+        self._add(torch.stack(sums) / ranks, overload.amax().expand(2))
+
+    def _add(self, sums: Tensor, highest: Tensor) -> None:
+        if self._sums is None or self._highest is None or self._sums.device != sums.device:
+            self._sums, self._highest = self._zeros(sums.device)
+        self._sums += sums
+        self._highest.copy_(torch.maximum(self._highest, highest))
 
     def read(self) -> dict[str, float]:
-        """Everything since the last call, over all ranks; all of them must call."""
+        """Everything since the last call, over all ranks; all of them must call.
+
+        Returns:
+            The values above; ``layer_calls`` alone, 0, where no layer call was recorded.
+        """
         if self._sums is None or self._highest is None:
             self._sums, self._highest = self._zeros("cuda" if torch.cuda.is_available() else "cpu")
         dist.all_reduce(self._sums, op=dist.ReduceOp.SUM)
@@ -56,15 +101,16 @@ class StepStatistics:
         routed, placed, clones, moved, pairs, calls, *highest = torch.cat(
             (self._sums, self._highest)
         ).tolist()
-        values = {
-            "overload_routed": routed / max(calls, 1),
-            "overload_placed": placed / max(calls, 1),
-            "overload_routed_max": highest[0],
-            "overload_placed_max": highest[1],
-            "clones": clones / max(calls, 1),
-            "tokens_moved": moved / max(pairs, 1),
-            "layer_calls": calls / max(self._steps, 1),
-        }
+        values = {"layer_calls": calls / max(self._steps, 1)}
+        if calls:
+            values |= {
+                "overload_routed": routed / calls,
+                "overload_placed": placed / calls,
+                "overload_routed_max": highest[0],
+                "overload_placed_max": highest[1],
+                "clones": clones / calls,
+                "tokens_moved": moved / max(pairs, 1),
+            }
         self._sums.zero_()  # in place: a CUDA graph adds to these tensors
         self._highest.zero_()
         self._steps = 0

@@ -1,33 +1,65 @@
-"""Which expert got how many tokens: a slot for each layer and microbatch, reduced over ranks.
+"""Which expert got how many tokens: counts of each layer and call, reduced over ranks.
 
 The counts of a call are written in its forward pass and read in a backward pass, maybe of another
 microbatch. One asynchronous all-reduce carries those of all layers of a pipeline stage (or of a
 virtual stage's chunk); it starts when the last layer has written, and whoever reads waits.
 
-**Which call is it?** Megatron does not tell a layer the number of its microbatch reliably, so each
-layer counts its own calls: the forward passes of a step are 0, 1, 2, ... and their recomputations,
-which run inside a backward pass, are the same numbers again, first in, first out. A recomputation
-writes nothing. :meth:`CountExchange.end_step` begins again at 0.
+**Which call is it?** Each layer numbers its own calls in a step: 0, 1, 2, ... A recomputation is
+the call that its checkpoint's first pass was (``call_roles.py``), and writes nothing. Calls of a
+checkpoint that nothing refers to any more, and that never ran again, belong to no step.
 
 **What has been seen?** A reader gets exactly the calls whose forward pass came before it in the
 program, never whatever has happened to arrive: the same on every rank and in every run.
+
+**When does it end?** :meth:`CountExchange.end_step` sums up and begins at 0. The calls of the last
+step are kept: the replay of a CUDA graph calls no layer, and fills the same tensors.
 """
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from megatron_echo.step_hooks import EndOfStep
+from megatron_echo.call_roles import Role, checkpoint_run_again, checkpoints_of_first_pass
 
 
-def in_backward() -> bool:
-    """True while autograd runs in this thread: what is computed there is computed again."""
-    return torch._C._current_graph_task_id() != -1
+@dataclass
+class _Call:
+    """One call of a layer; counts ``[B, E]`` of this rank, then over the two groups.
+
+    Attributes:
+        owners: the checkpoints whose first pass it was; none for a recorded one.
+        is_run_again: whether one of them has run again.
+        local: of this rank, None until it is written.
+        over_batch: whether ``batch`` will be asked for.
+        sequence: over the ranks that share its sequences.
+        batch: ``[E]``, over all ranks of the stage; None where ``sequence`` says it.
+        work: to wait for before either of the latter is read.
+        at_end: called when the step ends, if the call belongs to it.
+    """
+
+    owners: list[weakref.ref[FunctionCtx]] = field(default_factory=list)
+    is_run_again: bool = False
+    local: Tensor | None = None
+    over_batch: bool = False
+    sequence: Tensor | None = None
+    batch: Tensor | None = None
+    work: tuple[dist.Work, ...] = ()
+    at_end: Callable[[], object] | None = None
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether it is written, and not of a checkpoint that went without a backward pass."""
+        if self.local is None:
+            return False
+        is_recorded = self.is_run_again or not self.owners
+        return is_recorded or any(owner() is not None for owner in self.owners)
 
 
 @dataclass
@@ -35,38 +67,18 @@ class _Row:
     """One layer.
 
     Attributes:
-        calls_per_microbatch: of one microbatch, above 1 for a repeated MTP layer. Such calls
-            build on each other, so their backward passes come in the opposite order.
+        calls_per_microbatch: of one microbatch, above 1 for a repeated MTP layer.
         previous: the layer's buffer for the mean counts of the step's calls; None if not kept.
+        calls: of the step.
     """
 
     calls_per_microbatch: int
     previous: Callable[[], Tensor] | None
-    calls: int = 0
-    replays: int = 0
-
-
-@dataclass
-class _Slot:
-    """The counts of one call, ``[B, E]``: of this rank, then over the two groups.
-
-    Attributes:
-        local: of this rank.
-        over_batch: whether ``batch`` will be asked for.
-        sequence: over the ranks that share its sequences.
-        batch: ``[E]``, over all ranks of the stage; None where ``sequence`` says it.
-        work: to wait for before either of the latter is read.
-    """
-
-    local: Tensor
-    over_batch: bool
-    sequence: Tensor | None = None
-    batch: Tensor | None = None
-    work: tuple[dist.Work, ...] = ()
+    calls: list[_Call] = field(default_factory=list)
 
 
 class CountExchange:
-    """The slots of all layers on this rank; one object a model, see :class:`RouterStep`.
+    """The calls of all layers on this rank; one object a model, see ``dispatch/step_end.py``.
 
     Attributes:
         batch_group: all ranks of the pipeline stage.
@@ -89,9 +101,12 @@ class CountExchange:
             sequence_group is not None and sequence_group.size() == batch_group.size()
         )
         self._rows: list[_Row] = []
-        self._slots: dict[tuple[int, int], _Slot] = {}
-        self._pending: list[tuple[int, int]] = []
+        self._first_passes: weakref.WeakKeyDictionary[FunctionCtx, dict[int, deque[int]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._pending: list[tuple[int, _Call]] = []
         self._last_rows: set[int] = set()
+        self._last_calls: list[list[_Call]] = []
         self.last_step: Tensor | None = None
 
     def register(
@@ -107,22 +122,37 @@ class CountExchange:
         self._rows.append(_Row(calls_per_microbatch, previous))
         return len(self._rows) - 1
 
-    def enter(self, row: int) -> tuple[int, bool]:
+    def enter(self, row: int, role: Role) -> tuple[int, bool]:
         """Begin a forward pass of a layer in training.
 
+        Args:
+            row: from :meth:`register`.
+            role: of the pass; not UNRECORDED.
+
         Returns:
-            The number of the call, and True if it is a recomputation.
+            The number of the call, and True if its counts are to be written. A repeated pass is
+            never asked for its number.
         """
-        state = self._rows[row]
-        if not in_backward():
-            state.calls += 1
-            return state.calls - 1, False
-        microbatch, depth = divmod(state.replays, state.calls_per_microbatch)
-        state.replays += 1
-        return (microbatch + 1) * state.calls_per_microbatch - 1 - depth, True
+        if role is Role.REPEATED:
+            return -1, False
+        calls, again = self._rows[row].calls, checkpoint_run_again()
+        first = None if again is None else self._first_passes.get(again, {}).get(row)
+        if first:
+            number = first[0]
+            first.rotate(-1)
+            calls[number].is_run_again = True
+        else:
+            number = len(calls)
+            calls.append(_Call())
+        if role is Role.FIRST_PASS:
+            for checkpoint in checkpoints_of_first_pass():
+                calls[number].owners.append(weakref.ref(checkpoint))
+                rows = self._first_passes.setdefault(checkpoint, {})
+                rows.setdefault(row, deque()).append(number)
+        return number, not first
 
     def write(self, row: int, call: int, counts: Tensor, over_batch: bool) -> None:
-        """Fill the slot of a call.
+        """Hand over the counts of a call.
 
         Args:
             row: from :meth:`register`.
@@ -132,85 +162,119 @@ class CountExchange:
         """
         if any(waiting == row for waiting, _ in self._pending):
             self._launch()  # the stage begins again: what waits is a whole microbatch
-        self._slots[row, call] = _Slot(counts, over_batch)
-        self._pending.append((row, call))
+        entry = self._rows[row].calls[call]
+        entry.local, entry.over_batch = counts, over_batch
+        self._pending.append((row, entry))
         if row in self._last_rows:
             self._launch()
 
+    def at_end(self, row: int, call: int, function: Callable[[], object]) -> None:
+        """Call a function when the step ends, if the call belongs to it: in each replay too."""
+        self._rows[row].calls[call].at_end = function
+
     def of_sequences(self, row: int, call: int) -> Tensor:
         """The counts of a call over the ranks that share its sequences, ``[B, E]``."""
-        slot = self._arrived(row, call)
-        assert slot.sequence is not None
-        return slot.sequence
+        entry = self._arrived(row, call)
+        assert entry.sequence is not None
+        return entry.sequence
 
     def of_batch(self, row: int, call: int) -> Tensor:
         """The counts of a call over all ranks of the stage, ``[E]``."""
-        slot = self._arrived(row, call)
-        if slot.batch is not None:
-            return slot.batch
-        assert slot.sequence is not None
-        return slot.sequence.sum(0)
+        entry = self._arrived(row, call)
+        if entry.batch is not None:
+            return entry.batch
+        assert entry.sequence is not None
+        return entry.sequence.sum(0)
 
     def seen(self, row: int) -> list[int]:
         """The calls of this step whose counts are written."""
-        return [call for call in range(self._rows[row].calls) if (row, call) in self._slots]
+        calls = enumerate(self._rows[row].calls)
+        return [number for number, call in calls if call.is_in_step]
 
     def calls_in_step(self, row: int) -> int:
         """How many calls this step will have; what it has had, where nobody knows."""
-        state = self._rows[row]
         try:
-            return get_num_microbatches() * state.calls_per_microbatch
+            return get_num_microbatches() * self._rows[row].calls_per_microbatch
         except AttributeError:  # Megatron's calculator is not set up
-            return state.calls
+            return len(self.seen(row))
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """Forget the calls. Nothing is read, and it may be called twice."""
-        if not self._slots:
-            return
+    def end_step(self, is_replayed: bool = False) -> None:
+        """Sum up the step and begin the next. Nothing is read; a second call does nothing.
+
+        Args:
+            is_replayed: the step was the replay of a CUDA graph, which filled the tensors of the
+                last step's calls again.
+        """
+        if is_replayed:
+            for row, calls in zip(self._rows, self._last_calls, strict=False):
+                row.calls = calls
+        if any(self.seen(row) for row in range(len(self._rows))):
+            self._sum_up()
+            self._last_calls = [row.calls for row in self._rows]
+        for row in self._rows:
+            row.calls = []
+        self._pending = []
+        self._first_passes.clear()
+
+    def join(self) -> None:
+        """Inside a CUDA graph, start what has not begun and wait for all: nothing may stay open."""
+        if self._pending:
+            self._launch()
+        self._wait()
+
+    def _wait(self) -> None:
+        for row in self._rows:
+            for call in row.calls:
+                for work in call.work:
+                    work.wait()
+                call.work = ()
+
+    def _sum_up(self) -> None:
+        self._wait()
         for row, state in enumerate(self._rows):
-            if state.previous is not None and (calls := self.seen(row)):
-                batch = torch.stack([self.of_batch(row, call) for call in calls])
+            seen = self.seen(row)
+            for call in seen:
+                if (function := state.calls[call].at_end) is not None:
+                    function()
+            if state.previous is not None and seen:
+                batch = torch.stack([self.of_batch(row, call) for call in seen])
                 state.previous().copy_(batch.double().mean(0))
         self.last_step = torch.stack(list(self._step_totals()))
-        for slot in self._slots.values():
-            for work in slot.work:  # a CUDA graph must not end before what it has started
-                work.wait()
-        self._slots.clear()
-        self._pending.clear()
-        for state in self._rows:
-            state.calls = state.replays = 0
 
     def _step_totals(self) -> Iterator[Tensor]:
-        experts = next(iter(self._slots.values())).local
-        for row in range(len(self._rows)):
-            calls = [self._slots[row, call].local.sum(0) for call in self.seen(row)]
-            yield torch.stack(calls).sum(0) if calls else torch.zeros_like(experts[0])
+        totals = []
+        for row, state in enumerate(self._rows):
+            found = [state.calls[call].local for call in self.seen(row)]
+            counts = [local.sum(0) for local in found if local is not None]
+            totals.append(torch.stack(counts).sum(0) if counts else None)
+        some = next(total for total in totals if total is not None)
+        return (torch.zeros_like(some) if total is None else total for total in totals)
 
-    def _arrived(self, row: int, call: int) -> _Slot:
-        slot = self._slots[row, call]
-        if slot.sequence is None:
+    def _arrived(self, row: int, call: int) -> _Call:
+        entry = self._rows[row].calls[call]
+        if entry.sequence is None:
             self._launch()
-        for work in slot.work:
+        for work in entry.work:
             work.wait()
-        slot.work = ()
-        return slot
+        entry.work = ()
+        return entry
 
     def _launch(self) -> None:
         """Start the all-reduce of everything that waits; remember which layer came last."""
         self._last_rows.add(self._pending[-1][0])
-        slots = [self._slots[key] for key in self._pending]
+        calls = [call for _, call in self._pending]
         self._pending = []
-        local = torch.stack([slot.local for slot in slots])
+        local = torch.stack([call.local for call in calls if call.local is not None])
         batch, work = None, []
-        if any(slot.over_batch for slot in slots) and not self._same_ranks:
+        if any(call.over_batch for call in calls) and not self._same_ranks:
             batch = local.sum(1)
             work += self._all_reduce(batch, self.batch_group)
         if self._sequence_group is not None:
             work += self._all_reduce(local, self._sequence_group)
-        for index, slot in enumerate(slots):
-            slot.sequence, slot.work = local[index], tuple(work)
-            slot.batch = None if batch is None else batch[index]
+        for index, call in enumerate(calls):
+            call.sequence, call.work = local[index], tuple(work)
+            call.batch = None if batch is None else batch[index]
 
     @staticmethod
     def _all_reduce(counts: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
@@ -219,36 +283,3 @@ class CountExchange:
         work = dist.all_reduce(counts, group=group, async_op=True)
         assert work is not None
         return [work]
-
-
-class RouterStep(EndOfStep):
-    """Ends the step of a model's routers, after Megatron's ``finalize_model_grads``.
-
-    Attributes:
-        exchange: of the model's routers; None before the first one is built.
-    """
-
-    def __init__(self, finalize: Any) -> None:
-        super().__init__(finalize)
-        self.exchange: CountExchange | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> "RouterStep":
-        """The object of a model, from its ``TransformerConfig``; installed on first use.
-
-        Others of this package stand there as well; each keeps the next as ``_finalize``, and this
-        one goes to the inside, where they do not look.
-        """
-        holder, name = config, "finalize_model_grads_func"
-        while hasattr(getattr(holder, name), "_finalize"):
-            holder, name = getattr(holder, name), "_finalize"
-            if isinstance(holder, cls):
-                return holder
-        step = cls(getattr(holder, name))
-        setattr(holder, name, step)
-        return step
-
-    def end_step(self) -> None:
-        """Begin the routers' next step."""
-        if self.exchange is not None:
-            self.exchange.end_step()

@@ -83,10 +83,17 @@ def _(sums: Tensor, squares: Tensor, key: int, call: int) -> tuple[Tensor, Tenso
     return torch.empty_like(sums), torch.empty_like(squares)
 
 
-def _weights(
-    logits: Tensor, scores: Tensor | None, valid: Tensor | None, losses: Losses, call: int
+def measure(
+    logits: Tensor, scores: Tensor | None, valid: Tensor | None, losses: Losses
 ) -> tuple[Tensor, Tensor]:
-    """Sum up the scores and squares of a call, and ask what they weigh."""
+    """Sum up the scores and squares of a call, for ``Losses.weigh``.
+
+    Args:
+        logits: ``[S, B, E]``.
+        scores: theirs, before normalisation; None will do without load-balancing losses.
+        valid: as for :func:`attach_losses`.
+        losses: which sums there are.
+    """
     sums = logits.new_zeros(1, 1, dtype=_score_dtype(logits, losses))
     squares = sums.new_zeros(())
     if losses.has_balance_loss:
@@ -94,6 +101,14 @@ def _weights(
         sums = score_sums(scores, losses.score_function, valid)
     if losses.has_z_loss:
         squares = z_sum(logits, valid).to(sums.dtype)
+    return sums, squares
+
+
+def _weights(
+    logits: Tensor, scores: Tensor | None, valid: Tensor | None, losses: Losses, call: int
+) -> tuple[Tensor, Tensor]:
+    """Ask what the sums of a call weigh."""
+    sums, squares = measure(logits, scores, valid, losses)
     if torch.compiler.is_compiling():
         return _weigh(sums, squares, losses.key, call)
     return losses.weigh(sums, squares, call)

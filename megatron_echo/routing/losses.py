@@ -20,6 +20,7 @@ main loss's backward pass, which holds the gradient scaler, microbatches and con
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from megatron_echo.call_roles import Role
 from megatron_echo.config import echo_setting
-from megatron_echo.routing.aux_loss import balance_loss, balance_rows
+from megatron_echo.routing.aux_loss import balance_loss, balance_rows, router_scores
 from megatron_echo.routing.counts import CountExchange
-from megatron_echo.routing.injection import register
+from megatron_echo.routing.injection import measure, register
 
 COUNT_SOURCES = ("microbatch", "cumulative", "late", "previous_step", "late+previous")
 COUNTED_CHOICES = ("unbiased", "assigned")
@@ -180,11 +182,11 @@ class LayerLosses:
         self.row = exchange.register(calls_per_microbatch, previous)
         self.key = register(self)
 
-    def enter(self, tokens: int, has_padding: bool) -> tuple[int, bool]:
-        """Begin a forward pass: the number of the call, and whether it is a recomputation."""
-        call, is_replay = self.exchange.enter(self.row)
+    def enter(self, role: Role, tokens: int, has_padding: bool) -> tuple[int, bool]:
+        """Begin a forward pass: see :meth:`CountExchange.enter`."""
+        call, is_new = self.exchange.enter(self.row, role)
         self._tokens[call] = None if has_padding else tokens
-        return call, is_replay
+        return call, is_new
 
     def write(self, call: int, counts: Tensor) -> None:
         """Hand over the counts of a call, int64 ``[B, E]``, this rank's."""
@@ -193,6 +195,19 @@ class LayerLosses:
         if not self.settings.counts_sequences:
             counts = counts.sum(0, keepdim=True)
         self.exchange.write(self.row, call, counts, over_batch or (self.has_z_loss and is_padded))
+
+    @torch.no_grad()
+    def record_at_end(self, logits: Tensor, valid: Tensor | None, call: int) -> None:
+        """Record the losses of a call that no backward pass will reach, when the step ends.
+
+        Args:
+            logits: ``[S, B, E]``, without gradient.
+            valid: bool ``[S, B]``, None if every token counts.
+            call: its number.
+        """
+        scores = router_scores(logits, self.score_function, self.score_dtype)
+        sums, squares = measure(logits, scores, valid, self)
+        self.exchange.at_end(self.row, call, partial(self.weigh, sums, squares, call))
 
     @torch.no_grad()
     def weigh(self, sums: Tensor, squares: Tensor, call: int) -> tuple[Tensor, Tensor]:

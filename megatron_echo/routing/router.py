@@ -14,9 +14,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.routing.aux_loss import count_tokens, router_scores
-from megatron_echo.routing.counts import CountExchange, RouterStep, in_backward
+from megatron_echo.routing.counts import CountExchange
 from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores
 from megatron_echo.routing.losses import LayerLosses, RouterLossSettings
 
@@ -49,12 +51,12 @@ class EchoRouter(TopKRouter):
     Without any of them, in evaluation, and with ``--moe-echo-aux-mcore-compat`` the forward pass
     is Megatron's.
 
-    Every forward pass in training is counted, with or without gradients: the first pass of a
-    recomputed layer has none. Megatron's ``finalize_model_grads`` ends the step; a training loop
-    without it calls ``losses.exchange.end_step()`` itself.
+    What a pass does depends on its role (``call_roles.py``): one of evaluation or of a reference
+    model, without gradients, is Megatron's and leaves no trace. ``StepEnd`` ends the step.
     """
 
     previous_counts: Tensor
+    local_tokens_per_expert: Tensor | None
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class EchoRouter(TopKRouter):
         settings = RouterLossSettings.from_config(config)
         self.losses: LayerLosses | None = None
         self._is_megatrons = settings.mcore_compat
+        if self.local_tokens_per_expert is not None:  # integers: a model in bf16 leaves them alone
+            self.local_tokens_per_expert = self.local_tokens_per_expert.long()
         if not settings.any or config.moe_router_load_balancing_type in _WITHOUT_TOPK:
             return
         if settings.keeps_previous:
@@ -103,12 +107,16 @@ class EchoRouter(TopKRouter):
         Returns:
             Probabilities ``[S * B, E]`` and the map of choices, bool ``[S * B, E]``.
         """
-        if self.losses is None or not self.training:
+        role = role_of_call() if self.training else Role.UNRECORDED
+        if self.losses is None or role is Role.UNRECORDED:
             return super().routing(logits, padding_mask)
+        StepEnd.of(self.config).note(role)
         valid = None if padding_mask is None else ~padding_mask
-        call, is_replay = self.losses.enter(logits.shape[:2].numel(), valid is not None)
+        call, is_new = self.losses.enter(role, logits.shape[:2].numel(), valid is not None)
         probs, routing_map = self._route(logits, valid, call)
-        if not is_replay:
+        if role.counts and not logits.requires_grad:
+            self.losses.record_at_end(logits, valid, call)
+        if is_new:
             counted = self._counted_map(logits, routing_map).view_as(logits)
             self.losses.write(call, count_tokens(counted, valid))
         if self.config.moe_expert_capacity_factor is not None:
@@ -191,12 +199,16 @@ class EchoRouter(TopKRouter):
         return torch.zeros_like(routing_map).scatter_(1, chosen, True)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count the assignments for the update of the bias: valid tokens, each one once."""
+        """Count the assignments for the update of the bias: valid tokens, each one once.
+
+        The counter is int64: exact, and not a buffer that ``Float16Module`` rounds.
+        """
         if self._is_megatrons:
             super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
             return
-        if not self.enable_expert_bias or not self.training or in_backward():
+        if not self.enable_expert_bias or not self.training or not role_of_call().counts:
             return
+        assert self.local_tokens_per_expert is not None
         with torch.no_grad():
             if padding_mask is not None:
                 routing_map = routing_map & ~padding_mask.reshape(-1, 1)
@@ -211,7 +223,7 @@ class EchoRouter(TopKRouter):
 
 def _exchange(config: Any, settings: RouterLossSettings, router: TopKRouter) -> CountExchange:
     """The exchange that all routers of a model share."""
-    step = RouterStep.of(config)
+    step = StepEnd.of(config)
     if step.exchange is None:
         sequence_group = router.tp_cp_group if settings.counts_sequences else None
         step.exchange = CountExchange(sequence_group, router.tp_dp_cp_group)

@@ -14,6 +14,7 @@ from megatron_echo.observe.trace import read_traces
 from megatron_echo.routing.capture import read_captures
 
 CLONES = {"expert_model_parallel_size": 2, "moe_enable_echo": True, "moe_echo_force_skew": 1.0}
+LOADS = ("overload_routed", "overload_placed", "clones", "layer_calls")
 FAILING = """
 import pretrain_gpt_moe
 import torch
@@ -49,6 +50,7 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
     lines = read_metrics(tmp_path / "watched")
     assert ["moe_echo/check_error" in line for line in lines] == [True, False, False, True]
     assert all(line.get("moe_echo/check_error", 0) <= 1e-5 for line in lines)
+    assert [line.get("moe_echo/check_ranks") for line in lines] == [4, None, None, 4]
 
     traces = read_traces(tmp_path / "traces")
     assert [(trace.iteration, trace.stage) for trace in traces] == [(1, 0), (1, 1), (3, 0), (3, 1)]
@@ -97,11 +99,11 @@ def test_one_rank_fails(way: str, tmp_path: Path) -> None:
 
 
 def test_a_changed_number_of_microbatches(tmp_path: Path) -> None:
-    """The global batch grows during training: the same losses as without clones."""
+    """The global batch grows: the same losses and loads as without clones, measured there too."""
     tokens = 2 * 8 * 64  # of the first two steps
     schedule = f"0:8 {tokens}:16"
     flags = {**CLONES, "global_batch_size": None, "step_batch_size_schedule": [schedule]}
-    curves = []
+    curves, measured = [], []
     for name, slots in (("off", 0), ("on", None)):
         folder = tmp_path / name
         extra = {"moe_num_echo_experts": slots, "run_dir": folder}
@@ -109,7 +111,13 @@ def test_a_changed_number_of_microbatches(tmp_path: Path) -> None:
         lines = read_metrics(folder)
         curves.append([line["lm loss"] for line in lines])
         assert [line["batch-size"] for line in lines] == [8, 8, 16, 16]
+        measured.append([[line[f"moe_echo/{key}"] for key in LOADS] for line in lines])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    without, with_clones = np.array(measured)
+    assert (without[:, 1] == without[:, 0]).all()  # placed is routed
+    assert (without[:, 2] == 0).all()
+    assert (without[:, 0] > 1.1).all()
+    assert without[:, [0, 3]] == pytest.approx(with_clones[:, [0, 3]], rel=1e-3)
 
 
 def test_captured_routing_is_the_traced_one(tmp_path: Path) -> None:

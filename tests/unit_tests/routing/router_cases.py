@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_echo.config import EchoTransformerConfig
-from megatron_echo.routing.counts import RouterStep
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.routing.router import EchoRouter
 
 HIDDEN, EXPERTS, TOPK = 16, 8, 2
@@ -132,6 +132,6 @@ def logged() -> dict[str, Tensor]:
 
 
 def end_step(router: EchoRouter) -> None:
-    exchange = RouterStep.of(router.config).exchange
+    exchange = StepEnd.of(router.config).exchange
     assert exchange is not None
     exchange.end_step()

@@ -18,7 +18,10 @@ from megatron.core.transformer.moe.moe_logging import (
     destroy_moe_metrics_tracker,
     get_moe_metrics_tracker,
 )
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.moe_utils import (
+    get_default_pg_collection,
+    get_updated_expert_bias,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from router_cases import (
     ALL_LOSSES,
@@ -40,7 +43,6 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.routing import aux_loss, counts
-from megatron_echo.routing.counts import RouterStep
 from megatron_echo.routing.losses import LayerLosses, RouterLossSettings
 from megatron_echo.routing.metrics import load_metrics
 from megatron_echo.routing.router import EchoRouter, SkewedEchoRouter, SkewedRouter, router_class
@@ -219,12 +221,12 @@ def test_bias_counts_with_padding() -> None:
         theirs(tokens(S, B), mask)
     routing_map = ours(tokens(S, B), mask)[1]
     expected = routing_map[~mask.view(-1)].sum(0)
-    assert torch.equal(ours.local_tokens_per_expert, expected.float())
+    assert torch.equal(ours.local_tokens_per_expert, expected)
     square = padding(EXPERTS, (3,))  # as many tokens as experts: no error, wrong counts
     theirs.local_tokens_per_expert.zero_()
     routing_map = theirs(tokens(EXPERTS, 1), square)[1]
-    right = routing_map[~square.view(-1)].sum(0).float()
-    assert not torch.equal(theirs.local_tokens_per_expert, right)
+    right = routing_map[~square.view(-1)].sum(0)
+    assert not torch.equal(theirs.local_tokens_per_expert, right.float())
     ours.local_tokens_per_expert.zero_()
     ours(tokens(EXPERTS, 1), square)
     assert torch.equal(ours.local_tokens_per_expert, right)
@@ -399,12 +401,12 @@ class Block(torch.nn.Module):
         return self.router(hidden.tanh())[0].square().sum()
 
 
-def recomputed(how: str, module: Block, hidden: Tensor) -> Tensor:
+def recomputed(how: str, module: Block, *args: Tensor) -> Tensor:
     if how == "none":
-        return module(hidden)
+        return module(*args)
     if how == "megatron":
-        return megatron_checkpoint(module, False, hidden)
-    return torch_checkpoint(module, hidden, use_reentrant=how == "reentrant")
+        return megatron_checkpoint(module, False, *args)
+    return torch_checkpoint(module, *args, use_reentrant=how == "reentrant")
 
 
 RECOMPUTE = ["megatron", "reentrant", "non-reentrant"]
@@ -436,6 +438,131 @@ def test_recomputation(how: str, order: str) -> None:
     for actual, expected in zip(found[how], found["none"], strict=True):
         assert expected.abs().sum() > 0
         assert torch.equal(actual, expected)
+
+
+ORDERS = {"gpipe": GPIPE, "last in first out": "F F F L L L", "interleaved": "F F B F L B"}
+
+
+def step_of(made: Any, order: str, ways: list[str], reference: str | None = None) -> list[Tensor]:
+    """A step of two routers, and what it leaves.
+
+    Args:
+        made: the configuration.
+        order: forward (F) and backward passes, of the oldest (B) or newest (L) microbatch.
+        ways: how each microbatch is recomputed.
+        reference: how a train-mode pass without gradients runs before each of these; None: none.
+    """
+    routers = [build(EchoRouter, made, layer) for layer in (1, 2)]
+    waiting, index = [], 0
+    for word in order.split():
+        if reference is not None:
+            with torch.no_grad():
+                hidden = tokens(S, B, 90 + index).requires_grad_()
+                for router in routers:
+                    recomputed(reference, Block(router), hidden)
+        if word == "F":
+            hidden = tokens(S, B, index).requires_grad_()
+            blocks = [Block(router) for router in routers]
+            waiting.append(sum(recomputed(ways[index], block, hidden) for block in blocks))
+            index += 1
+        else:
+            waiting.pop(0 if word == "B" else -1).backward()
+    exchange = routers[0].losses.exchange
+    exchange.end_step()
+    counters = [router.local_tokens_per_expert for router in routers]
+    weights = [router.weight.grad for router in routers]
+    return [*weights, *counters, exchange.last_step, *logged().values()]
+
+
+@pytest.mark.parametrize("reference", ["none", *RECOMPUTE])
+@pytest.mark.parametrize("way", ["none", *RECOMPUTE])
+def test_a_pass_that_trains_nothing_leaves_no_trace(way: str, reference: str) -> None:
+    """Train mode under ``no_grad``, before and between the passes of a step: the same bits."""
+    for order in ORDERS.values():
+        found = [
+            step_of(config(**ALL_LOSSES, **SCORES["sigmoid_scaled"]), order, [way] * 4, extra)
+            for extra in (None, reference)
+        ]
+        for actual, expected in zip(*found, strict=True):
+            assert expected.abs().sum() > 0
+            assert torch.equal(actual, expected), order
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_some_microbatches_are_recomputed(order: str) -> None:
+    """In any order of backward passes each recomputation is its own first pass."""
+    found = [
+        step_of(config(**ALL_LOSSES, **SCORES["sigmoid_scaled"]), ORDERS[order], ways)
+        for ways in (["none"] * 4, ["megatron", "none", "non-reentrant", "reentrant"])
+    ]
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_microbatch_without_a_backward_pass() -> None:
+    """Its checkpoints are gone with its output: as if it had not been."""
+    found = []
+    for given_up in (False, True):
+        router = build(EchoRouter, config(**ALL_LOSSES))
+        if given_up:
+            recomputed("megatron", Block(router), tokens(S, B, 7).requires_grad_())
+        recomputed("megatron", Block(router), tokens(S, B, 1).requires_grad_()).backward()
+        end_step(router)
+        found.append([router.weight.grad, router.losses.exchange.last_step, *logged().values()])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_counters_are_exact_in_bf16() -> None:
+    """A model in bf16 makes buffers bf16, which end at 256: not the counter."""
+    made = config(**SCORES["sigmoid_scaled"], params_dtype=torch.bfloat16, moe_router_dtype="fp32")
+    router = build(EchoRouter, made).bfloat16()
+    total = torch.zeros(EXPERTS, dtype=torch.int64)
+    for index in range(3):
+        total += router(tokens(301, B, index).bfloat16())[1].sum(0)
+    assert total.max() > 256
+    assert torch.equal(router.local_tokens_per_expert.long(), total)
+    bias = get_updated_expert_bias(router.local_tokens_per_expert[None], router.expert_bias, 1.0)
+    steps = (bias - router.expert_bias)[0].round()
+    assert torch.equal(steps, torch.sign(total.double().mean() - total).float())
+    assert set(router.state_dict()) == set(
+        build(TopKRouter, config(**SCORES["sigmoid"])).state_dict()
+    ) | {"expert_bias"}
+
+
+@pytest.mark.parametrize("kind", ["aux", "seq", "global", "z"])
+@pytest.mark.parametrize("way", ["none", "megatron"])
+def test_losses_of_frozen_routers_are_logged(way: str, kind: str) -> None:
+    """Where the logits need no gradient no backward pass comes by: the same values."""
+    for mask in (None, padding(S, LENGTHS)):
+        found = []
+        for frozen in (False, True):
+            made, losses = config(**only(kind)), []
+            routers = [build(EchoRouter, made, layer) for layer in (1, 2)]
+            routers[1].weight.requires_grad_(not frozen)
+            for index in range(2):
+                weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+                for router in routers:
+                    block, args = Scaled(router, mask), (weight, tokens(S, B, index))
+                    losses.append(recomputed(way, block, *args))
+            torch.stack(losses).sum().backward()
+            end_step(routers[0])
+            end_step(routers[0])  # nothing is recorded twice
+            found.append(logged())
+        for name, values in found[0].items():
+            assert (values > 0).all()
+            torch.testing.assert_close(found[1][name], values, rtol=1e-6, atol=0)
+
+
+class Scaled(Block):
+    """The output needs a gradient, the router's input does not."""
+
+    def __init__(self, router: TopKRouter, mask: Tensor | None) -> None:
+        super().__init__(router)
+        self.mask = mask
+
+    def forward(self, weight: Tensor, hidden: Tensor) -> Tensor:
+        return weight * self.router(hidden, self.mask)[0].sum()
 
 
 def test_megatron_counts_twice_under_torchs_recomputation() -> None:
@@ -493,6 +620,29 @@ def test_repeated_mtp_layer(how: str) -> None:
     values = logged()["seq_load_balancing_loss"]
     assert values[:2].sum() == 0
     assert values[2] > 0
+
+
+@pytest.mark.parametrize("way", ["none", "megatron"])
+def test_z_loss_of_a_repeated_mtp_layer(way: str) -> None:
+    """Megatron trains it once a repetition and logs it once (D5); ours trains as it logs."""
+    made = config(**only("z"), mtp_num_layers=2, mtp_use_repeated_layer=True)
+    grads, values = [], []
+    for kind in (EchoRouter, TopKRouter):
+        router = kind(made, get_default_pg_collection(), is_mtp_layer=True)
+        router.set_layer_number(1)
+        router.weight.data.copy_(build(TopKRouter, config()).weight)
+        hidden = tokens(S, B).requires_grad_()
+
+        def twice(x: Tensor, router: TopKRouter = router) -> Tensor:
+            return sum((0 * router(part)[0]).sum() for part in (x, x.flip(-1)))
+
+        (
+            megatron_checkpoint(twice, False, hidden) if way == "megatron" else twice(hidden)
+        ).backward()
+        grads.append(router.weight.grad)
+        values.append(logged()["z_loss"])
+    close(grads[1], 2 * grads[0], 1e-6)
+    close(values[0], values[1], 1e-6)
 
 
 class Routed(Block):
@@ -574,19 +724,6 @@ def test_step_end() -> None:
     assert calls == [("model",)]
     assert router.losses.exchange.seen(0) == []
     assert router.losses.exchange.last_step.sum() == 2 * S * B * TOPK
-
-
-def test_step_end_inside_another() -> None:
-    class Other:
-        def __init__(self, finalize: Any) -> None:
-            self._finalize = finalize
-
-    made = config()
-    made.finalize_model_grads_func = Other(len)
-    step = RouterStep.of(made)
-    assert made.finalize_model_grads_func._finalize is step
-    made.finalize_model_grads_func = Other(made.finalize_model_grads_func)
-    assert RouterStep.of(made) is step
 
 
 @pytest.mark.parametrize(
