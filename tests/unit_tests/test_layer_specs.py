@@ -160,6 +160,27 @@ def test_a_hybrid_model_takes_the_layer() -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["deepep", "hybridep", "ncclep"])
+@pytest.mark.parametrize("kind", [TransformerConfig, EchoTransformerConfig])
+def test_megatrons_own_dispatcher_is_not_built(kind: type, backend: str) -> None:
+    """Flex needs packages that are not here; the layer keeps the configuration that it got."""
+    model_parallel_cuda_manual_seed(1)
+    fields = dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size"), 8)
+    config = kind(
+        num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=4, **fields,
+        add_bias_linear=False, transformer_impl="local", normalization="RMSNorm",
+        moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=backend,
+    )  # fmt: skip
+    layer = moe_module_spec(config)(config=config)
+    layer.set_layer_number(1)
+    parts = (layer, layer.router, layer.experts, layer.token_dispatcher)
+    assert all(part.config is config for part in parts)
+    assert layer.shared_experts.config.moe_token_dispatcher_type == "flex"  # of a copy, Megatron's
+    output, _ = layer(torch.ones(2, 1, 8, requires_grad=True))
+    output.sum().backward()
+    assert layer.experts.linear_fc1.weight.grad.any()
+
+
 def test_what_a_spec_would_drop_silently_is_refused() -> None:
     """Dense layers with a single layer spec; MTP layers with Megatron's own builder."""
     frequent = model_config().transformer
