@@ -122,8 +122,15 @@ def has_mtp(vp_stage: int | None) -> bool:
     )
 
 
-def get_batch(data_iterator: Iterator, vp_stage: int | None = None) -> dict[str, Tensor | None]:
+def get_batch(
+    data_iterator: Iterator, vp_stage: int | None = None, is_training: bool = True
+) -> dict[str, Tensor | None]:
     """The next microbatch for this rank.
+
+    Args:
+        data_iterator: what brings it; read on the first tensor-parallel rank only.
+        vp_stage: the virtual pipeline stage, None without interleaving.
+        is_training: False in evaluation, whose microbatches may have another size.
 
     Returns:
         ``tokens``, ``labels``, ``position_ids``: int64 ``[b, s]``; ``loss_mask``: fp32 ``[b, s]``;
@@ -147,7 +154,7 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None = None) -> dict[str,
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if is_training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=has_mtp(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -213,7 +220,8 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with straggler_timer(bdata=True):
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, stage, is_training=model.training)
     timers("batch-generator").stop()
     run = model.build_schedule_plan if return_schedule_plan else model
     with straggler_timer:

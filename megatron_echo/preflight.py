@@ -80,18 +80,24 @@ def check_schedule(args: Namespace) -> None:
     Raises:
         ValueError: the fault, then what to do about it.
     """
-    if args.virtual_pipeline_model_parallel_size is None or args.global_batch_size is None:
+    if args.virtual_pipeline_model_parallel_size is None:
         return
+    batches = [("--global-batch-size", args.global_batch_size, args.micro_batch_size)]
+    if args.eval_iters:
+        evaluated = args.eval_global_batch_size, args.eval_micro_batch_size
+        batches.append(("--eval-global-batch-size", *evaluated))
     stages = args.pipeline_model_parallel_size
     group = args.microbatch_group_size_per_vp_stage or stages
-    samples = args.micro_batch_size * args.data_parallel_size
-    microbatches = args.global_batch_size // samples
-    if microbatches < group or 0 < microbatches % group < stages:
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is {microbatches} microbatches for each "
-            f"pipeline, which virtual stages cannot run in groups of {group}. Use a multiple of "
-            f"{group * samples}."
-        )
+    for flag, batch, micro_batch in batches:
+        if batch is None:
+            continue
+        samples = micro_batch * args.data_parallel_size
+        microbatches = batch // samples
+        if microbatches < group or 0 < microbatches % group < stages:
+            raise ValueError(
+                f"{flag} {batch} is {microbatches} microbatches for each pipeline, which virtual "
+                f"stages cannot run in groups of {group}. Use a multiple of {group * samples}."
+            )
 
 
 def _check_backend(args: Namespace) -> None:

@@ -243,12 +243,16 @@ def test_microbatches_of_virtual_stages(
     args = Namespace(
         virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=8,
         global_batch_size=batch, micro_batch_size=2, data_parallel_size=2,
-        microbatch_group_size_per_vp_stage=group,
+        microbatch_group_size_per_vp_stage=group, eval_iters=0,
     )  # fmt: skip
     if problem is None:
         preflight.check_schedule(args)
     else:
         with pytest.raises(ValueError, match=problem):
             preflight.check_schedule(args)
+        values = vars(args) | {"global_batch_size": None, "eval_iters": 1}
+        evaluation = Namespace(**values, eval_global_batch_size=batch, eval_micro_batch_size=2)
+        with pytest.raises(ValueError, match=f"--eval-global-batch-size .* {problem}"):
+            preflight.check_schedule(evaluation)
     args.virtual_pipeline_model_parallel_size = None
     preflight.check_schedule(args)
