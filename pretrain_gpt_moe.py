@@ -73,7 +73,7 @@ from megatron_echo.arguments import (  # noqa: E402
 )
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
 from megatron_echo.memory.training import LedgerOfFirstStep  # noqa: E402
-from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
+from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
 from megatron_echo.offload.training import (  # noqa: E402
@@ -304,7 +304,10 @@ def extra_args_provider(parser: Any) -> Any:
 def model_config_from_args(args: Any) -> GPTModelConfig:
     """Our model, or with ``--spec`` what the user names there, on our configuration."""
     config_class = EchoGPTModelConfig if args.spec is None else GPTModelConfig
-    return gpt_config_from_args(args, echo_config_from_args(args), config_class)
+    config = gpt_config_from_args(args, echo_config_from_args(args), config_class)
+    if args.freeze_all_layers:
+        config.pre_wrap_hooks.append(freeze)
+    return config
 
 
 def announce_kept_clones(args: Any, config: Any) -> None:

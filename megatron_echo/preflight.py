@@ -170,6 +170,11 @@ def _check_unsupported(args: Namespace) -> None:
                 "out, or add --spec megatron_echo.layer_specs gpt_moe_block_spec to Megatron's "
                 "own pretrain_gpt.py."
             )
+    if args.create_all_gather_group:
+        raise ValueError(
+            "--create-all-gather-group has no effect on a model that Megatron-Core 0.19.2 builds "
+            "from a configuration, as it does here. Leave it out."
+        )
     problem = argument_refusal(args) if args.moe_enable_echo else None
     if problem is not None:
         raise ValueError(f"--moe-enable-echo {problem}")

@@ -41,7 +41,7 @@ class OverflowCheck:
         self._is_auto = is_auto
         self._seen: Tensor | None = None
         self._group: dist.ProcessGroup | None = None
-        self._forget_tokens()
+        self._order, self._most, self._least = 0, 0, _BOUND
         self.dropped = 0
 
     def record_tokens(self, tokens: int, group: dist.ProcessGroup) -> None:
@@ -54,9 +54,6 @@ class OverflowCheck:
         self._group = group
         self._order = zlib.crc32(tokens.to_bytes(8), self._order)
         self._most, self._least = max(self._most, tokens), min(self._least, tokens)
-
-    def _forget_tokens(self) -> None:
-        self._order, self._most, self._least = 0, 0, _BOUND
 
     @torch.no_grad()
     def record_rows(self, need: Tensor, dropped: Tensor, counts: bool) -> None:
@@ -96,7 +93,7 @@ class OverflowCheck:
         A replay of a graph notes nothing: its shapes are those of the capture.
         """
         numbers = [self._order, -self._order, self._most, _BOUND - self._least]
-        self._forget_tokens()
+        self._order, self._most, self._least = 0, 0, _BOUND
         found = torch.tensor(numbers, device=device)
         if self._group is not None and self._group.size() > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)

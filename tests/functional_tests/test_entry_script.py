@@ -70,6 +70,16 @@ def test_each_line_has_its_own_iteration(tmp_path: Path) -> None:
     assert printed[2] == pytest.approx(own[2], rel=1e-5)
 
 
+def test_frozen_layers(tmp_path: Path) -> None:
+    """``--freeze-all-layers``, which Megatron does not read where a configuration builds it."""
+    flags = launch.tiny_model(
+        train_iters=2, expert_model_parallel_size=2, moe_enable_echo=True, freeze_all_layers=True,
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, run_dir=tmp_path,
+    )  # fmt: skip
+    launch.run(flags, 2).check()
+    assert [line["grad-norm"] for line in read_metrics(tmp_path)] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("flags", "nprocs"),
     [

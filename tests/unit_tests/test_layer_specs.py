@@ -27,7 +27,7 @@ from megatron_echo.layer_specs import (
     replace_modules,
 )
 from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
-from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig
+from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig, freeze
 from megatron_echo.moe_layer import EchoMoELayer
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -115,6 +115,17 @@ def test_decoder_and_mtp_have_the_layer_that_the_flag_asks_for(
     found = [(name, type(m)) for name, m in model.named_modules() if isinstance(m, MoELayer)]
     assert [kind for _, kind in found] == expected
     assert sum("mtp" in name for name, _ in found) == 1
+
+
+def test_frozen_models_keep_their_expert_bias_too() -> None:
+    model_parallel_cuda_manual_seed(1)
+    bias = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    config = model_config(mtp_num_layers=1, **bias, moe_ffn_hidden_size=8)
+    model = EchoGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    assert freeze([model]) == [model]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    routers = [module.router for module in model.modules() if isinstance(module, MoELayer)]
+    assert [router.frozen_expert_bias for router in routers] == [True] * 3
 
 
 def test_a_hybrid_model_takes_the_layer() -> None:

@@ -127,6 +127,7 @@ def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Pa
         ),
         ("--hybrid-layer-pattern M*", 1, r"--hybrid-layer-pattern is not supported"),
         ("--sft", 1, r"--sft is not supported by pretrain_gpt_moe.py"),
+        ("--create-all-gather-group", 1, r"--create-all-gather-group has no effect"),
         ("--distributed-backend nccl", 1, r"--distributed-backend nccl needs a CUDA device"),
         (
             "--use-cpu-initialization --expert-model-parallel-size 2 --num-experts 2",
