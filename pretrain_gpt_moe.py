@@ -73,7 +73,7 @@ from megatron_echo.arguments import (  # noqa: E402
 )
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
 from megatron_echo.memory.training import LedgerOfFirstStep  # noqa: E402
-from megatron_echo.model_builder import EchoGPTModelConfig  # noqa: E402
+from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
 from megatron_echo.offload.training import (  # noqa: E402
@@ -122,8 +122,15 @@ def has_mtp(vp_stage: int | None) -> bool:
     )
 
 
-def get_batch(data_iterator: Iterator, vp_stage: int | None = None) -> dict[str, Tensor | None]:
+def get_batch(
+    data_iterator: Iterator, vp_stage: int | None = None, is_training: bool = True
+) -> dict[str, Tensor | None]:
     """The next microbatch for this rank.
+
+    Args:
+        data_iterator: what brings it; read on the first tensor-parallel rank only.
+        vp_stage: the virtual pipeline stage, None without interleaving.
+        is_training: False in evaluation, whose microbatches may have another size.
 
     Returns:
         ``tokens``, ``labels``, ``position_ids``: int64 ``[b, s]``; ``loss_mask``: fp32 ``[b, s]``;
@@ -147,7 +154,7 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None = None) -> dict[str,
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if is_training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=has_mtp(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -213,7 +220,8 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with straggler_timer(bdata=True):
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, stage, is_training=model.training)
     timers("batch-generator").stop()
     run = model.build_schedule_plan if return_schedule_plan else model
     with straggler_timer:
@@ -296,7 +304,10 @@ def extra_args_provider(parser: Any) -> Any:
 def model_config_from_args(args: Any) -> GPTModelConfig:
     """Our model, or with ``--spec`` what the user names there, on our configuration."""
     config_class = EchoGPTModelConfig if args.spec is None else GPTModelConfig
-    return gpt_config_from_args(args, echo_config_from_args(args), config_class)
+    config = gpt_config_from_args(args, echo_config_from_args(args), config_class)
+    if args.freeze_all_layers:
+        config.pre_wrap_hooks.append(freeze)
+    return config
 
 
 def announce_kept_clones(args: Any, config: Any) -> None:

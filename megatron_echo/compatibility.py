@@ -28,6 +28,11 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "tokens. Leave one of the two out.",
     ),
     (
+        lambda c: c.moe_expert_rank_capacity_factor is not None,
+        "sizes its buffers by its own flag, not --moe-expert-rank-capacity-factor "
+        "{config.moe_expert_rank_capacity_factor}. Use --moe-received-token-capacity.",
+    ),
+    (
         lambda c: c.expert_tensor_parallel_size > 1,
         "keeps whole experts on a rank, but --expert-tensor-parallel-size is "
         "{config.expert_tensor_parallel_size}. Use --expert-tensor-parallel-size 1.",

@@ -11,10 +11,24 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_echo.layer_specs import ECHO_GPT_BUILDER, gpt_moe_block_spec, gpt_mtp_block_spec
+
+
+def freeze(models: list[MegatronModule]) -> list[MegatronModule]:
+    """Train nothing, expert biases included: ``--freeze-all-layers``, as a pre-wrap hook.
+
+    Megatron-Core 0.19.2 reads that flag only where it builds a model without a configuration.
+    """
+    for model in models:
+        model.requires_grad_(False)
+        for module in model.modules():
+            if hasattr(module, "frozen_expert_bias"):
+                module.frozen_expert_bias = True
+    return models
 
 
 @dataclass(kw_only=True)

@@ -1,11 +1,13 @@
 """The MoE layer: route, plan, dispatch, compute, combine; no host read, static shapes."""
 
+import copy
 import dataclasses
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -18,7 +20,18 @@ from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.routing.router import router_class
 
 
-class EchoMoELayer(MoELayer):
+class _KeepsConfig(BaseMoELayer):
+    """Stands between ``MoELayer`` and its base class, which gets the layer's own configuration.
+
+    ``MoELayer`` reads from its argument which dispatcher to build, and takes ``self.config``, which
+    the base class sets, for everything else.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **rest: Any) -> None:
+        super().__init__(self.config, *args, **rest)
+
+
+class EchoMoELayer(MoELayer, _KeepsConfig):
     """Megatron's ``MoELayer`` with this package's dispatcher and experts.
 
     A token's way: ``route`` (Megatron's router) -> ``preprocess`` (plan the clones) ->
@@ -58,7 +71,10 @@ class EchoMoELayer(MoELayer):
         submodules = dataclasses.replace(submodules or MoESubmodules(None), experts=EchoGroupedMLP)
         if submodules.router is TopKRouter:
             submodules = dataclasses.replace(submodules, router=router_class(config))
-        super().__init__(config, submodules, layer_number, groups, is_mtp_layer, name)
+        self.config = config
+        without_packages = copy.copy(config)  # flex would need DeepEP, for nothing
+        without_packages.moe_token_dispatcher_type = "allgather"
+        super().__init__(without_packages, submodules, layer_number, groups, is_mtp_layer, name)
         self._groups = groups
         self.token_dispatcher = EchoTokenDispatcher(config, groups)
         self._step_end = StepEnd.of(config)

@@ -72,7 +72,7 @@ def check_command_line(args: Namespace) -> None:
 
 
 def check_schedule(args: Namespace) -> None:
-    """Check what Megatron's interleaved schedule would refuse after the model was built.
+    """Check what would stop or spoil a pipeline after or while its stages are built.
 
     Args:
         args: a validated command line, from ``parse_and_validate_args``.
@@ -80,18 +80,49 @@ def check_schedule(args: Namespace) -> None:
     Raises:
         ValueError: the fault, then what to do about it.
     """
-    if args.virtual_pipeline_model_parallel_size is None or args.global_batch_size is None:
+    if args.virtual_pipeline_model_parallel_size is None:
         return
+    _check_mtp_rank(args)
+    batches = [("--global-batch-size", args.global_batch_size, args.micro_batch_size)]
+    if args.eval_iters:
+        evaluated = args.eval_global_batch_size, args.eval_micro_batch_size
+        batches.append(("--eval-global-batch-size", *evaluated))
     stages = args.pipeline_model_parallel_size
     group = args.microbatch_group_size_per_vp_stage or stages
-    samples = args.micro_batch_size * args.data_parallel_size
-    microbatches = args.global_batch_size // samples
-    if microbatches < group or 0 < microbatches % group < stages:
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is {microbatches} microbatches for each "
-            f"pipeline, which virtual stages cannot run in groups of {group}. Use a multiple of "
-            f"{group * samples}."
-        )
+    for flag, batch, micro_batch in batches:
+        if batch is None:
+            continue
+        samples = micro_batch * args.data_parallel_size
+        microbatches = batch // samples
+        if microbatches < group or 0 < microbatches % group < stages:
+            raise ValueError(
+                f"{flag} {batch} is {microbatches} microbatches for each pipeline, which virtual "
+                f"stages cannot run in groups of {group}. Use a multiple of {group * samples}."
+            )
+
+
+def _check_mtp_rank(args: Namespace) -> None:
+    """MTP layers use the embedding; its copies are made equal between ranks, not within one.
+
+    Their stage on the first rank would enter the all-reduce that does so a second time, which hangs
+    if the output layer is tied; untied, its copy would stay zero.
+    """
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    given = args.pipeline_model_parallel_layout
+    if given is None:
+        return
+    ranks = PipelineParallelLayerLayout(given, args.pipeline_model_parallel_size).layout
+    if not any(LayerType.mtp in stage for stage in ranks[0]):
+        return
+    letters = {LayerType.embedding: "E", LayerType.decoder: "t", LayerType.loss: "L"}
+    stages = ["".join(letters.get(layer, "") for layer in s) for row in zip(*ranks) for s in row]
+    moved = "|".join(stages).replace("L", "m" * args.mtp_num_layers + "L")
+    raise ValueError(
+        f"--pipeline-model-parallel-layout {given} puts MTP layers on the first pipeline rank, "
+        f"where they would not share the embedding. Use {moved}, or another rank for them."
+    )
 
 
 def _check_backend(args: Namespace) -> None:
@@ -164,6 +195,11 @@ def _check_unsupported(args: Namespace) -> None:
                 "out, or add --spec megatron_echo.layer_specs gpt_moe_block_spec to Megatron's "
                 "own pretrain_gpt.py."
             )
+    if args.create_all_gather_group:
+        raise ValueError(
+            "--create-all-gather-group has no effect on a model that Megatron-Core 0.19.2 builds "
+            "from a configuration, as it does here. Leave it out."
+        )
     problem = argument_refusal(args) if args.moe_enable_echo else None
     if problem is not None:
         raise ValueError(f"--moe-enable-echo {problem}")

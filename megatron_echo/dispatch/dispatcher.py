@@ -196,6 +196,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
         """
         experts = compact_routing(routing_map, self._topk)
+        self._step_end.overflow.record_tokens(len(experts), self.ep_group)
         plan, clones, physical = None, None, experts
         if self._slots > 0:
             plan = self._plan(experts)

@@ -1,4 +1,4 @@
-"""What happens when the receive buffers are too small: known on the device, read once a step.
+"""What a step must not be used for: buffers that were too small, ranks that brought other shapes.
 
 Each layer adds what it saw to a few numbers on the device. They are read at the end of the step
 (``step_end.py``), on every rank, so that all of them raise the same error before any weight has
@@ -6,14 +6,21 @@ been touched.
 """
 
 import math
+import zlib
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_BOUND = 1 << 62
+
 
 class MoEOverflowError(RuntimeError):
     """A token-expert pair had no row to be computed in, and dropping was not asked for."""
+
+
+class UnevenTokensError(RuntimeError):
+    """Ranks of an expert-parallel group brought different numbers of tokens to a layer."""
 
 
 class OverflowCheck:
@@ -33,7 +40,20 @@ class OverflowCheck:
         self._policy = policy
         self._is_auto = is_auto
         self._seen: Tensor | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._order, self._most, self._least = 0, 0, _BOUND
         self.dropped = 0
+
+    def record_tokens(self, tokens: int, group: dist.ProcessGroup) -> None:
+        """Note what this rank brings to one call of a layer: a host value, nothing is sent.
+
+        Args:
+            tokens: T.
+            group: the expert-parallel group, whose ranks must bring as many.
+        """
+        self._group = group
+        self._order = zlib.crc32(tokens.to_bytes(8), self._order)
+        self._most, self._least = max(self._most, tokens), min(self._least, tokens)
 
     @torch.no_grad()
     def record_rows(self, need: Tensor, dropped: Tensor, counts: bool) -> None:
@@ -67,10 +87,23 @@ class OverflowCheck:
         if counts:
             self._seen[4] += dropped
 
+    def _uneven(self, device: torch.device) -> Tensor:
+        """The most tokens of a call, and ``_BOUND`` less the fewest; 0 where the group agrees.
+
+        A replay of a graph notes nothing: its shapes are those of the capture.
+        """
+        numbers = [self._order, -self._order, self._most, _BOUND - self._least]
+        self._order, self._most, self._least = 0, 0, _BOUND
+        found = torch.tensor(numbers, device=device)
+        if self._group is not None and self._group.size() > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return found[2:] * (found[0] != -found[1])
+
     def check(self) -> None:
         """Read the record of this step on all ranks and forget it.
 
         Raises:
+            UnevenTokensError: on every rank, if ranks of a group brought different numbers.
             MoEOverflowError: something did not fit on some rank, and the policy is ``raise``.
         """
         if self._seen is None:
@@ -78,12 +111,18 @@ class OverflowCheck:
             self._seen = torch.zeros(5, dtype=torch.int64, device=device)
         if self._seen.is_meta:
             return  # shapes only: there is nothing to read
-        total = self._seen.clone()
+        total = torch.cat((self._uneven(self._seen.device), self._seen))
         if dist.is_initialized():
-            dist.all_reduce(total[:3], op=dist.ReduceOp.MAX)
-            dist.all_reduce(total[3:], op=dist.ReduceOp.SUM)
+            dist.all_reduce(total[:5], op=dist.ReduceOp.MAX)
+            dist.all_reduce(total[5:], op=dist.ReduceOp.SUM)
         self._seen.zero_()
-        rows, rows_over, peer, cut, dropped = total.tolist()
+        most, least, rows, rows_over, peer, cut, dropped = total.tolist()
+        if most:
+            raise UnevenTokensError(
+                f"Ranks of an expert-parallel group brought between {_BOUND - least} and {most} "
+                "tokens to a MoE layer in this step. Bring the same number on each of them; "
+                "weights, optimizer state and checkpoints are as they were before the step."
+            )
         # What the wire cut off might all have been for the fullest rank.
         rows = rows + cut if rows_over or (peer and not self._is_auto) else 0
         if (rows_over or peer) and self._policy == "raise":

@@ -98,9 +98,11 @@ class _ClonedLinear(torch.autograd.Function):
         to_rows = to_weight = None
         if ctx.needs_input_grad[0]:
             to_rows = ctx.gemm.product(grad, weight, stack, ends, transpose=False)
+        # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
+        # not be, and nobody here knows.
+        parts = ctx.gemm.outer(grad, rows, ends, wide_dtype(weight.dtype))
+        home = clones.transport.bring_home(parts, slot_expert, clones.announced)
         if ctx.needs_input_grad[1]:
-            parts = ctx.gemm.outer(grad, rows, ends, wide_dtype(weight.dtype))
-            home = clones.transport.bring_home(parts, slot_expert, clones.announced)
             to_weight = home.to(weight.dtype)
         return to_rows, to_weight, None, None, None, None, None
 
@@ -124,10 +126,10 @@ def cloned_linear(
 ) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` for each group of rows: the home experts', then the slots'.
 
-    All ranks of the group must call it together, in forward and in backward. Backward returns the
-    gradient of the home experts with the parts of all their clones in it, summed in fp32 (or
-    wider) and cast once, as *the* gradient of ``weight``: nothing that watches the parameter sees
-    a part of it.
+    All ranks of the group must call it together, in forward and in backward; ``weight`` may be
+    frozen on some of them. Backward returns the gradient of the home experts with the parts of all
+    their clones in it, summed in fp32 (or wider) and cast once, as *the* gradient of ``weight``:
+    nothing that watches the parameter sees a part of it.
 
     Args:
         rows: ``[B, in]``.

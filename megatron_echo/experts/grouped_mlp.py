@@ -158,6 +158,9 @@ class EchoGroupedMLP(MegatronModule):
             ``[B, H]``, anything in the rows beyond the last expert's; and no bias.
         """
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
+        if clones is not None and probs.requires_grad and not hidden_states.requires_grad:
+            # fc1's backward pass has exchanges: it must not depend on whether its weight is frozen.
+            hidden_states = hidden_states.detach().requires_grad_()
         hidden = self.linear_fc1(hidden_states, ends, clones)
         hidden = self.activation(hidden, probs, ends)
         return self.linear_fc2(hidden, ends, clones), None

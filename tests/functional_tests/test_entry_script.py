@@ -70,6 +70,40 @@ def test_each_line_has_its_own_iteration(tmp_path: Path) -> None:
     assert printed[2] == pytest.approx(own[2], rel=1e-5)
 
 
+def test_frozen_layers(tmp_path: Path) -> None:
+    """``--freeze-all-layers``, which Megatron does not read where a configuration builds it."""
+    flags = launch.tiny_model(
+        train_iters=2, expert_model_parallel_size=2, moe_enable_echo=True, freeze_all_layers=True,
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, run_dir=tmp_path,
+    )  # fmt: skip
+    launch.run(flags, 2).check()
+    assert [line["grad-norm"] for line in read_metrics(tmp_path)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "nprocs"),
+    [
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "eval_micro_batch_size": 4},
+         2),
+        pytest.param({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+                      "sequence_parallel": True, "mtp_num_layers": 1, "eval_micro_batch_size": 1,
+                      "eval_global_batch_size": 16}, 4, marks=pytest.mark.slow),
+    ],
+    ids=["tp2", "tp2_pp2_mtp"],
+)  # fmt: skip
+def test_evaluation_with_microbatches_of_its_own(flags: dict, nprocs: int, tmp_path: Path) -> None:
+    """The validation loss is the one of the same samples in training's microbatches."""
+    common = {"train_iters": 1, "eval_iters": 1, **flags}
+    runs = ({}, {"eval_micro_batch_size": None})
+    for number, changes in enumerate(runs):
+        folder = tmp_path / str(number)
+        argv = launch.tiny_model(**common | changes, run_dir=folder)
+        launch.run(argv, nprocs, timeout=120).check()
+    own, training = (read_metrics(tmp_path / str(number))[0] for number in range(len(runs)))
+    name = "lm loss validation"
+    assert own[name] == pytest.approx(training[name], rel=1e-6)
+
+
 def test_our_fields_survive_multi_latent_attention(tmp_path: Path) -> None:
     """Megatron replaces a custom configuration class under MLA; the model must still get ours."""
     script = tmp_path / "show_config.py"

@@ -1,6 +1,7 @@
-"""The five lines of ``docs/megatron_fork.md``, in a script that knows nothing of this package."""
+"""The diff of ``docs/megatron_fork.md``, in a script that knows nothing of this package."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import launch
@@ -12,23 +13,29 @@ STOCK_SCRIPT = Path(__file__).resolve().parent / "stock_pretrain.py"
 PAGE = launch.ROOT / "docs" / "megatron_fork.md"
 
 
-def patched(script: str, diff: str) -> str:
-    """A script with a diff applied; the lines before a change say where it belongs."""
-    for hunk in re.split(r"^@@.*@@\n", diff, flags=re.MULTILINE)[1:]:
-        lines = hunk.splitlines()
-        old = "\n".join(line[1:] for line in lines if not line.startswith("+"))
-        new = "\n".join(line[1:] for line in lines if not line.startswith("-"))
-        assert script.count(old) == 1, f"this is not in the script once:\n{old}"
-        script = script.replace(old, new)
-    return script
-
-
-def test_five_lines_train_with_our_layer(tmp_path: Path) -> None:
-    """MLA, where Megatron replaces the configuration class, and MTP; the same losses as ours."""
+def patched(folder: Path, script: str) -> Path:
+    """A script with the page's diff applied as a user does it."""
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(re.findall(r"^\+(?!\+\+)", diff, re.MULTILINE)) == 5
-    script = tmp_path / "pretrain_gpt.py"
-    script.write_text(patched(STOCK_SCRIPT.read_text(), diff))
+    path = folder / "pretrain_gpt.py"
+    path.write_text(script)
+    subprocess.run(["patch", "-p1"], input=diff, text=True, cwd=folder, check=True)
+    return path
+
+
+def test_the_diff_finds_its_lines_in_other_versions(tmp_path: Path) -> None:
+    """More imports before them, and a configuration that depends on ModelOpt."""
+    line = "    model_cfg = gpt_config_from_args(args)\n"
+    choice = f"    if has_nvidia_modelopt:\n        model_cfg = None\n    else:\n    {line}"
+    stock = STOCK_SCRIPT.read_text()
+    assert line in stock
+    script = patched(tmp_path, "import os\n" * 50 + stock.replace(line, choice)).read_text()
+    compile(script, "pretrain_gpt.py", "exec")
+    assert script.index(choice) < script.index("EchoGPTModelConfig)\n    full_config = ")
+
+
+def test_four_lines_train_with_our_layer(tmp_path: Path) -> None:
+    """MLA, where Megatron replaces the configuration class, and MTP; the same losses as ours."""
+    script = patched(tmp_path, STOCK_SCRIPT.read_text())
     flags = {
         "expert_model_parallel_size": 2, "train_iters": 2, "mtp_num_layers": 1,
         "multi_latent_attention": True, "q_lora_rank": 32, "kv_lora_rank": 24,

@@ -27,7 +27,7 @@ from megatron_echo.layer_specs import (
     replace_modules,
 )
 from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
-from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig
+from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig, freeze
 from megatron_echo.moe_layer import EchoMoELayer
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -117,6 +117,17 @@ def test_decoder_and_mtp_have_the_layer_that_the_flag_asks_for(
     assert sum("mtp" in name for name, _ in found) == 1
 
 
+def test_frozen_models_keep_their_expert_bias_too() -> None:
+    model_parallel_cuda_manual_seed(1)
+    bias = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    config = model_config(mtp_num_layers=1, **bias, moe_ffn_hidden_size=8)
+    model = EchoGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    assert freeze([model]) == [model]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    routers = [module.router for module in model.modules() if isinstance(module, MoELayer)]
+    assert [router.frozen_expert_bias for router in routers] == [True] * 3
+
+
 def test_a_hybrid_model_takes_the_layer() -> None:
     """Attention and MoE layers in turn, as the pattern says."""
     model_parallel_cuda_manual_seed(1)
@@ -158,6 +169,27 @@ def test_a_hybrid_model_takes_the_layer() -> None:
         for m in model.modules()
         if isinstance(m, EchoMoELayer)
     )
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep", "ncclep"])
+@pytest.mark.parametrize("kind", [TransformerConfig, EchoTransformerConfig])
+def test_megatrons_own_dispatcher_is_not_built(kind: type, backend: str) -> None:
+    """Flex needs packages that are not here; the layer keeps the configuration that it got."""
+    model_parallel_cuda_manual_seed(1)
+    fields = dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size"), 8)
+    config = kind(
+        num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=4, **fields,
+        add_bias_linear=False, transformer_impl="local", normalization="RMSNorm",
+        moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=backend,
+    )  # fmt: skip
+    layer = moe_module_spec(config)(config=config)
+    layer.set_layer_number(1)
+    parts = (layer, layer.router, layer.experts, layer.token_dispatcher)
+    assert all(part.config is config for part in parts)
+    assert layer.shared_experts.config.moe_token_dispatcher_type == "flex"  # of a copy, Megatron's
+    output, _ = layer(torch.ones(2, 1, 8, requires_grad=True))
+    output.sum().backward()
+    assert layer.experts.linear_fc1.weight.grad.any()
 
 
 def test_what_a_spec_would_drop_silently_is_refused() -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 from argparse import Namespace
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Pa
         ),
         ("--hybrid-layer-pattern M*", 1, r"--hybrid-layer-pattern is not supported"),
         ("--sft", 1, r"--sft is not supported by pretrain_gpt_moe.py"),
+        ("--create-all-gather-group", 1, r"--create-all-gather-group has no effect"),
         ("--distributed-backend nccl", 1, r"--distributed-backend nccl needs a CUDA device"),
         (
             "--use-cpu-initialization --expert-model-parallel-size 2 --num-experts 2",
@@ -226,6 +228,35 @@ def test_only_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
+    ("layout", "stages", "better"),
+    [
+        ("Et|t|m|L", 2, "Et|t||mL"),
+        ("E|t|tm|L", 2, "E|t|t|mL"),
+        ("Et*2|(t|)*2mm|t|L", 3, "Ett|t|t||t|mmL"),
+        ("Et|t||mL", 2, None),
+        ("Et|t|t|m||L", 3, "Et|t|t|||mL"),
+        ("Et|t|t||m|L", 3, None),
+        ("Et|t", 2, None),
+        (None, 2, None),
+    ],
+)
+def test_mtp_layers_on_the_first_rank(layout: str | None, stages: int, better: str | None) -> None:
+    """Megatron hangs over them, or trains them with an embedding of zeros."""
+    args = Namespace(
+        virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=stages,
+        global_batch_size=None, micro_batch_size=2, eval_iters=0, mtp_num_layers=1,
+        microbatch_group_size_per_vp_stage=None, pipeline_model_parallel_layout=layout,
+    )  # fmt: skip
+    if layout is not None and "mm" in layout:
+        args.mtp_num_layers = 2
+    if better is None:
+        preflight.check_schedule(args)
+    else:
+        with pytest.raises(ValueError, match=f" Use {re.escape(better)},"):
+            preflight.check_schedule(args)
+
+
+@pytest.mark.parametrize(
     ("batch", "group", "problem"),
     [
         (64, None, None),
@@ -243,12 +274,17 @@ def test_microbatches_of_virtual_stages(
     args = Namespace(
         virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=8,
         global_batch_size=batch, micro_batch_size=2, data_parallel_size=2,
-        microbatch_group_size_per_vp_stage=group,
+        microbatch_group_size_per_vp_stage=group, eval_iters=0,
+        pipeline_model_parallel_layout=None,
     )  # fmt: skip
     if problem is None:
         preflight.check_schedule(args)
     else:
         with pytest.raises(ValueError, match=problem):
             preflight.check_schedule(args)
+        values = vars(args) | {"global_batch_size": None, "eval_iters": 1}
+        evaluation = Namespace(**values, eval_global_batch_size=batch, eval_micro_batch_size=2)
+        with pytest.raises(ValueError, match=f"--eval-global-batch-size .* {problem}"):
+            preflight.check_schedule(evaluation)
     args.virtual_pipeline_model_parallel_size = None
     preflight.check_schedule(args)

@@ -41,6 +41,11 @@ def test_weights_of_clones(ranks: int) -> None:
     run("weights", ranks)
 
 
+def test_uneven_tokens() -> None:
+    """One sentence on all ranks, before the optimizer; and the next step is clean."""
+    run("uneven_tokens", 2)
+
+
 @pytest.mark.parametrize("ranks", [2])
 def test_inference_first(ranks: int) -> None:
     run("inference_first", ranks)

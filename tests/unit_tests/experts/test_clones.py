@@ -146,3 +146,9 @@ def test_state_dict() -> None:
 def test_self_check(ranks: int) -> None:
     """--moe-echo-check-every sees wrong weights in a slot, and ranks that plan differently."""
     run("self_check", ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_experts_frozen_on_one_rank(ranks: int) -> None:
+    """All weight transports; with an input that needs gradients, and without."""
+    run("experts_frozen_on_one_rank", ranks)

@@ -666,6 +666,44 @@ def check_one_expert_each() -> None:
         assert max(errors(found, oracle).values()) <= 1e-12
 
 
+def frozen_run(layer: EchoMoELayer, case: Problem, needs_hidden: bool) -> dict[str, Tensor | None]:
+    """The output and the gradients that there are."""
+    mine = case.mine()
+    hidden = mine.hidden.reshape(SEQUENCE, BATCH, HIDDEN).clone().requires_grad_(needs_hidden)
+    probs = mine.probs.clone().requires_grad_()
+    output, _ = forced(layer, probs, mine.chosen)(hidden)
+    output.backward(mine.weight.view_as(output))
+    leaves = (hidden, probs, layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight)
+    grads = dict(zip(RESULTS[1:], (leaf.grad for leaf in leaves), strict=True))
+    return {RESULTS[0]: output.detach(), **grads}
+
+
+def check_experts_frozen_on_one_rank() -> None:
+    """What is trained elsewhere gets the gradient that it gets when nothing is frozen."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ways = ("collective", "p2p", "symmetric_memory")
+    frozen = itertools.cycle((("linear_fc1", "linear_fc2"), ("linear_fc1",), ("linear_fc2",)))
+    for way, needs_hidden in itertools.product(ways, (True, False)):
+        names = next(frozen)
+        case = case_of("hot", 2, torch.float32)
+        settings = {
+            "moe_echo_expert_dispatcher_type": way,
+            "moe_echo_token_transport": "all_to_all",
+        }
+        expected = frozen_run(cloned(2, torch.float32, **settings), case, needs_hidden)
+        for who in range(ranks):
+            layer = cloned(2, torch.float32, **settings)
+            if rank == who:
+                for name in names:
+                    getattr(layer.experts, name).weight.requires_grad_(False)
+            found = frozen_run(layer, case, needs_hidden)
+            for name, tensor in found.items():
+                is_frozen = rank == who and f"linear_{name[1:]}" in names
+                whole = None if is_frozen else expected[name]
+                assert (tensor is None) == (whole is None), (way, who, name)
+                assert tensor is None or torch.equal(tensor, whole), (way, who, name)
+
+
 def check_exception_then_a_clean_step() -> None:
     """All ranks fail in forward, or in backward; the next step is as if nothing had been."""
     case = case_of("hot", 2, torch.float32)

@@ -17,11 +17,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from moe_cases import HIDDEN
 from torch import Tensor
 from unit_tests.workers import clones, moe_layer
 from unit_tests.workers.moe_layer import RESULTS, build, errors, forward, run, same_bits
 
 from megatron_echo import cpu_backend
+from megatron_echo.dispatch.overflow import UnevenTokensError
+from megatron_echo.dispatch.step_end import StepEnd
 from megatron_echo.dispatch.transports import (
     PeerBuffers,
     SymmetricMemoryWeights,
@@ -196,6 +199,29 @@ def check_weights() -> None:
     with delayed(2e-3):
         for _ in range(10):
             same_bits(run(layer, case), expected)
+
+
+def check_uneven_tokens() -> None:
+    """Ranks that bring different numbers of tokens: every rank hears of it before the optimizer."""
+    rank = dist.get_rank()
+    for slots, sequences, is_new in (
+        (0, [(4, 6)], True),
+        (2 * dist.get_world_size(), [(4, 6)], True),
+        (0, [(4, 6), (6, 4)], False),  # as many in the whole step
+        (2 * dist.get_world_size(), [(6, 6), (4, 6)], False),
+    ):
+        layer = build(2, torch.float32, **WIRE, moe_num_echo_experts=slots)
+        check = StepEnd.of(layer.config).overflow
+        even = [] if is_new else [(4, 4), (6, 6)]
+        for step in (even, sequences, even):
+            for lengths in step:
+                hidden = torch.ones(lengths[rank], 2, HIDDEN, requires_grad=True)
+                layer(hidden)[0].sum().backward()
+            if step is even:
+                check.check()
+            else:
+                with pytest.raises(UnevenTokensError, match="brought between 8 and 12 tokens"):
+                    check.check()
 
 
 def check_inference_first() -> None:
