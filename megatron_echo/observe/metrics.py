@@ -1,12 +1,11 @@
 """``metrics.jsonl``: one line an iteration, full-precision floats under Megatron's own names."""
 
-import atexit
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 METRICS_FILE = "metrics.jsonl"
 _FIRST_TAGS = ("learning-rate", "batch-size", "lm loss")
@@ -46,13 +45,12 @@ def _as_json(value: Any) -> float | int | str:
     return number if math.isfinite(number) else str(number)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename ``path`` to the first free ``NAME.N.SUFFIX`` beside it."""
+def free_name(path: Path) -> Path:
+    """The first ``NAME.N.SUFFIX`` beside ``path`` that is free."""
     number = 1
-    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
+    while (name := path.with_suffix(f".{number}{path.suffix}")).exists():
         number += 1
-    path.rename(target)
-    return target
+    return name
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -74,8 +72,8 @@ class MetricsWriter:
     takes that place, collects them into one line an iteration, and passes everything on to the
     real writer, if there is one. Validation losses join the line of their iteration.
 
-    A line is written when the next iteration begins, at ``flush()`` and at exit; scalars that
-    come later for the same iteration rewrite it. After the last iteration Megatron evaluates the
+    Each scalar is in the file before ``add_scalar`` returns, so that a process which is killed
+    leaves every iteration that it saved. After the last iteration Megatron evaluates the
     validation set and then the test set under one name, and the line keeps the latter. Lines of
     iterations that are run again after a restart are moved to ``metrics.N.jsonl``; the values
     ``nan`` and ``inf``, which JSON does not have, are written as strings. A disk that refuses the
@@ -100,9 +98,10 @@ class MetricsWriter:
         self._tensorboard = tensorboard
         self._line: dict[str, Any] = {}
         self._early: dict[str, tuple[int, Any]] = {}
+        self._file: BinaryIO | None = None
         self._line_start = 0
+        self._line_bytes = 0
         self._broken = False
-        atexit.register(self.write_line)
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, **kwargs: Any) -> None:
         """Record one scalar of iteration ``global_step`` and pass it on."""
@@ -119,18 +118,19 @@ class MetricsWriter:
                     return  # the MoE losses pass in iterations that are not logged as well
                 self._begin_line(global_step, is_validation=" validation" in tag)
             self._line[tag] = _as_json(scalar_value)
+            self._write_line()
         except OSError as error:
-            self._give_up(error)
+            self._broken = True
+            print(f"WARNING: {self.path} cannot be written ({error}): no more metrics.", flush=True)
 
     def _begin_line(self, iteration: int, is_validation: bool) -> None:
-        self.write_line()
-        is_first = not self._line
         early = {tag: value for tag, (step, value) in self._early.items() if step == iteration}
+        is_first = not self._line
         self._line = {"iteration": iteration, **early}
         if is_first:
             self._resume_file(iteration, is_validation)
-        elif self.path.exists():
-            self._line_start = self.path.stat().st_size
+        else:
+            self._open_file()
         if not is_validation:
             before, seconds_before = self._last
             seconds = self._seconds()
@@ -144,41 +144,46 @@ class MetricsWriter:
 
         A start that only evaluates, because its training is done, joins the last line.
         """
-        if not self.path.exists():
-            return
-        text = self.path.read_text()
-        kept = []
+        text = self.path.read_text() if self.path.exists() else ""
+        kept, aside, joined = "", "", ""
         for line in text.splitlines(keepends=True):
             entry = _parse(line)
             if entry is not None and entry["iteration"] < iteration:
-                kept.append(line)
+                kept += line
             elif entry is not None and is_validation and entry["iteration"] == iteration:
-                self._line = entry
-        start = "".join(kept)
-        whole = start + (json.dumps(self._line) + "\n" if len(self._line) > 1 else "")
-        if whole != text:
-            set_aside(self.path)
-            self.path.write_text(start)
-        self._line_start = len(start.encode())
+                self._line, joined = entry, line
+            else:
+                aside += line
+        if aside:
+            free_name(self.path).write_text(aside)
+            whole = self.path.with_suffix(".tmp")
+            whole.write_text(kept + joined)
+            whole.replace(self.path)  # killed at any moment, every line is in one of the files
+        self._open_file()
+        self._line_start = len(kept.encode())
+        self._line_bytes = len(joined.encode())
 
-    def _give_up(self, error: OSError) -> None:
-        self._broken = True
-        print(f"WARNING: {self.path} cannot be written ({error}): no more metrics.", flush=True)
+    def _open_file(self) -> None:
+        """Let the current line begin at the end of the file.
 
-    def write_line(self) -> None:
-        """Bring the current iteration's line in the file up to date."""
-        if not self._line or self._broken:
-            return
-        try:
-            with open(self.path, "a") as file:
-                file.truncate(self._line_start)
-                file.write(json.dumps(self._line) + "\n")
-        except OSError as error:
-            self._give_up(error)
+        Opened again for each line: closing sends the one before to a network's file server.
+        """
+        if self._file is not None:
+            self._file.close()
+        self._file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)
+        self._line_start = self._file.seek(0, os.SEEK_END)
+        self._line_bytes = 0
+
+    def _write_line(self) -> None:
+        """Bring the current line in the file up to date, by one write: it is never half there."""
+        assert self._file is not None
+        line = json.dumps(self._line).encode().ljust(self._line_bytes - 1) + b"\n"
+        self._file.seek(self._line_start)
+        self._file.write(line)
+        self._line_bytes = len(line)
 
     def flush(self) -> None:
-        """Write out everything recorded so far."""
-        self.write_line()
+        """Let the real writer write out what it has; the file is up to date."""
         if self._tensorboard is not None:
             self._tensorboard.flush()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_echo import environment
-from megatron_echo.observe.metrics import set_aside
+from megatron_echo.observe.metrics import free_name
 
 RUN_FILE = "run.json"
 _VARIABLES = (
@@ -77,7 +77,7 @@ def write_run_record(
     path = Path(run_dir) / RUN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        set_aside(path)
+        path.rename(free_name(path))
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),

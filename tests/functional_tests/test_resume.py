@@ -1,5 +1,6 @@
 """Stopping and starting again: bit for bit the same run, whatever interrupts it."""
 
+import json
 import os
 import re
 import shutil
@@ -32,19 +33,24 @@ def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
 
 
 def test_resume_is_bit_for_bit_the_straight_run(tmp_path: Path, text_flags: dict) -> None:
-    """20 steps against 10, save, load, 10: losses, gradient norms, weights, Adam's moments."""
+    """20 steps against 10, save, ``kill -9``, load, 10: losses, norms, weights, Adam's moments.
+
+    Each iteration's line was on disk before the save of it, once, and none is set aside.
+    """
     flags = {**text_flags, "expert_model_parallel_size": 2, "train_iters": 20, "save_interval": 10}
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     first = launch.tiny_model(**flags, save=straight / "ckpt", run_dir=straight)
     launch.run(first, 2).check()
-    for extra in ({"exit_interval": 10}, {"load": halves / "ckpt"}):
-        argv = launch.tiny_model(**flags, **extra, save=halves / "ckpt", run_dir=halves)
-        result = launch.run(argv, 2).check()
+    half = launch.tiny_model(**flags, save=halves / "ckpt", run_dir=halves)
+    killed = launch.run(half, 2, SLOW_SAVE, {"KILL_AFTER": "10"})
+    assert killed.codes == (-signal.SIGKILL, -signal.SIGKILL), killed.output[-3000:]
+    result = launch.run([*half, "--load", halves / "ckpt"], 2).check()
     assert re.search(r"successfully loaded checkpoint .* at iteration 10\b", result.output)
 
     lines = without_times(read_metrics(halves))
     assert [line["iteration"] for line in lines] == list(range(1, 21))
     assert lines == without_times(read_metrics(straight))
+    assert [path.name for path in halves.glob("metrics*")] == ["metrics.jsonl"]
     expected = checkpoint_tensors(straight / "ckpt", 20)
     actual = checkpoint_tensors(halves / "ckpt", 20)
     assert actual.keys() == expected.keys()
@@ -98,6 +104,8 @@ def test_kill_during_a_save_keeps_the_previous_checkpoint(tmp_path: Path, text_f
     launch.run(launch.tiny_model(**whole), 2).check()
     lines = without_times(read_metrics(tmp_path))
     assert lines == without_times(read_metrics(tmp_path / "whole"))
+    aside = [json.loads(line) for line in (tmp_path / "metrics.1.jsonl").read_text().splitlines()]
+    assert without_times(aside) == lines[2:4]
 
 
 FULL_DISK = """

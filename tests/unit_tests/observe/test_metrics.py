@@ -27,7 +27,6 @@ def write_iterations(writer: MetricsWriter, clock: Clock, *iterations: int) -> N
         writer.add_scalar("lm loss vs samples", 9.0, iteration * 8)
         writer.add_scalar("iteration-time", 123.0, iteration)
         writer.add_scalar("grad-norm", 0.1, iteration)
-    writer.flush()
 
 
 def test_a_line_an_iteration_with_full_precision(tmp_path: Path) -> None:
@@ -66,11 +65,41 @@ def test_a_restart_sets_the_repeated_lines_aside(tmp_path: Path) -> None:
     write_iterations(MetricsWriter(tmp_path, clock), clock, 1, 2, 3, 4)
     write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 3)
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2, 3]
-    kept = (tmp_path / "metrics.1.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in kept] == [1, 2, 3, 4]
+    aside = (tmp_path / "metrics.1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in aside] == [3, 4]
     write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 4)
-    assert not (tmp_path / "metrics.2.jsonl").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "metrics.1.jsonl"}
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("early", [[], ["moe_echo/check_error", "offload/host_bytes"]])
+def test_a_restart_that_repeats_nothing_sets_nothing_aside(tmp_path: Path, early: list) -> None:
+    """Also where scalars of the first iteration come before its line begins."""
+    write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 1, 2)
+    writer = MetricsWriter(tmp_path, Clock())
+    for tag in early:
+        writer.add_scalar(tag, 7.0, 3)
+    write_iterations(writer, Clock(), 3)
+    lines = read_metrics(tmp_path)
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    assert all(lines[2][tag] == 7.0 for tag in early)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_each_scalar_is_in_the_file_at_once(tmp_path: Path) -> None:
+    """No call says that an iteration is over, and after any a save may begin."""
+    expected: list[dict] = []
+    writer = MetricsWriter(tmp_path, lambda: {})
+    for iteration in (1, 2):
+        expected.append({"iteration": iteration})
+        for tag, value in (("learning-rate", 1e-3), ("lm loss", 2.0), ("z_loss", 1 / 3)):
+            writer.add_scalar(tag, value, iteration)
+            expected[-1][tag] = value
+            assert read_metrics(tmp_path) == expected
+    for loss in (1 / 3, 0.5):  # the test set's comes under the same name, and is shorter
+        writer.add_scalar("lm loss validation", loss, 2)
+        expected[-1]["lm loss validation"] = loss
+        assert read_metrics(tmp_path) == expected
 
 
 def test_a_line_cut_short_by_a_crash_does_not_stop_the_restart(tmp_path: Path) -> None:
@@ -104,7 +133,7 @@ def test_a_damaged_line_is_set_aside(tmp_path: Path) -> None:
         file.write("{broken}\n")
     write_iterations(MetricsWriter(tmp_path, Clock()), Clock(), 2)
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2]
-    assert "{broken}" in (tmp_path / "metrics.1.jsonl").read_text()
+    assert (tmp_path / "metrics.1.jsonl").read_text() == "{broken}\n"
 
 
 def test_a_disk_that_refuses_does_not_stop_the_training(
