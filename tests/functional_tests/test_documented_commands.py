@@ -196,7 +196,7 @@ def test_command(way: Way, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{scripts}:{os.environ['PATH']}",
-        "PYTHONPATH": str(launch.ROOT),
+        "PYTHONPATH": launch.PYTHONPATH,
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
