@@ -119,10 +119,10 @@ def on_fake_device(launches: list[Launch], arch: int) -> Iterator[None]:
             for name, function in originals.items():
                 if vars(module).get(name) is function:
                     enter(mock.patch.object(module, name, is_fake))
-        enter(mock.patch.object(passes, "on_gpu", lambda: True))
-        capability = arch // 10, arch % 10
-        enter(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
-        enter(mock.patch.object(torch.accelerator, "is_available", lambda: True))
+        enter(mock.patch.object(passes, "on_gpu", return_value=True))
+        capability = divmod(arch, 10)
+        enter(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
+        enter(mock.patch.object(torch.accelerator, "is_available", return_value=True))
         enter(mock.patch.object(torch.nn.Module, "to", lambda module, *_: module))
         build = partial(moe_layer.build, perform_initialization=False)
         enter(mock.patch.object(moe_layer, "build", build))

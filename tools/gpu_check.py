@@ -22,14 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
+from compile_kernels import FOLDERS, ROOT, relocate
+
 sys.path[:0] = FOLDERS
 
 from processes import run_limited  # noqa: E402
-from record import Case, Figures, Recorder, SkippedError, as_markdown, machine, read_rows  # noqa: E402
-
-from compile_kernels import relocate  # noqa: E402
+from record import (  # noqa: E402
+    Case,
+    Figures,
+    Recorder,
+    SkippedError,
+    as_markdown,
+    machine,
+    read_rows,
+)
 
 SECONDS = 200.0
 BROKEN = 75  # exit code of a process whose CUDA context an error has spoilt
@@ -81,7 +87,7 @@ def count_compilations() -> Counter[str]:
 
 
 def first_stage(recorder: Recorder) -> list[Case]:
-    """Does it run, and right?"""
+    """Whether everything runs, with the results that it should have."""
     import capture_safety
     import ceilings
     import kernel_checks

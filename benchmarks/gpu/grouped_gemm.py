@@ -42,9 +42,7 @@ def skewed_ends(rows: int, groups: int, slots: int, skew: float) -> list[int]:
     return ends + [rows] * (groups - used)
 
 
-def contenders(
-    direction: str, shape: Shape, skew: float = SKEW
-) -> dict[str, Callable[[], Tensor]]:
+def contenders(direction: str, shape: Shape, skew: float = SKEW) -> dict[str, Callable[[], Tensor]]:
     """What is timed: three products, and the copy that puts home weights into a stack."""
     rows, experts, slots, taken, made = shape
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from megatron_echo.offload.backends import CudaBackend, Lane
 PART = "Offloading"
 LAYERS, STEPS = 6, 5  # some steps are learnt, the others planned
 ROWS, WIDTH = 8192, 2048
-COPY_BYTES, PRODUCTS = 2**28, 12
+COPY_BYTES, PARTS = 2**28, 12
 
 
 class Block(nn.Module):
@@ -72,26 +72,28 @@ def measure_overlap() -> Figures:
     backend = CudaBackend()
     host = [backend.allocate_host(COPY_BYTES) for _ in range(2)]
     away = [torch.empty(COPY_BYTES, dtype=torch.uint8, device=device()) for _ in range(2)]
-    left = torch.randn(4096, 4096, device=device()).bfloat16()
+    left = torch.randn(8192, 8192, device=device()).bfloat16()
 
-    def copies() -> None:
+    def copy(number: int) -> None:
+        """A part in each direction, behind what was enqueued on the compute stream."""
         for lane, target, source in (
             (Lane.TO_HOST, host[0], away[0]), (Lane.TO_DEVICE, away[1], host[1]),
         ):  # fmt: skip
-            for part, other in zip(target.chunk(8), source.chunk(8), strict=True):
-                backend.wait(lane, backend.record(Lane.COMPUTE))
-                backend.copy(lane, part, other)
+            backend.wait(lane, backend.record(Lane.COMPUTE))
+            backend.copy(lane, target.chunk(PARTS)[number], source.chunk(PARTS)[number])
+
+    def copies() -> None:
+        for number in range(PARTS):
+            copy(number)
 
     def products() -> None:
-        for _ in range(PRODUCTS):
-            left @ left
+        for _ in range(PARTS):
+            torch.mm(left, left)
 
     def both() -> None:
-        """As in training: copies and products are enqueued in turns."""
-        for number in range(PRODUCTS):
-            if number == 1:
-                copies()
-            left @ left
+        for number in range(PARTS):
+            torch.mm(left, left)
+            copy(number)
 
     functions: dict[str, Callable[[], None]]
     functions = {"copies": copies, "products": products, "both": both}

@@ -46,7 +46,7 @@ class WaitingRanks:
             nprocs: ranks.
             env: further environment variables.
         """
-        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         common = {
             "WORLD_SIZE": nprocs, "LOCAL_WORLD_SIZE": nprocs, "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": free_port(), "PYTHONWARNINGS": "ignore",
@@ -58,9 +58,12 @@ class WaitingRanks:
             variables = {name: str(value) for name, value in names.items()}
             self._processes.append(
                 subprocess.Popen(
-                    command, env={**os.environ, **variables, **(env or {})},
-                    stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT,
-                )  # fmt: skip
+                    command,
+                    env={**os.environ, **variables, **(env or {})},
+                    stdin=subprocess.PIPE,
+                    stdout=self._log,
+                    stderr=subprocess.STDOUT,
+                )
             )
 
     def run(self, seconds: float) -> str:

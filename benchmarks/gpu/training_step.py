@@ -31,6 +31,7 @@ CAPTURED = """
 """
 OFFLOAD = """
     --fine-grained-activation-offloading --offload-modules core_attn expert_fc1 moe_act
+    --min-offloaded-tensor-size 16384
 """
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 

@@ -5,7 +5,8 @@ import sys
 import launch
 import pytest
 
-sys.path[:0] = [str(launch.ROOT / "benchmarks"), str(launch.ROOT / "benchmarks" / "gpu")]
+sys.path.insert(0, str(launch.ROOT / "benchmarks"))
+sys.path.insert(0, str(launch.ROOT / "benchmarks" / "gpu"))
 
 import capture_safety
 import gpu_check

@@ -13,7 +13,8 @@ import launch
 import pytest
 import torch
 
-sys.path[:0] = [str(launch.ROOT / "benchmarks"), str(launch.ROOT / "benchmarks" / "gpu")]
+sys.path.insert(0, str(launch.ROOT / "benchmarks"))
+sys.path.insert(0, str(launch.ROOT / "benchmarks" / "gpu"))
 
 import capture_safety
 import compile_kernels
@@ -78,7 +79,7 @@ class ForkedRanks:
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (ranks, training_step):
         monkeypatch.setattr(module, "WaitingRanks", ForkedRanks)
-    monkeypatch.setattr(pointer_gemm, "runs_triton", lambda tensor: False)  # no interpreter
+    monkeypatch.setattr(pointer_gemm, "runs_triton", lambda _: False)  # no interpreter
     monkeypatch.setattr(capture_safety, "GEMMS", ("torch",))
 
 
