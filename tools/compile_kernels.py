@@ -176,8 +176,19 @@ def work() -> Iterator[Callable[[], object]]:
         yield lambda slots=slots: plan_clones(torch.zeros(64, 256, dtype=torch.int64), slots)
 
 
-def record(arch: int, pattern: str) -> dict[tuple[str, str], Launch]:
-    """The launches of all work, one for each compilation.
+def prepare(cache: Path) -> None:
+    """Let this process and its children compile into a folder, without a GPU."""
+    cache.mkdir(parents=True, exist_ok=True)
+    relocate(cache.resolve())
+    os.environ |= {"TRITON_CACHE_DIR": str(cache.resolve()), "CUDA_VISIBLE_DEVICES": ""}
+    sys.path[:0] = FOLDERS
+    from megatron_echo import cpu_backend
+
+    cpu_backend.enable(verbose=False)
+
+
+def record(arch: int, pattern: str = "") -> None:
+    """Note the launches of all work, one for each compilation, for :func:`compile_all`.
 
     Args:
         arch: 90 for an H100.
@@ -192,12 +203,13 @@ def record(arch: int, pattern: str) -> dict[tuple[str, str], Launch]:
         for call in work():
             with on_fake_device(launches, arch):
                 call()
-    found = {launch.key: launch for launch in launches}
-    return {key: launch for key, launch in found.items() if re.search(pattern, launch.name)}
+    found = {launch.key: launch for launch in launches if re.search(pattern, launch.name)}
+    # The longest ones first, so that no process ends long behind the others.
+    _recorded[:] = sorted(found.values(), key=lambda launch: -len(launch.kernel.src))
 
 
-def compile_one(number: int) -> tuple[bool, float]:
-    """Compile a recorded launch; whether it was there already, and seconds."""
+def compile_one(number: int) -> tuple[str, bool, float]:
+    """Compile a recorded launch: the kernel, whether it was there already, and seconds."""
     from triton import knobs
 
     launch = _recorded[number]
@@ -205,7 +217,13 @@ def compile_one(number: int) -> tuple[bool, float]:
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     begin = time.perf_counter()
     launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
-    return all(hits), time.perf_counter() - begin
+    return launch.name, all(hits), round(time.perf_counter() - begin, 1)
+
+
+def compile_all(jobs: int) -> list[tuple[str, bool, float]]:
+    """:func:`compile_one` of all that is recorded, by so many processes."""
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        return pool.map(compile_one, range(len(_recorded)), chunksize=1)
 
 
 def main() -> None:
@@ -218,21 +236,13 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print each kernel and its seconds")
     args = parser.parse_args()
     begin = time.perf_counter()
-    args.cache.mkdir(parents=True, exist_ok=True)
-    os.environ["TRITON_CACHE_DIR"] = str(args.cache.resolve())
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    relocate(args.cache.resolve())
-    sys.path[:0] = FOLDERS
-    from megatron_echo import cpu_backend
-
-    cpu_backend.enable(verbose=False)
-    _recorded.extend(record(args.arch, args.only).values())
-    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-        results = pool.map(compile_one, range(len(_recorded)), chunksize=1)
+    prepare(args.cache)
+    record(args.arch, args.only)
+    results = compile_all(args.jobs)
     if args.list:
-        for launch, (is_hit, seconds) in zip(_recorded, results, strict=True):
-            print(f"{launch.name} {'hit' if is_hit else f'{seconds:.1f} s'}")
-    hits = sum(is_hit for is_hit, _ in results)
+        for name, is_hit, seconds in results:
+            print(f"{name} {'hit' if is_hit else f'{seconds:.1f} s'}")
+    hits = sum(is_hit for _, is_hit, _ in results)
     figures = {"kernels": len(results), "hits": hits, "compiled": len(results) - hits}
     print(json.dumps({**figures, "seconds": round(time.perf_counter() - begin, 1)}))
 
