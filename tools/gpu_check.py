@@ -102,7 +102,7 @@ def first_stage(recorder: Recorder) -> list[Case]:
 
     def exchange() -> Figures:
         begin = time.monotonic()
-        peers.run(recorder.seconds_left)
+        peers.run(recorder.at_most(60))
         return {"seconds": time.monotonic() - begin}
 
     return [
@@ -198,7 +198,8 @@ def work(stage: int, file: Path, deadline: float, first: int = 0, dry: bool = Fa
 
 def run_stage(stage: int, output: Path, dry: bool) -> bool:
     """Run a stage, going on behind a case that ends the process; whether nothing failed."""
-    deadline, first = time.monotonic() + SECONDS, 0
+    limit, first = SECONDS * (10 if dry else 1), 0  # a dry run is there to run through
+    deadline = time.monotonic() + limit
     rows, now = len(read_rows(output)), output.with_suffix(".now")
     while True:
         now.unlink(missing_ok=True)
@@ -210,7 +211,7 @@ def run_stage(stage: int, output: Path, dry: bool) -> bool:
             break
         number, part, name = json.loads(now.read_text())
         if code != BROKEN:
-            note = f"exit code {code}" if code is not None else f"stopped after {SECONDS:.0f} s"
+            note = f"exit code {code}" if code is not None else f"stopped after {limit:.0f} s"
             Recorder(stage, output, 0, machine(dry), dry).fail(Case(part, name, dict), note)
         if code is None:
             break
@@ -222,7 +223,7 @@ def run_stage(stage: int, output: Path, dry: bool) -> bool:
     missed = [f"{row.part}: {row.name}" for row in ours if row.reached is False]
     for word, found in (("failed", failed), ("below target", missed)):
         print(f"stage {stage}: {len(found)} {word}{': ' if found else ''}{'; '.join(found)}")
-    seconds = time.monotonic() - deadline + SECONDS
+    seconds = time.monotonic() - deadline + limit
     print(f"stage {stage}: {len(ours)} rows in {seconds:.0f} s, in {output}", flush=True)
     return code in (0, None) and not failed
 

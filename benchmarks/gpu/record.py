@@ -96,6 +96,10 @@ class Recorder:
         """Until the deadline, at least 0."""
         return max(0.0, self._deadline - time.monotonic())
 
+    def at_most(self, seconds: float) -> float:
+        """Of so many seconds those that are left; in a dry run all that are left."""
+        return self.seconds_left if self.dry else min(seconds, self.seconds_left)
+
     def figures(self, part: str, name: str) -> Figures:
         """What was measured last under this name, on this day and device; empty if nothing was."""
         found = [

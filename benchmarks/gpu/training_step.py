@@ -184,7 +184,7 @@ class Runs:
     def _measure(self, variant: str) -> Figures:
         if variant not in self._waiting:
             raise SkippedError("Transformer Engine does not import")
-        self._waiting[variant].run(min(RUN_SECONDS, self._recorder.seconds_left))
+        self._waiting[variant].run(self._recorder.at_most(RUN_SECONDS))
         folder = Path(self._folder.name) / variant.replace(" ", "-")
         figures = figures_of(read_metrics(folder), self._model)
         product = self._recorder.figures(ceilings.PART, ceilings.PRODUCT)
