@@ -45,32 +45,27 @@ PEERS = ROOT / "benchmarks" / "gpu" / "peer_rows.py"
 SHARED_DEVICE = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
-def compile_command(cache: str) -> list[str]:
-    """Compile what is not in the folder yet, for this GPU."""
+def start_compiling() -> Case:
+    """Compile what is missing for this GPU, beside the cases before the one returned."""
     import torch
+    from timing import on_gpu
 
-    major, minor = torch.cuda.get_device_capability()
-    words = [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), "--cache", cache]
-    return [*words, "--arch", str(10 * major + minor)]
+    process: subprocess.Popen | None = None
+    if on_gpu():
+        major, minor = torch.cuda.get_device_capability()
+        words = [sys.executable, str(ROOT / "tools" / "compile_kernels.py")]
+        words += ["--cache", os.environ["TRITON_CACHE_DIR"], "--arch", f"{major}{minor}"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
-
-class Compilation:
-    """Compiles the kernels beside the first cases."""
-
-    def __init__(self, dry: bool) -> None:
-        self._process: subprocess.Popen | None = None
-        if not dry:
-            command = compile_command(os.environ["TRITON_CACHE_DIR"])
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self) -> Figures:
-        """How many there were already, and how many not."""
-        if self._process is None:
+    def count() -> Figures:
+        if process is None:
             raise SkippedError("needs a GPU")
-        output, _ = self._process.communicate()
-        if self._process.returncode:
-            raise RuntimeError(f"exit code {self._process.returncode}")
+        output, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"exit code {process.returncode}")
         return json.loads(output.splitlines()[-1])
+
+    return Case(START, "kernels compiled before", count)
 
 
 def count_compilations() -> Counter[str]:
@@ -80,7 +75,7 @@ def count_compilations() -> Counter[str]:
     counts: Counter[str] = Counter(hits=0, compiled=0)
 
     def note(*, src: Any, cache_hit: bool, **_: Any) -> None:
-        if src.fn.fn.__module__.startswith("megatron_echo"):
+        if getattr(getattr(src, "fn", None), "module", "").startswith("megatron_echo"):
             counts["hits" if cache_hit else "compiled"] += 1
 
     knobs.compilation.listener = note
@@ -96,7 +91,7 @@ def first_stage(recorder: Recorder) -> list[Case]:
     import training_step
     from ranks import WaitingRanks
 
-    dry, compilation = recorder.dry, Compilation(recorder.dry)
+    dry, compilation = recorder.dry, start_compiling()
     peers = WaitingRanks(PEERS, [], 2, SHARED_DEVICE)
     small = training_step.small_runs(recorder)
 
@@ -107,7 +102,7 @@ def first_stage(recorder: Recorder) -> list[Case]:
 
     return [
         *ceilings.cases(dry),
-        Case(START, "kernels compiled before", compilation),
+        compilation,
         *kernel_checks.cases(dry),
         *capture_safety.cases(dry),
         offloading.bits(dry),
@@ -154,11 +149,10 @@ STAGES = {1: first_stage, 2: second_stage, 3: third_stage}
 
 def is_broken() -> bool:
     """Whether an error has spoilt this process's CUDA context."""
-    import torch
-    from timing import on_gpu
+    from timing import synchronize
 
     try:
-        torch.cuda.synchronize() if on_gpu() else None
+        synchronize()
     except RuntimeError:
         return True
     return False

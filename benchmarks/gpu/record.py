@@ -115,6 +115,7 @@ class Recorder:
             if not self.seconds_left:
                 raise SkippedError("no time was left")
             figures = case.run()
+            _wait_for_device()
         except SkippedError as reason:
             self._write(case, "skipped", note=str(reason))
             return True
@@ -174,6 +175,13 @@ def machine(dry: bool) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "dry_run": dry,
     }
+
+
+def _wait_for_device() -> None:
+    """So that an error of the device is that of the case which made it."""
+    from timing import synchronize  # imports torch, which who only reads rows does not need
+
+    synchronize()
 
 
 def _summary(row: Row) -> str:

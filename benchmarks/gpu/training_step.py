@@ -16,6 +16,7 @@ import ceilings
 from processes import ROOT
 from ranks import WaitingRanks
 from record import Case, Figures, Recorder, SkippedError
+from timing import release_memory
 
 from megatron_echo import environment
 from megatron_echo.observe.metrics import read_metrics
@@ -184,6 +185,7 @@ class Runs:
     def _measure(self, variant: str) -> Figures:
         if variant not in self._waiting:
             raise SkippedError("Transformer Engine does not import")
+        release_memory()
         self._waiting[variant].run(self._recorder.at_most(RUN_SECONDS))
         folder = Path(self._folder.name) / variant.replace(" ", "-")
         figures = figures_of(read_metrics(folder), self._model)
