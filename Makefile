@@ -49,8 +49,9 @@ format: $(READY)
 docs: $(READY) $(DOCS_READY)
 	$(PYTHON) -m mkdocs build --strict
 
+# All three stages, or STAGE=N.
 gpu-check: $(READY)
-	$(PYTHON) tools/gpu_check.py $(ARGS)
+	$(PYTHON) tools/gpu_check.py $(if $(STAGE),--stage $(STAGE)) $(ARGS)
 
 # Records the golden loss curves again and prints what changed.
 goldens: $(READY)

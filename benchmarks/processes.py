@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_echo import environment
-
 ROOT = Path(__file__).resolve().parent.parent
 
 _LEFT_OUT = ("--save", "--save-interval", "--tensorboard-dir", "--eval-iters", "--log-interval")
@@ -28,6 +26,8 @@ def main_job_corpus() -> Path:
 
 def write_results(output: Path, results: Any) -> None:
     """Write ``output`` with the suffix ``.json``: the results, and where they are from."""
+    from megatron_echo import environment  # imports torch, which few of this file's users need here
+
     record = {
         "machine": environment.device_name(),
         "versions": environment.versions(),

@@ -1,4 +1,4 @@
-"""What a CUDA graph needs of the layer: nothing waits, and replays equal eager passes.
+"""What a CUDA graph needs of the layer: right results, no waits, replays that equal eager passes.
 
 Without a GPU the passes of ``passes.py`` run eagerly and the tripwire stands in for CUDA's check.
 """
@@ -9,21 +9,21 @@ from functools import partial
 
 import moe_layer
 import torch
-from layers import DRY_SHAPE, shape_of
 from moe_layer import Shape
-from passes import CapturedPass, Pass, single_rank
-from record import Figures, Recorder
-from timing import device, on_gpu, release_memory, synchronize
+from passes import DRY_SHAPE, CapturedPass, Pass
+from record import Case, Figures
+from timing import device, on_gpu, synchronize
 from torch import Tensor
 
 from megatron_echo.testing import no_host_sync
 
-MODELS = ("Qwen3-30B-A3B", "DeepSeek-V3", "Mixtral-8x7B")
+PART = "One small layer"
+SMALL_SHAPE = Shape(hidden=256, ffn=512, experts=16, topk=4, tokens=512)
+TRANSPORTS = ("all_gather", "all_to_all", "symmetric_memory")
+GEMMS = ("torch", "triton")
 ROUTINGS = (("even", 0), ("even", 7), ("zipf", 0), ("hot", 0), ("holes", 3), ("zipf", 11))
-NO_WAIT = "no wait for the device"
-CONTROL = "control: Megatron's all-gather layer waits"
-REPLAY = "replays equal eager passes"
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+LARGEST_ERROR = 2e-2
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
@@ -40,9 +40,9 @@ def cuda_reports_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_no_wait(shape: Shape) -> Figures:
+def check_no_wait(shape: Shape, **settings: str) -> Figures:
     """Forward and backward under CUDA's check and our tripwire, after a warm-up."""
-    run = Pass(shape, "ours")
+    run = Pass(shape, "ours", **settings)
     run()
     synchronize()
     with cuda_reports_waits(), no_host_sync(), torch.autograd.set_multithreading_enabled(False):
@@ -114,12 +114,55 @@ def check_replays(shape: Shape) -> Figures:
     return {"routings": len(ROUTINGS), "tensors": len(expected), "allocations": allocations}
 
 
-def run(recorder: Recorder, dry: bool) -> None:
-    """All checks for each model."""
-    with single_rank():
-        for model in ("dry run",) if dry else MODELS:
-            shape = DRY_SHAPE if dry else shape_of(model, 4096)
-            recorder.measure(f"{model}, {NO_WAIT}", partial(check_no_wait, shape))
-            recorder.measure(f"{model}, {REPLAY}", partial(check_replays, shape))
-            recorder.measure(f"{model}, {CONTROL}", partial(check_control, shape))
-            release_memory()
+def dense_layer(hidden: Tensor, fc1: Tensor, fc2: Tensor, weights: Tensor) -> Tensor:
+    """A loop over all experts for all tokens; ``weights`` is ``[T, E]``."""
+    total = torch.zeros_like(hidden)
+    for expert, weight in enumerate(weights.unbind(1)):
+        gate, up = (hidden @ fc1[expert].t()).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up
+        total = total + weight[:, None] * (inner @ fc2[expert].t())
+    return total
+
+
+def check_results(shape: Shape, **settings: str) -> Figures:
+    """Output and gradients of the experts against :func:`dense_layer` in fp64."""
+    run = Pass(shape, "ours", **settings)
+    run()
+    probs, chosen = run.layer.route(run.hidden)
+    experts = run.layer.experts
+    given = (run.hidden[:, 0], experts.linear_fc1.weight, experts.linear_fc2.weight)
+    wide = [tensor.detach().double().requires_grad_() for tensor in given]
+    expected = dense_layer(*wide, (probs * chosen).detach().double())
+    expected.backward(run.cotangent[:, 0].double())
+    results = run.results()
+    pairs = {
+        "output": (results["output"][:, 0], expected),
+        "fc1": (given[1].grad, wide[1].grad),
+        "fc2": (given[2].grad, wide[2].grad),
+    }
+    errors = {
+        name: ((actual.double() - exact).norm() / exact.norm()).item()
+        for name, (actual, exact) in pairs.items()
+    }
+    if not max(errors.values()) < LARGEST_ERROR:
+        raise AssertionError(f"errors against a dense loop: {errors}")
+    return {f"{name}_error": error for name, error in errors.items()}
+
+
+def cases(dry: bool) -> list[Case]:
+    """Every product and transport, then the graph."""
+    shape = DRY_SHAPE if dry else SMALL_SHAPE
+    checks = {
+        f"results by {gemm}": partial(check_results, shape, moe_echo_grouped_gemm=gemm)
+        for gemm in GEMMS
+    }
+    checks |= {
+        f"no wait for the device, {transport}, {gemm}": partial(
+            check_no_wait, shape, moe_echo_token_transport=transport, moe_echo_grouped_gemm=gemm
+        )
+        for transport in TRANSPORTS
+        for gemm in GEMMS[: None if transport == TRANSPORTS[0] else 1]
+    }
+    checks["replays equal eager passes"] = partial(check_replays, shape)
+    checks["control: Megatron's all-gather layer waits"] = partial(check_control, shape)
+    return [Case(PART, name, check) for name, check in checks.items()]

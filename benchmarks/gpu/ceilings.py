@@ -1,10 +1,12 @@
 """What this device can do: the bandwidth of a copy and the rate of a dense product."""
 
+from functools import partial
+
 import torch
-from record import Figures, Recorder
+from record import Case, Figures
 from timing import copy_of, device, device_microseconds
 
-COPY, PRODUCT = "copy on the device", "dense bf16 product"
+PART, PRODUCT = "What the device can do", "dense bf16 product"
 
 
 def copy_figures(num_bytes: int) -> Figures:
@@ -20,7 +22,9 @@ def product_figures(size: int) -> Figures:
     return {"tflops": 2 * size**3 / microseconds / 1e6, "size": size}
 
 
-def run(recorder: Recorder, dry: bool) -> None:
-    """Measure both."""
-    recorder.measure(COPY, lambda: copy_figures(2**20 if dry else 2**32))
-    recorder.measure(PRODUCT, lambda: product_figures(64 if dry else 8192))
+def cases(dry: bool) -> list[Case]:
+    """Both."""
+    return [
+        Case(PART, "copy on the device", partial(copy_figures, 2**20 if dry else 2**32)),
+        Case(PART, PRODUCT, partial(product_figures, 64 if dry else 8192)),
+    ]

@@ -6,27 +6,25 @@ TFLOP/s are those of the rows that are used: a quarter of the buffer is not. ``m
 of as many rows with one matrix, what the chip can do.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable
 from functools import partial
-from unittest import mock
 
 import torch
-from record import Figures, Recorder, SkippedError
-from timing import device, device_microseconds, on_gpu, release_memory
+from record import Case, Figures
+from timing import device, device_microseconds, release_memory
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
 
+PART = "Grouped products"
 Shape = tuple[int, int, int, int, int]
 SHAPES: dict[str, Shape] = {  # rows in use, home experts, slots, width of the input, of the output
     "DeepSeek-V3 fc1": (32768, 4, 4, 7168, 4096),
     "Qwen3-30B-A3B fc1": (65536, 16, 16, 2048, 1536),
-    "many small groups": (8192, 128, 0, 2048, 1536),
     "DeepSeek-V3 fc2": (32768, 4, 4, 2048, 7168),
     "Qwen3-30B-A3B fc2": (65536, 16, 16, 768, 2048),
-    "Mixtral-8x7B fc1": (16384, 1, 1, 4096, 28672),
     "Mixtral-8x7B fc2": (16384, 1, 1, 14336, 4096),
 }
 DRY_SHAPES: dict[str, Shape] = {"dry run": (48, 3, 2, 32, 16)}
@@ -34,25 +32,17 @@ DIRECTIONS = ("forward", "dgrad", "wgrad")
 TARGETS = ("of_grouped_mm >= 0.9",)
 LIMIT = 2**-6  # bf16 results of sums in another order, over the largest
 SKEW = 1.0  # group g has rows in proportion to (g + 1) ** -SKEW; the last slot has none
-TILES = [  # rows, columns, terms, warps, stages
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (128, 128, 64, 4, 4),
-    (128, 128, 64, 8, 4),
-    (256, 128, 64, 8, 3),
-    (64, 256, 64, 4, 4),
-]
 
 
-def skewed_ends(rows: int, groups: int, slots: int) -> list[int]:
+def skewed_ends(rows: int, groups: int, slots: int, skew: float) -> list[int]:
     """Ends of groups whose sizes fall; with slots, the last group is empty."""
     used = groups - (slots > 0)
-    sizes = torch.arange(1, used + 1, dtype=torch.float64) ** -SKEW
-    ends = (sizes.cumsum(0) / sizes.sum() * rows).round().int().tolist()
+    sizes = [place**-skew for place in range(1, used + 1)]
+    ends = [round(total / sum(sizes) * rows) for total in itertools.accumulate(sizes)]
     return ends + [rows] * (groups - used)
 
 
-def contenders(direction: str, shape: Shape) -> dict[str, Callable[[], Tensor]]:
+def contenders(direction: str, shape: Shape, skew: float = SKEW) -> dict[str, Callable[[], Tensor]]:
     """What is timed: three products, and the copy that puts home weights into a stack."""
     rows, experts, slots, taken, made = shape
     torch.manual_seed(0)
@@ -65,7 +55,8 @@ def contenders(direction: str, shape: Shape) -> dict[str, Callable[[], Tensor]]:
     stack = draw(groups, made, taken)
     home = stack[:experts].clone()
     pool = stack[experts:].clone() if slots else None
-    ends = torch.tensor(skewed_ends(rows, groups, slots), dtype=torch.int32, device=device())
+    ends = torch.tensor(skewed_ends(rows, groups, slots, skew), dtype=torch.int32)
+    ends = ends.to(device())
     parts = torch.empty_like(stack)
     clones = parts[experts:] if slots else None
 
@@ -117,42 +108,15 @@ def measure(direction: str, shape: Shape) -> Figures:
     }
 
 
-@contextmanager
-def tile(sizes: tuple[int, int, int, int, int]) -> Iterator[None]:
-    """The kernels with this tile."""
-    from megatron_echo.experts import kernels
-
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-    blocks = {**dict(zip(names, sizes, strict=False)), "SUPER": 8}
-    options = {"num_warps": sizes[3], "num_stages": sizes[4]}
-    with mock.patch.object(kernels, "_tile", return_value=(blocks, options)):
-        yield
-
-
-def measure_tile(sizes: tuple[int, int, int, int, int], shape: Shape) -> Figures:
-    """TFLOP/s of each direction with one tile."""
-    if not on_gpu():
-        raise SkippedError("needs a GPU")
-    rows, *_, taken, made = shape
-    kernels = {direction: contenders(direction, shape)["kernel"] for direction in DIRECTIONS}
-    with tile(sizes):
-        times = device_microseconds(kernels, rounds=10)
-    return {f"{n}_tflops": 2 * rows * taken * made / value / 1e6 for n, value in times.items()}
-
-
-def run(recorder: Recorder, dry: bool) -> None:
+def cases(dry: bool) -> list[Case]:
     """Each shape in each direction."""
-    for model, shape in (DRY_SHAPES if dry else SHAPES).items():
-        for direction in DIRECTIONS:
-            function = partial(measure, direction, shape)
-            recorder.measure(f"{model}, {direction}", function, TARGETS)
-            release_memory()
 
+    def alone(direction: str, shape: Shape) -> Figures:
+        release_memory()
+        return measure(direction, shape)
 
-def run_tiles(recorder: Recorder, dry: bool) -> None:
-    """Other tiles than those that the kernels choose."""
-    for model, shape in (DRY_SHAPES if dry else SHAPES).items():
-        for sizes in TILES:
-            name = f"{model}, {'x'.join(map(str, sizes))}"
-            recorder.measure(name, partial(measure_tile, sizes, shape))
-            release_memory()
+    return [
+        Case(PART, f"{model}, {direction}", partial(alone, direction, shape), TARGETS)
+        for model, shape in (DRY_SHAPES if dry else SHAPES).items()
+        for direction in DIRECTIONS
+    ]

@@ -17,7 +17,9 @@ from megatron_echo import environment
 
 _WARM_UP = 3
 HOT_BIAS = 50.0
+DRY_SHAPE = Shape(hidden=32, ffn=16, experts=8, topk=2, tokens=32)
 
+_COMMON = {"moe_router_dtype": "fp32"}  # as recipes set it; our activation's kernels need it
 VARIANTS: dict[str, dict[str, Any]] = {
     "stock local": {"moe_token_dispatcher_type": "alltoall"},
     "stock TE": {
@@ -52,14 +54,21 @@ class Pass:
     Attributes:
         layer: the MoE layer.
         hidden: ``[T, 1, H]``, its static input; the mean of each token is 1 (see :meth:`route`).
+        cotangent: ``[T, 1, H]``, the gradient of its output.
     """
 
-    def __init__(self, shape: Shape, variant: str) -> None:
-        """Build the layer in bf16 (fp32 without a GPU); see :data:`VARIANTS`."""
+    def __init__(self, shape: Shape, variant: str, **fields: Any) -> None:
+        """Build the layer in bf16 (fp32 without a GPU).
+
+        Args:
+            shape: its sizes.
+            variant: one of :data:`VARIANTS`.
+            fields: more of its configuration.
+        """
         if "TE" in variant and not environment.HAVE_TRANSFORMER_ENGINE:
             raise SkippedError("Transformer Engine does not import")
         dtype = torch.bfloat16 if on_gpu() else torch.float32
-        settings = {"bias_activation_fusion": on_gpu(), **VARIANTS[variant]}
+        settings = {"bias_activation_fusion": on_gpu(), **_COMMON, **VARIANTS[variant], **fields}
         # One rank computes everything: a capacity of 1.0 is exact.
         capacity = 1.0 if (ours := variant.startswith("ours")) else None
         self.layer = moe_layer.build(shape, dtype, ours, capacity, **settings)
@@ -67,7 +76,7 @@ class Pass:
         size = (shape.tokens, 1, shape.hidden)
         self._noise = torch.randn(size, device=device())
         self.hidden = torch.empty(size, dtype=dtype, device=device()).requires_grad_()
-        self._cotangent = torch.randn(size, device=device()).to(dtype)
+        self.cotangent = torch.randn(size, device=device()).to(dtype)
         self._output: Tensor | None = None
         self._router = self.layer.router.weight.detach().clone()
         self.route("even")
@@ -111,7 +120,7 @@ class Pass:
         """Forward and backward; results are in :meth:`results`."""
         self.clear()
         output, _ = self.layer(self.hidden)
-        output.backward(self._cotangent)
+        output.backward(self.cotangent)
         self._output = output.detach()
 
     def results(self) -> dict[str, Tensor]:

@@ -3,17 +3,18 @@
 from functools import partial
 
 import torch
-from record import Figures, Recorder
+from record import Case, Figures
 from timing import device, device_microseconds, host_milliseconds
 
 from megatron_echo.observe.simulation.workloads import synthetic
 from megatron_echo.planner import plan_clones
 from megatron_echo.planner.balance import plan_clones_reference
 
+PART = "Planner, 64 ranks and 256 experts"
 RANKS, EXPERTS, TOPK, TOKENS = 64, 256, 8, 1024
 WORKLOADS = ("lognormal 1.0", "one hot expert")
-SLOTS = (4, 1, 2, 16)
-TARGETS = ("kernel_us <= 60",)
+TARGETS = {4: ("kernel_us <= 60",), 1: ("kernel_us <= 120",), 2: ()}
+"""By slots on a rank."""
 
 
 def measure(workload: str, slots: int, ranks: int, experts: int) -> Figures:
@@ -29,10 +30,12 @@ def measure(workload: str, slots: int, ranks: int, experts: int) -> Figures:
     }
 
 
-def run(recorder: Recorder, dry: bool) -> None:
+def cases(dry: bool) -> list[Case]:
     """Each workload with each number of slots on a rank."""
     ranks, experts = (8, 32) if dry else (RANKS, EXPERTS)
-    for workload in WORKLOADS:
-        for slots in SLOTS:
-            name = f"{workload}, S={slots}"
-            recorder.measure(name, partial(measure, workload, slots, ranks, experts), TARGETS)
+    return [
+        Case(PART, f"{workload}, S={slots}", partial(measure, workload, slots, ranks, experts),
+             targets)
+        for workload in WORKLOADS
+        for slots, targets in TARGETS.items()
+    ]  # fmt: skip

@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from record import Figures, Recorder
+from record import Case, Figures
 from timing import copy_of, device, device_microseconds, release_memory
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from megatron_echo.dispatch.layout import DispatchLayout, build_layout, round_ro
 from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 
+PART = "Copies of rows, and the activation"
 Shape = tuple[int, int, int, int, int]
 SHAPES: dict[str, Shape] = {  # tokens, hidden size, width of an expert, experts of a token, experts
     "DeepSeek-V3": (4096, 7168, 2048, 8, 256),
@@ -100,14 +101,21 @@ def measure_layout(shape: Shape) -> Figures:
     return {f"{name}_us": value for name, value in times.items()}
 
 
-def run(recorder: Recorder, dry: bool) -> None:
+def cases(dry: bool) -> list[Case]:
     """Each operation of each model in both directions; then what has no floor."""
+
+    def alone(name: str, direction: str, shape: Shape) -> Figures:
+        release_memory()
+        return measure(name, direction, shape)
+
     shapes = DRY_SHAPES if dry else SHAPES
-    for model, shape in shapes.items():
-        for name in OPERATIONS:
-            for direction in DIRECTIONS:
-                function = partial(measure, name, direction, shape)
-                recorder.measure(f"{model}, {name} {direction}", function, TARGETS)
-                release_memory()
-    for model, shape in shapes.items():
-        recorder.measure(f"{model}, layout", partial(measure_layout, shape))
+    found = [
+        Case(PART, f"{model}, {name} {direction}", partial(alone, name, direction, shape), TARGETS)
+        for model, shape in shapes.items()
+        for name in OPERATIONS
+        for direction in DIRECTIONS
+    ]
+    return found + [
+        Case(PART, f"{model}, layout", partial(measure_layout, shape))
+        for model, shape in shapes.items()
+    ]

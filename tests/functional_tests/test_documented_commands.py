@@ -65,8 +65,11 @@ WAYS = (
     Way(r"make overhead",
         run="python benchmarks/cpu_backend_overhead.py --rounds 1 --output {tmp}/overhead.json"),
     Way(r"make gpu-check.*", needs="needs (GPUs|a CUDA device)"),
-    Way(r"python benchmarks/gpu/run\.py --dry-run",
-        test=f"{UNIT}/test_gpu_benchmarks.py::test_all_parts_but_training"),
+    Way(r"python tools/gpu_check\.py --stage 2 --dry-run",
+        test=f"{UNIT}/test_gpu_benchmarks.py::test_the_second_stage"),
+    Way(r"python tools/compile_kernels\.py .*",
+        test=f"{UNIT}/test_gpu_benchmarks.py::"
+        "test_kernels_are_compiled_once_wherever_their_folder_lies"),
     Way(r"bash examples/single_gpu\.sh", needs="needs GPUs"),
     Way(r"sbatch examples/slurm/\w+\.sbatch", needs="needs a cluster"),
     Way(r"(DATA=\S+ TOKENIZER=\S+ )?sbatch examples/\w+/train\.sbatch",
@@ -196,7 +199,7 @@ def test_command(way: Way, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{scripts}:{os.environ['PATH']}",
-        "PYTHONPATH": str(launch.ROOT),
+        "PYTHONPATH": launch.PYTHONPATH,
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }

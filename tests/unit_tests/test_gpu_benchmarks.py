@@ -1,11 +1,14 @@
-"""The GPU benchmarks, run dry on the CPU: each row is there, and their checks can fail."""
+"""The check on a GPU, run dry on the CPU: each row is there, and its checks can fail."""
 
-import argparse
+import ast
+import importlib
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import launch
 import pytest
@@ -15,139 +18,183 @@ sys.path.insert(0, str(launch.ROOT / "benchmarks"))
 sys.path.insert(0, str(launch.ROOT / "benchmarks" / "gpu"))
 
 import capture_safety
+import compile_kernels
 import gpu_check
 import grouped_gemm
+import kernel_checks
 import layers
 import moe_layer
+import offloading
 import passes
 import planner_kernel
 import processes
+import ranks
 import row_copies
-import run
 import training_step
-from record import Recorder, Row, SkippedError, as_markdown, is_reached, read_rows
+from record import Case, Recorder, Row, SkippedError, as_markdown, is_reached, read_rows
 
 from megatron_echo.experts import pointer_gemm
 
-REPORT = {
-    "device": str, "driver": str | None, "cuda": str | None, "versions": dict, "date": str,
-    "dry_run": bool, "tests": str | None, "seconds": float, "rows": list,
-}  # fmt: skip
-ROW = {
-    "part": str, "name": str, "status": str, "figures": dict, "targets": list,
-    "reached": bool | None, "note": str,
-}  # fmt: skip
-CASES = [f"{model}, {tokens} tokens, {routing}" for model, tokens, routing in layers.DRY_CASES]
+MACHINE = {"device": "d", "driver": None, "versions": {"torch": "2"}, "date": "1", "dry_run": True}
+PROFILED = [f"dry run: {variant}" for variant in passes.VARIANTS]
 ROWS = {
-    "ceilings": ["copy on the device", "dense bf16 product"],
-    "planner": [f"{w}, S={s}" for w in planner_kernel.WORKLOADS for s in planner_kernel.SLOTS],
-    "capture": [
-        f"dry run, {check}"
-        for check in (capture_safety.NO_WAIT, capture_safety.REPLAY, capture_safety.CONTROL)
+    1: [
+        "imports, stage 1", "copy on the device", "dense bf16 product", "kernels compiled before",
+        *(check.name for check in kernel_checks.kernel_checks(dry=True)),
+        "more than 2^31 elements",
+        *(case.name for case in capture_safety.cases(dry=True)),
+        "the same gradients", "two processes on one device", *training_step.SMALL,
+        "kernels, stage 1",
     ],
-    "rows": [
+    2: [
+        "imports, stage 2", "dry run: bare grouped products", *PROFILED, *training_step.SPEED,
+        *PROFILED, "kernels, stage 2",
+    ],
+    3: [
+        "imports, stage 3",
+        *(f"{w}, S={s}" for w in planner_kernel.WORKLOADS for s in planner_kernel.TARGETS),
+        "copies beside products, CUDA_DEVICE_MAX_CONNECTIONS=1",
+        *(f"dry run, {direction}" for direction in grouped_gemm.DIRECTIONS),
+        *training_step.MEMORY,
         *(f"dry run, {o} {d}" for o in row_copies.OPERATIONS for d in row_copies.DIRECTIONS),
-        "dry run, layout",
+        "dry run, layout", "kernels, stage 3",
     ],
-    "layers": [f"{case}: {variant}" for case in [*CASES, "profile"] for variant in passes.VARIANTS],
-    "gemm": [f"dry run, {direction}" for direction in grouped_gemm.DIRECTIONS],
-    "training": list(training_step.VARIANTS),
-}
+}  # fmt: skip
+ON_A_GPU = {
+    "kernels compiled before", "more than 2^31 elements", "stock TE", "ours on TE, captured",
+    "dry run: stock TE", "copies beside products, CUDA_DEVICE_MAX_CONNECTIONS=1",
+}  # fmt: skip
 
 
-def check_report(output: Path, parts: list[str]) -> list[Row]:
-    """The schema, each row once, in the JSON and in the table; nothing failed."""
-    report = json.loads(output.read_text())
-    assert report.keys() == REPORT.keys()
-    assert all(isinstance(report[name], kind) for name, kind in REPORT.items())
-    assert report["versions"]["torch"] in torch.__version__
-    assert report["versions"]["triton"]
-    assert report["dry_run"]
-    table = output.with_suffix(".md").read_text()
-    for row in report["rows"]:
-        assert row.keys() == ROW.keys()
-        assert all(isinstance(row[name], kind) for name, kind in ROW.items())
-        assert all(isinstance(value, int | float) for value in row["figures"].values())
-        assert (row["status"] == "measured") == bool(row["figures"])
-        assert row["status"] in ("measured", "skipped"), row
-        assert row["reached"] is None
-        assert f"\n| {row['name']} |" in table
-    names = [(row["part"], row["name"]) for row in report["rows"]]
-    assert sorted(names) == sorted((part, name) for part in parts for name in ROWS[part])
-    assert all(f"## {run.PARTS[part].title}\n" in table for part in parts)
-    return [Row(**row) for row in report["rows"]]
+class ForkedRanks:
+    """In place of ``WaitingRanks``: forked, with everything imported."""
+
+    def __init__(self, script: Path, argv: list[str], nprocs: int = 1, env: Any = None) -> None:
+        self._job = argv, nprocs, script, dict(env or {})
+
+    def run(self, seconds: float) -> str:
+        return launch.run(*self._job).check().output
 
 
-def recorder(tmp_path: Path, seconds: float = 1e3, dry: bool = False) -> Recorder:
-    return Recorder("part", tmp_path / "rows.jsonl", time.monotonic() + seconds, dry)
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (ranks, training_step):
+        monkeypatch.setattr(module, "WaitingRanks", ForkedRanks)
+    monkeypatch.setattr(pointer_gemm, "runs_triton", lambda _: False)  # no interpreter
+    monkeypatch.setattr(capture_safety, "GEMMS", ("torch",))
 
 
-def test_all_parts_but_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_this_process(name: str, file: Path, seconds: float, dry: bool) -> None:
-        run.run_here(name, file, time.monotonic() + seconds, dry)
+def check_rows(output: Path, stage: int) -> dict[tuple[str, str], Row]:
+    """Each row once, in order, in the file and in the table; nothing failed."""
+    rows = read_rows(output)
+    assert [row.name for row in rows] == ROWS[stage]
+    for row in rows:
+        assert row.stage == stage
+        assert row.status == ("skipped" if row.name in ON_A_GPU else "measured"), row
+        assert (row.status == "measured") == bool(row.figures)
+        assert all(isinstance(value, int | float) for value in row.figures.values())
+        assert row.reached is None
+        assert row.machine["dry_run"]
+        assert row.machine["date"]
+        assert row.machine["device"]
+        assert row.machine["versions"]["torch"] in torch.__version__
+        assert row.machine["versions"]["megatron-core"]
+    table = as_markdown(rows)
+    assert all(f"\n| {row.name} |" in table for row in rows)
+    assert all(f"## {row.part}\n" in table for row in rows)
+    return {(row.part, row.name): row for row in rows}
 
-    monkeypatch.setattr(run, "run_part", in_this_process)
-    monkeypatch.setattr(pointer_gemm, "runs_triton", lambda tensor: False)  # no interpreter
-    parts = [part for part in run.DEFAULT if part != "training"]
-    output = tmp_path / "results" / "report.json"
-    args = argparse.Namespace(output=output, seconds=1e3, dry_run=True, tests="3 passed")
-    assert run.run_all(parts, args) == 0
-    rows = {row.name: row for row in check_report(output, parts)}
-    assert json.loads(output.read_text())["tests"] == "3 passed"
-    assert rows["dry run, forward"].figures["difference"] == 0
-    assert rows["profile: ours"].note == "needs a GPU"
-    captured = rows["dry run, 32 tokens, zipf: ours captured"]
-    assert captured.figures.keys() == {"ms", "host_ms", "over_stock"}
+
+def dry_stage(stage: int, output: Path) -> dict[tuple[str, str], Row]:
+    assert gpu_check.work(stage, output, time.monotonic() + 1e3, dry=True) == 0
+    return check_rows(output, stage)
+
+
+@pytest.mark.usefixtures("forked")
+def test_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROWS, 1, [n for n in ROWS[1] if not n.endswith("triton")])
+    rows = dry_stage(1, tmp_path / "rows.jsonl")
+    assert rows["Offloading", "the same gradients"].figures["bytes"] > 0
+    captured = rows[training_step.SMALL_PART, "ours captured"].figures
+    assert captured["loss_from_ours"] <= training_step.LOSS_LIMIT
+
+
+@pytest.mark.usefixtures("forked")
+def test_the_second_stage(tmp_path: Path) -> None:
+    rows = dry_stage(2, tmp_path / "rows.jsonl")
+    captured = rows[layers.PART, "dry run: ours captured"].figures
+    assert captured.keys() == {"ms", "host_ms", "over_stock", "over_products"}
+    products = rows[layers.PART, "dry run: bare grouped products"].figures
+    assert captured["over_products"] == captured["ms"] / products["ms"]
+    assert rows[layers.PROFILE_PART, "dry run: ours"].figures["waits"] == 0
+    assert len(list(tmp_path.glob("rows.dry-run-*.json.gz"))) == 3  # traces
+    steps = {name: row.figures for (part, name), row in rows.items() if part == training_step.PART}
+    assert steps["ours captured"]["over_stock_local"] > 0
+    assert steps["stock local"]["loss_from_ours"] <= training_step.LOSS_LIMIT
+
+
+@pytest.mark.usefixtures("forked")
+def test_the_third_stage(tmp_path: Path) -> None:
+    rows = dry_stage(3, tmp_path / "rows.jsonl")
+    offloading = rows[training_step.PART, "ours, offloading"].figures
+    assert offloading["offloaded_gib"] > 0
+    assert offloading["over_full_recomputation"] > 0
+    assert rows["Grouped products", "dry run, forward"].figures["difference"] == 0
 
 
 @pytest.mark.slow
-def test_the_whole_command(tmp_path: Path) -> None:
-    output = tmp_path / "report.json"
-    command = [sys.executable, run.__file__, "--dry-run", "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_whole_command(stage: int, tmp_path: Path) -> None:
+    """Its processes and all."""
+    output = tmp_path / "rows.jsonl"
+    command = [sys.executable, gpu_check.__file__, "--dry-run", "--output", str(output)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [*command, "--stage", str(stage)], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert str(output) in result.stdout.splitlines()[-1]
-    rows = {row.name: row for row in check_report(output, run.DEFAULT)}
-    for variant in training_step.DRY_VARIANTS:
-        assert rows[variant].figures["ms"] > 0
-    assert rows["ours"].figures["last_loss"] == pytest.approx(
-        rows["stock local"].figures["last_loss"], rel=1e-2
-    )
+    check_rows(output, stage)
+    assert output.with_suffix(".md").exists()
 
 
-def test_without_a_gpu_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="2"):
-        run.main()
-    assert "--dry-run" in capsys.readouterr().err
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu_check.work(1, tmp_path / "rows.jsonl", 0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def recorder(folder: Path, seconds: float = 1e3, dry: bool = False) -> Recorder:
+    return Recorder(1, folder / "rows.jsonl", time.monotonic() + seconds, MACHINE, dry)
+
+
+def fails() -> dict[str, float]:
+    raise ValueError("a | b\nc")
+
+
+def skips() -> dict[str, float]:
+    raise SkippedError("not here")
 
 
 def test_a_row_that_fails_or_is_late_does_not_stop_the_others(tmp_path: Path) -> None:
-    def fails() -> dict[str, float]:
-        raise ValueError("a | b\nc")
-
-    def skips() -> dict[str, float]:
-        raise SkippedError("not here")
-
     record = recorder(tmp_path)
-    assert record.measure("bad", fails, ["us <= 1"]) is None
-    assert record.measure("absent", skips) is None
-    assert record.measure("good", lambda: {"us": 2.0}, ["us <= 1"]) == {"us": 2.0}
-    assert recorder(tmp_path, seconds=-1).measure("late", fails) is None
+    assert not record.measure(Case("part", "bad", fails, ("us <= 1",)))
+    assert record.measure(Case("part", "absent", skips))
+    assert record.measure(Case("part", "good", lambda: {"us": 2.0}, ("us <= 1",)))
+    assert recorder(tmp_path, seconds=-1).measure(Case("part", "late", fails))
     rows = read_rows(tmp_path / "rows.jsonl")
     outcomes = [(row.name, row.status, row.reached) for row in rows]
     assert outcomes == [
         ("bad", "failed", None), ("absent", "skipped", None), ("good", "measured", False),
         ("late", "skipped", None),
     ]  # fmt: skip
-    table = as_markdown(rows, {"part": "Title", "other": "Nothing"})
+    table = as_markdown(rows)
     assert "| bad | - | us <= 1 | failed: ValueError: a / b c |" in table
     assert "| good | 2 | us <= 1: missed | - |" in table
-    assert "Nothing" not in table
-    assert [row.name for row in record.measured("part")] == ["good"]
+    assert record.figures("part", "good") == {"us": 2.0}
+    assert record.figures("part", "bad") == record.figures("other", "good") == {}
+    another_day = Recorder(1, tmp_path / "rows.jsonl", 0, {**MACHINE, "date": "2"})
+    assert another_day.figures("part", "good") == {}
 
 
 @pytest.mark.parametrize(
@@ -160,21 +207,61 @@ def test_targets(target: str, reached: bool) -> None:
 
 
 def test_a_dry_run_reaches_no_target(tmp_path: Path) -> None:
-    recorder(tmp_path, dry=True).measure("row", lambda: {"us": 1.0}, ["us <= 60"])
+    recorder(tmp_path, dry=True).measure(Case("part", "row", lambda: {"us": 1.0}, ("us <= 60",)))
     assert read_rows(tmp_path / "rows.jsonl")[0].reached is None
 
 
-@pytest.mark.parametrize(("code", "words"), [(None, "stopped"), (-11, "exit code -11")])
-def test_a_part_that_dies_is_a_failure(
-    code: int | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "run_limited", lambda *args, **kwargs: code)
-    output = tmp_path / "report.json"
-    args = argparse.Namespace(output=output, seconds=60, dry_run=True, tests=None)
-    assert run.run_all(["gemm"], args) == 1
-    (row,) = json.loads(output.read_text())["rows"]
-    assert row["status"] == "failed"
-    assert words in row["note"]
+WORKER = """
+import sys, time
+sys.path[:0] = {folders}
+from pathlib import Path
+import gpu_check, json
+from record import Case, Recorder
+first = int(sys.argv[sys.argv.index("--first") + 1])
+file = Path(sys.argv[sys.argv.index("--output") + 1])
+recorder = Recorder(1, file, time.monotonic() + 60, {machine})
+for number, (name, code) in enumerate({cases}):
+    if number >= first:
+        file.with_suffix(".now").write_text(json.dumps([number, "part", name]))
+        if code == "sleep":
+            time.sleep(60)
+        elif code == gpu_check.BROKEN:
+            recorder.fail(Case("part", name, dict), "CUDA error")
+            raise SystemExit(code)
+        elif code:
+            raise SystemExit(code)
+        recorder.measure(Case("part", name, lambda: {{"us": 1.0}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("cases", "statuses", "has_passed"),
+    [
+        ([("a", 0), ("b", 0)], ["measured", "measured"], True),
+        ([("a", 0), ("b", 75), ("c", 0)], ["measured", "failed", "measured"], False),
+        ([("a", 11), ("b", 0)], ["failed", "measured"], False),
+        ([("a", 75), ("b", 75)], ["failed", "failed"], False),
+        ([("a", 0), ("b", "sleep"), ("c", 0)], ["measured", "failed"], False),
+    ],
+    ids=["all well", "a broken context", "a process that dies", "all broken", "out of time"],
+)
+def test_a_stage_goes_on_behind_what_ends_its_process(
+    cases: list, statuses: list[str], has_passed: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    script = tmp_path / "worker.py"
+    folders = [*gpu_check.FOLDERS, str(launch.ROOT / "tools")]
+    script.write_text(WORKER.format(folders=folders, machine=MACHINE, cases=cases))
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    monkeypatch.setattr(gpu_check, "SECONDS", 8.0 if "sleep" in dict(cases).values() else 60.0)
+    monkeypatch.setattr(gpu_check, "machine", lambda dry: MACHINE)
+    output = tmp_path / "rows.jsonl"
+    assert gpu_check.run_stage(1, output, False) is has_passed
+    rows = read_rows(output)
+    assert [row.status for row in rows] == statuses
+    assert [row.name for row in rows] == [name for name, _ in cases][: len(rows)]
+    assert not output.with_suffix(".now").exists()
+    assert output.with_suffix(".md").exists()
 
 
 def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
@@ -188,30 +275,80 @@ def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None
     assert processes.run_limited(["bash", "-c", "exit 3"], 20) == 3
 
 
-@pytest.mark.parametrize(
-    ("script", "is_passed", "summary"),
-    [
-        ("print('=== 2 passed in 1s ===')", True, "2 passed in 1s"),
-        ("print('1 failed, 2 passed'); raise SystemExit(1)", False, "1 failed, 2 passed"),
-        ("import time; time.sleep(60)", False, "stopped after 2 s; "),
-    ],
-)
-def test_tests_before_the_benchmarks(
-    script: str, is_passed: bool, summary: str, monkeypatch: pytest.MonkeyPatch
+def test_ranks_wait_and_their_failures_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_check, "pytest_command", lambda: [sys.executable, "-Sc", script])
-    monkeypatch.setattr(gpu_check, "TEST_SECONDS", 2)
-    assert gpu_check.run_tests() == (is_passed, summary)
+    monkeypatch.setattr(ranks, "_WAIT", ranks._WAIT.replace("import pretrain_gpt_moe", ""))
+    script, mark = tmp_path / "script.py", tmp_path / "mark"
+    script.write_text(
+        "import os, sys, pathlib, time\n"
+        "name = sys.argv[1] + os.environ['RANK'] + os.environ['MORE']\n"
+        "pathlib.Path(name).touch()\n"
+        "if sys.argv[2] == 'late': time.sleep(60)\n"
+        "if os.environ['RANK'] == sys.argv[2]: sys.exit('ValueError: rank ' + sys.argv[2])\n"
+    )
+    waiting = ranks.WaitingRanks(script, [str(mark), "none"], 2, {"MORE": "x"})
+    time.sleep(0.5)
+    assert not list(tmp_path.glob("mark*"))
+    waiting.run(30)
+    assert {path.name for path in tmp_path.glob("mark*")} == {"mark0x", "mark1x"}
+    with pytest.raises(RuntimeError, match="ValueError: rank 1"):
+        ranks.WaitingRanks(script, [str(mark), "1"], 2, {"MORE": ""}).run(30)
+    with pytest.raises(RuntimeError, match="took over 2 s"):
+        ranks.WaitingRanks(script, [str(mark), "late"], 2, {"MORE": ""}).run(2)
+
+
+def test_children_keep_the_paths_that_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of packages that a machine carries; with an empty one there is no entry for it."""
+    script = "import sys; print(sys.path)"
+    for given, expected in (("/carried", [str(launch.ROOT), "/carried"]), ("", [str(launch.ROOT)])):
+        monkeypatch.setenv("PYTHONPATH", given)
+        importlib.reload(launch)
+        environment = {**os.environ, **launch._ENVIRONMENT}
+        found = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+        assert json.loads(found.replace("'", '"'))[1 : 1 + len(expected)] == expected
+        gpu_check.prepare(dry=False)
+        assert os.environ["PYTHONPATH"].split(os.pathsep) == expected
+    monkeypatch.undo()
+    importlib.reload(launch)
+
+
+COMPILE = """
+import sys
+from pathlib import Path
+sys.path[:0] = {folders}
+import compile_kernels as tool
+here, there = Path({folder!r}) / "here", Path({folder!r}) / "there"
+tool.prepare(here)
+tool.record(90, "experts.activation_kernels")
+first = tool.compile_all(2)
+here.rename(there)
+tool.prepare(there)
+print([first, tool.compile_all(2), tool.compile_all(2)])
+"""
+
+
+def test_kernels_are_compiled_once_wherever_their_folder_lies(tmp_path: Path) -> None:
+    """Each time by processes that have compiled nothing before."""
+    folders = [*compile_kernels.FOLDERS, str(launch.ROOT / "tools")]
+    script = COMPILE.format(folders=folders, folder=str(tmp_path))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    output = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+    first, *others = ast.literal_eval(output.splitlines()[-1])
+    compiled = [kernel for kernel, is_hit, _ in first if not is_hit]
+    assert len(compiled) == len(first) >= 6
+    for again in others:
+        assert [(kernel, is_hit) for kernel, is_hit, _ in again] == [(k, True) for k in compiled]
 
 
 @pytest.fixture
 def layer() -> passes.Pass:
     with passes.single_rank():
-        yield passes.Pass(layers.DRY_SHAPE, "ours")
+        yield passes.Pass(passes.DRY_SHAPE, "ours")
 
 
 def test_routings_are_what_their_names_say(layer: passes.Pass) -> None:
-    shape = layers.DRY_SHAPE
+    shape = passes.DRY_SHAPE
     loads = {}
     for routing in ("even", "zipf", "hot", "holes"):
         layer.route(routing)
@@ -229,7 +366,7 @@ def test_a_replay_that_does_nothing_is_noticed(
 ) -> None:
     monkeypatch.setattr(passes.CapturedPass, "__call__", lambda self: None)
     with pytest.raises(AssertionError, match="output of even 0, replay"):
-        capture_safety.check_replays(layers.DRY_SHAPE)
+        capture_safety.check_replays(passes.DRY_SHAPE)
 
 
 def test_a_replay_with_the_first_routing_is_noticed(
@@ -243,7 +380,7 @@ def test_a_replay_with_the_first_routing_is_noticed(
         lambda self: (self._eager.route("even"), original(self))[1],
     )
     with pytest.raises(AssertionError, match="hot 0, replay") as caught:
-        capture_safety.check_replays(layers.DRY_SHAPE)
+        capture_safety.check_replays(passes.DRY_SHAPE)
     assert "even 0" not in str(caught.value)
 
 
@@ -253,20 +390,67 @@ def test_allocations_in_a_replay_are_noticed(
     counts = iter(range(100))
     monkeypatch.setattr(capture_safety, "num_allocations", lambda: next(counts))
     with pytest.raises(AssertionError, match="6 allocations"):
-        capture_safety.check_replays(layers.DRY_SHAPE)
+        capture_safety.check_replays(passes.DRY_SHAPE)
 
 
 def test_the_control_must_wait(layer: passes.Pass, monkeypatch: pytest.MonkeyPatch) -> None:
     build = moe_layer.build
     monkeypatch.setattr(moe_layer, "build", lambda s, d, ours, c, **kw: build(s, d, True, c, **kw))
     with pytest.raises(AssertionError, match="must fail"):
-        capture_safety.check_control(layers.DRY_SHAPE)
+        capture_safety.check_control(passes.DRY_SHAPE)
+
+
+def test_wrong_results_of_a_layer_are_noticed(
+    layer: passes.Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = capture_safety.dense_layer
+    monkeypatch.setattr(capture_safety, "dense_layer", lambda *given: 1.05 * dense(*given))
+    with pytest.raises(AssertionError, match="errors against a dense loop"):
+        capture_safety.check_results(passes.DRY_SHAPE)
 
 
 def test_products_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_gemm, "pointer_product", lambda rows, *a, **k: 2 * rows[:, :16])
     with pytest.raises(ValueError, match="differ"):
         grouped_gemm.measure("forward", grouped_gemm.DRY_SHAPES["dry run"])
+
+
+@pytest.mark.parametrize(
+    ("results", "limit", "words"),
+    [
+        ([1.0, 1.0, 1.0], 0.0, None),
+        ([1.0, 1.0, 1.25], 0.0, "other bits in a repetition"),
+        ([1.25, 1.25, 1.25], 0.0, "not the bits of the reference"),
+        ([1.25, 1.25, 1.25], 0.1, r"errors of \[0.25\]"),
+        ([float("nan")] * 3, 0.1, r"errors of \[nan\]"),
+    ],
+)
+def test_wrong_results_of_a_kernel_are_noticed(
+    results: list[float], limit: float, words: str | None
+) -> None:
+    values = iter(results)
+    check = kernel_checks.KernelCheck(
+        "kernel", tuple, lambda: [torch.full((5,), next(values))], lambda: [torch.ones(4)], limit
+    )
+    if words is None:
+        assert check() == {"results": 1, "error": 0.0}
+        return
+    with pytest.raises(AssertionError, match=words):
+        check()
+
+
+def test_other_gradients_with_offloading_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    with pytest.raises(AssertionError, match="other gradients"):
+        offloading.check_bits(32, 16)
+
+
+def test_a_layer_that_waits_is_noticed(
+    layer: passes.Pass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "WAITS", {"aten::mm"})
+    with pytest.raises(AssertionError, match="the host waits"):
+        layers.profile(recorder(tmp_path), "dry run", "ours")
 
 
 @pytest.mark.parametrize("variant", training_step.VARIANTS)

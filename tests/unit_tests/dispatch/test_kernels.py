@@ -213,7 +213,7 @@ with FakeTensorMode():
 
 def run_script(script: str, home: Path) -> str:
     """What a script prints in a process without the CPU backend and the interpreter."""
-    environment = {"PYTHONPATH": str(launch.ROOT), "PATH": os.environ["PATH"], "HOME": str(home)}
+    environment = {"PYTHONPATH": launch.PYTHONPATH, "PATH": os.environ["PATH"], "HOME": str(home)}
     command = [sys.executable, "-W", "ignore", "-c", script]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -83,7 +83,7 @@ def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
         (256, 1024, 3, False, True),
     ]
     environment = {
-        "PYTHONPATH": str(launch.ROOT),
+        "PYTHONPATH": launch.PYTHONPATH,
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
     }

@@ -250,7 +250,7 @@ with FakeTensorMode():
 
 def test_fake_tensors_of_a_gpu_that_is_not_here() -> None:
     """In a process without the CPU backend, which would put them on the CPU."""
-    environment = {**os.environ, "PYTHONPATH": str(launch.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": launch.PYTHONPATH}
     command = [sys.executable, "-W", "ignore", "-c", FAKE_CUDA]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.stdout.split("\n")[:3] == ["cuda (8, 1)", "cuda (8, 4)", "cuda (8, 4)"], result

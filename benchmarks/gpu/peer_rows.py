@@ -38,6 +38,7 @@ def check_step(transport: SymmetricMemoryTransport, step: int, device: torch.dev
 
 
 def main() -> None:
+    """One rank."""
     dist.init_process_group("gloo")
     device = torch.device("cuda", 0) if torch.accelerator.is_available() else torch.device("cpu")
     buffers = PeerBuffers(dist.group.WORLD)
