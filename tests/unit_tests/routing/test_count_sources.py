@@ -12,6 +12,8 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from router_cases import (
+    GPIPE,
+    LAST_STAGE,
     TOPK,
     build,
     close,
