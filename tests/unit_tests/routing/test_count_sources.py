@@ -197,13 +197,13 @@ def test_checkpoints_with_and_without_counts(tmp_path: Path) -> None:
         metadata: dict[str, Any] = {}
         state = router.sharded_state_dict("", (), metadata)
         del metadata["dp_cp_group"]  # as Megatron
-        dist_checkpointing.save(state, str(tmp_path / name), content_metadata=metadata)
+        dist_checkpointing.save({"model": state}, str(tmp_path / name), content_metadata=metadata)
         return tmp_path / name
 
     def load(router: TopKRouter, where: Path) -> TopKRouter:
         metadata = dist_checkpointing.load_content_metadata(str(where))
         state = router.sharded_state_dict("", (), metadata)
-        router.load_state_dict(dist_checkpointing.load(state, str(where)))
+        router.load_state_dict(dist_checkpointing.load({"model": state}, str(where))["model"])
         return router
 
     ours, theirs = (build(kind, config(**only("global"))) for kind in (EchoRouter, TopKRouter))
