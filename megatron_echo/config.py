@@ -358,10 +358,10 @@ class EchoConfigMixin:
         choices=("unbiased", "assigned"),
     )
     moe_echo_aux_count_source: str = flag(
-        "late",
+        "late+previous",
         "Whose counts global_aux_loss uses. microbatch: its own. cumulative: and those before it. "
         "late: of all whose forward pass came before the backward pass. previous_step: of the "
-        "step before. late+previous: late, the rest filled from the step before.",
+        "step before. late+previous: late, the rest estimated from these and the step before.",
         group="router losses",
         check=_check_router_losses,
         choices=("microbatch", "cumulative", "late", "previous_step", "late+previous"),

@@ -25,7 +25,7 @@ MODEL=(
 )
 MOE=(
     --num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 768
-    # Balance over the global batch, as published; exact with this package's router losses.
+    # Balance over the global batch, as published; right over data-parallel ranks too.
     --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-3
     --moe-router-dtype fp32             # the softmax over experts in full precision
     --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # ours replace both

@@ -68,7 +68,7 @@ class _Row:
 
     Attributes:
         calls_per_microbatch: of one microbatch, above 1 for a repeated MTP layer.
-        previous: the layer's buffer for the mean counts of the step's calls; None if not kept.
+        previous: the layer's buffer for mean and variance of the step's calls; None if not kept.
         calls: of the step.
     """
 
@@ -116,8 +116,8 @@ class CountExchange:
 
         Args:
             calls_per_microbatch: how often one microbatch passes the layer.
-            previous: gives a buffer ``[E]``, filled at the end of each step with the mean counts
-                of its calls, for which all calls are written with ``over_batch``.
+            previous: gives a buffer ``[2, E]``, filled at the end of each step with mean and
+                variance of its calls, for which all calls are written with ``over_batch``.
         """
         self._rows.append(_Row(calls_per_microbatch, previous))
         return len(self._rows) - 1
@@ -238,8 +238,9 @@ class CountExchange:
                 if (function := state.calls[call].at_end) is not None:
                     function()
             if state.previous is not None and seen:
-                batch = torch.stack([self.of_batch(row, call) for call in seen])
-                state.previous().copy_(batch.double().mean(0))
+                batch = torch.stack([self.of_batch(row, call) for call in seen]).double()
+                variance = batch.var(0, correction=min(len(seen) - 1, 1))
+                state.previous().copy_(torch.stack((batch.mean(0), variance)))
         self.last_step = torch.stack(list(self._step_totals()))
 
     def _step_totals(self) -> Iterator[Tensor]:

@@ -36,6 +36,7 @@ from megatron_echo.routing.counts import CountExchange
 from megatron_echo.routing.injection import measure, register
 
 COUNT_SOURCES = ("microbatch", "cumulative", "late", "previous_step", "late+previous")
+DEFAULT_SOURCE = "late+previous"
 COUNTED_CHOICES = ("unbiased", "assigned")
 _NAMES = {
     "aux_loss": "load_balancing_loss",
@@ -56,8 +57,8 @@ class RouterLossSettings:
             eq. 18 and Megatron; assigned: what the router chose with bias, groups and replay.
         source: ``--moe-echo-aux-count-source``, whose counts a batch-wise loss uses. microbatch:
             its own. cumulative: and those before it. late: all whose forward pass came before
-            this backward pass. previous_step: those of the step before. late+previous: late, the
-            rest filled with the step before.
+            this backward pass. previous_step: those of the step before. late+previous: late, and
+            the rest estimated from these and from the step before.
         per_token: ``--calculate-per-token-loss``.
         mcore_compat: leave everything to Megatron's router.
     """
@@ -65,7 +66,7 @@ class RouterLossSettings:
     coefficients: dict[str, float]
     z_coefficient: float = 0.0
     counted: str = "unbiased"
-    source: str = "late"
+    source: str = DEFAULT_SOURCE
     per_token: bool = False
     mcore_compat: bool = False
 
@@ -103,13 +104,16 @@ class RouterLossSettings:
         ):
             if value not in choices:
                 return f"{flag} {value} is unknown. Use {' or '.join(choices)}."
-        if self.source != "late" and not self.coefficients.get("global_aux_loss"):
+        if self.source != DEFAULT_SOURCE and not self.coefficients.get("global_aux_loss"):
             return (
                 f"--moe-echo-aux-count-source {self.source} is for a batch-wise loss. Use "
                 "--moe-router-load-balancing-type global_aux_loss with a coefficient above 0, or "
                 "leave it out."
             )
-        if self.mcore_compat and (self.source, self.counted) != ("late", "unbiased"):
+        if self.mcore_compat and (self.source, self.counted) != (
+            DEFAULT_SOURCE,
+            "unbiased",
+        ):
             return (
                 "--moe-echo-aux-mcore-compat gives the losses to Megatron's router, which has "
                 "neither --moe-echo-aux-count-source nor --moe-echo-aux-counts. Leave one out."
@@ -133,7 +137,34 @@ class RouterLossSettings:
     @property
     def keeps_previous(self) -> bool:
         """Whether counts are kept from one step to the next."""
-        return self.source in ("previous_step", "late+previous")
+        sources = ("previous_step", "late+previous")
+        return "global_aux_loss" in self.coefficients and self.source in sources
+
+
+def estimate_whole(
+    seen: Tensor, calls: int, total: int, previous: Tensor, variance: Tensor
+) -> Tensor:
+    """Counts in proportion to those of a step of which some calls are still to come, fp64 ``[E]``.
+
+    A call to come is estimated by the mean of those seen, moved towards the mean of the step
+    before. How far is James and Stein's answer (1961): the variance of the one mean over the
+    squared distance of the two, which is at least what chance makes of it. So calls that differ
+    lean on the step before while the routing stands still, and less the more it moves.
+
+    Args:
+        seen: fp64 ``[E]``, the sum of the calls seen.
+        calls: their number; with ``total`` of them the sum is returned as it is.
+        total: calls of a step.
+        previous: fp64 ``[E]``, the mean call of the step before; zeros if there was none.
+        variance: scalar, of its calls, summed over experts; 0 if there was none.
+    """
+    if calls == total:
+        return seen
+    apart = previous - seen / calls
+    chance = variance * (1 / calls + 1 / total)
+    distance = torch.maximum(apart.square().sum(), chance).clamp(min=1e-20)
+    weight = variance / calls / distance
+    return seen + weight * (calls * (total - calls) / total) * apart
 
 
 class LayerLosses:
@@ -164,7 +195,7 @@ class LayerLosses:
             exchange: of the model.
             calls_per_microbatch: how often a microbatch passes the layer (repeated MTP layers);
                 each call then weighs one part of that.
-            previous: gives the buffer ``[E]`` for counts of the step before, if kept.
+            previous: gives the buffer ``[2, E]`` for counts of the step before, if kept.
         """
         self.settings = settings
         self.exchange = exchange
@@ -257,11 +288,11 @@ class LayerLosses:
         if not self.settings.keeps_previous:
             return seen
         assert self._previous is not None
-        previous = self._previous().double()
+        previous, variance = self._previous().double()
         if source == "previous_step":
             return torch.where(previous.sum() > 0, previous, seen)
-        missing = max(self.exchange.calls_in_step(self.row) - len(calls), 0)
-        return seen + missing * previous
+        total = max(self.exchange.calls_in_step(self.row), len(calls))
+        return estimate_whole(seen, len(calls), total, previous, variance.sum())
 
     def _batch_tokens(self, call: int, like: Tensor) -> Tensor:
         """Valid tokens of a call on all ranks of the stage, at least 1, a scalar."""

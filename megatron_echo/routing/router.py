@@ -39,6 +39,9 @@ class _Gather(torch.autograd.Function):
         return grad.new_zeros(ctx.shape).scatter_(1, chosen, grad), None
 
 
+_HAS_COUNTS = "moe_echo_previous_counts"
+"""The key of a checkpoint's content metadata that says whether it has ``previous_counts``."""
+
 _WITHOUT_TOPK = ("sinkhorn", "quantile_balancing")
 """Ways of routing that leave no room for a load-balancing loss; Megatron's code serves them."""
 
@@ -78,7 +81,7 @@ class EchoRouter(TopKRouter):
         if not settings.any or config.moe_router_load_balancing_type in _WITHOUT_TOPK:
             return
         if settings.keeps_previous:
-            zeros = torch.zeros(config.num_moe_experts, device=torch.cuda.current_device())
+            zeros = torch.zeros(2, config.num_moe_experts, device=torch.cuda.current_device())
             self.register_buffer("previous_counts", zeros)
         is_repeated = is_mtp_layer and config.mtp_use_repeated_layer
         self.losses = LayerLosses(
@@ -219,6 +222,28 @@ class EchoRouter(TopKRouter):
         super()._maintain_float32_expert_bias()
         if hasattr(self, "previous_counts"):
             self.previous_counts.data = self.previous_counts.data.float()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's entries; with ``previous_counts`` where there are any.
+
+        The checkpoints of Megatron's router have none. Which ones do stands in the content
+        metadata of a checkpoint, which Megatron saves after this call and hands over in loading.
+        """
+        metadata = {} if metadata is None else metadata
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if hasattr(self, "previous_counts"):
+            if metadata.get(_HAS_COUNTS) or bool(self.previous_counts.any()):
+                metadata[_HAS_COUNTS] = True
+            else:
+                del state[f"{prefix}previous_counts"]
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if hasattr(self, "previous_counts"):
+            state_dict.setdefault(f"{prefix}previous_counts", self.previous_counts)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _exchange(config: Any, settings: RouterLossSettings, router: TopKRouter) -> CountExchange:

@@ -50,6 +50,8 @@ ALL_LOSSES = {
     "moe_aux_loss_coeff": [1e-2, 2e-2, 3e-2],
     "moe_z_loss_coeff": 1e-3,
 }
+GPIPE, LAST_STAGE = "F F F F B B B B", "F B F B F B F B"
+"""Orders of the forward and backward passes of four microbatches."""
 KINDS = {"aux": "aux_loss", "seq": "seq_aux_loss", "global": "global_aux_loss"}
 
 
@@ -118,6 +120,11 @@ def loss_gradient(router: TopKRouter, hidden: Tensor, mask: Tensor | None = None
     probs, _ = router(hidden, mask)
     (0 * probs).sum().backward()
     return torch.zeros_like(router.weight) if router.weight.grad is None else router.weight.grad
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def logged() -> dict[str, Tensor]:

@@ -26,9 +26,12 @@ from megatron.core.transformer.moe.router import TopKRouter
 from router_cases import (
     ALL_LOSSES,
     EXPERTS,
+    GPIPE,
+    LAST_STAGE,
     SCORES,
     TOPK,
     build,
+    close,
     config,
     end_step,
     logged,
@@ -83,11 +86,6 @@ def run(router: TopKRouter, hidden: Tensor, mask: Tensor | None = None) -> dict[
         "dw": router.weight.grad,
         "dx": hidden.grad,
     }
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -266,128 +264,6 @@ def test_which_choices_count(counted: str) -> None:
     expected = unbiased if counted == "unbiased" else routing_map
     end_step(router)
     assert torch.equal(router.losses.exchange.last_step, expected.sum(0)[None])
-
-
-def steps(source: str, order: str, count: int = 3, microbatches: int = 4) -> list[Tensor]:
-    """The batch-wise loss's gradient in each of some steps, in an order of F and B."""
-    made = config(**only("global"), moe_echo_aux_count_source=source)
-    router = build(EchoRouter, made)
-    found = []
-    for step in range(count):
-        router.weight.grad, waiting = None, []
-        for word in order.split():
-            if word == "F":
-                index = len(found) * microbatches + len(router.losses.exchange.seen(0))
-                waiting.append(router(tokens(S, B, index))[0])
-            else:
-                (0 * waiting.pop(0 if word == "B" else -1)).sum().backward()
-        found.append(router.weight.grad / microbatches)
-        end_step(router)
-        assert step == len(found) - 1
-    return found
-
-
-GPIPE, LAST_STAGE = "F F F F B B B B", "F B F B F B F B"
-
-
-def exact(step: int, microbatches: int = 4) -> Tensor:
-    """One batch of all microbatches."""
-    whole = [tokens(S, B, step * microbatches + index) for index in range(microbatches)]
-    return loss_gradient(build(EchoRouter, config(**only("global"))), torch.cat(whole, dim=1))
-
-
-@pytest.mark.parametrize("order", [GPIPE, "F F F F L L L L", "F F F F L B L B"])
-def test_batch_wise_is_exact_after_all_forwards(
-    order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """GPipe, and any order of backward passes: 1e-12."""
-    monkeypatch.setattr(LayerLosses, "score_dtype", torch.float64)
-    for source in ("late", "late+previous"):
-        for step, grad in enumerate(steps(source, order)):
-            close(grad, exact(step), 1e-12)
-    wrong = steps("cumulative", order)
-    assert all((grad - exact(i)).norm() > 0.02 * exact(i).norm() for i, grad in enumerate(wrong))
-
-
-def test_cumulative_is_megatrons() -> None:
-    """Where a backward pass follows each forward pass, late is cumulative, and Megatron's."""
-    cumulative, late = steps("cumulative", LAST_STAGE), steps("late", LAST_STAGE)
-    theirs = build(TopKRouter, config(**only("global")))
-    for step, (first, second) in enumerate(zip(cumulative, late, strict=True)):
-        assert torch.equal(first, second)
-        theirs.weight.grad = None
-        for index in range(4):
-            (0 * theirs(tokens(S, B, 4 * step + index))[0]).sum().backward()
-        close(first, theirs.weight.grad / 4, 1e-6)
-        theirs.reset_global_aux_loss_tracker()
-
-
-@pytest.mark.parametrize("source", ["microbatch", "cumulative"])
-def test_sources_that_do_not_depend_on_the_schedule(source: str) -> None:
-    for first, second in zip(steps(source, GPIPE), steps(source, LAST_STAGE), strict=True):
-        assert torch.equal(first, second)
-
-
-def test_own_microbatch_only() -> None:
-    router = build(TopKRouter, config(**only("aux")))
-    grads = [loss_gradient(router, tokens(S, B, index)) for index in range(4)]
-    close(steps("microbatch", GPIPE, count=1)[0], torch.stack(grads).mean(0), 1e-6)
-
-
-def test_previous_step_does_not_depend_on_the_schedule() -> None:
-    first, second = steps("previous_step", GPIPE), steps("previous_step", LAST_STAGE)
-    assert torch.equal(first[1], second[1])
-    assert torch.equal(first[2], second[2])
-    assert not torch.equal(first[1], steps("late", GPIPE)[1])
-
-
-def test_previous_step_fills_what_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the last stage, call m has seen m + 1 of 4 microbatches of its own step."""
-    monkeypatch.setattr(counts, "get_num_microbatches", lambda: 4)
-    monkeypatch.setattr(LayerLosses, "score_dtype", torch.float64)
-    found = steps("late+previous", LAST_STAGE, count=2)[1]
-    router = build(TopKRouter, config())
-
-    def counted(index: int) -> tuple[Tensor, Tensor]:
-        logits = router.gating(tokens(S, B, index))
-        chosen = torch.zeros_like(logits, dtype=torch.bool)
-        chosen.scatter_(-1, logits.topk(TOPK).indices, True)
-        return logits.softmax(-1), aux_loss.count_tokens(chosen, None).sum(0)
-
-    before = torch.stack([counted(index)[1] for index in range(4)]).double().mean(0)
-    seen, losses = torch.zeros(EXPERTS), []
-    for index in range(4):
-        scores, own = counted(4 + index)
-        seen = seen + own
-        used = seen + (3 - index) * before
-        losses.append(aux_loss.batch_loss(scores, used[None], torch.tensor(S * B), None))
-    (expected,) = torch.autograd.grad(0.1 * torch.stack(losses).mean(), router.weight)
-    close(found, expected, 1e-12)
-
-
-def test_previous_counts_are_saved() -> None:
-    """A router that loads a checkpoint in mid run goes on as one that never stopped."""
-    made = config(**only("global"), moe_echo_aux_count_source="previous_step")
-    router = build(EchoRouter, made)
-    loss_gradient(router, tokens(S, B))
-    end_step(router)
-    again = build(EchoRouter, config(**only("global"), moe_echo_aux_count_source="previous_step"))
-    again.load_state_dict(copy.deepcopy(router.state_dict()))
-    hidden = tokens(S, B, 5)
-    assert torch.equal(loss_gradient(again, hidden), loss_gradient(router, hidden))
-    assert "previous_counts" not in build(EchoRouter, config(**only("global"))).state_dict()
-
-
-def test_previous_counts_stay_fp32() -> None:
-    """A model in bf16 makes new buffers of all buffers."""
-    fields = {**only("global"), "params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"}
-    router = build(EchoRouter, config(**fields, moe_echo_aux_count_source="previous_step"))
-    router.bfloat16()
-    hidden = tokens(S, B).bfloat16()
-    loss_gradient(router, hidden)
-    end_step(router)
-    assert router.previous_counts.dtype == torch.float32
-    assert router.previous_counts.sum() == S * B * TOPK
 
 
 class Block(torch.nn.Module):
@@ -730,6 +606,7 @@ def test_step_end() -> None:
     ("fields", "message"),
     [
         ({"moe_echo_aux_count_source": "previous_step"}, "batch-wise loss. Use"),
+        ({**only("seq"), "moe_echo_aux_count_source": "late"}, "batch-wise loss. Use"),
         ({**only("seq"), "moe_echo_aux_count_source": "cumulative"}, "batch-wise loss. Use"),
         ({**only("global"), "moe_echo_aux_count_source": "soon"}, "unknown. Use"),
         ({**only("seq"), "moe_echo_aux_counts": "dropped"}, "unknown. Use"),
