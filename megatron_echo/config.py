@@ -290,7 +290,9 @@ class EchoConfigMixin:
         "auto",
         "What multiplies the experts' rows. torch: grouped_mm, for which the home weights are "
         "copied beside the clones. triton: kernels of this package that read both where they lie. "
-        "auto: torch, as the kernels have not been measured on a GPU yet.",
+        "auto: torch on a CPU, and on a GPU where grouped_mm has a kernel that does not wait for "
+        "the host: bf16, compute capability 9 or 10, widths of a multiple of 8, fewer than 1,024 "
+        "experts and slots on a rank. Elsewhere, from compute capability 8.0 on, triton.",
         group="echo",
         check=_check_grouped_gemm,
         choices=("auto", "torch", "triton"),
