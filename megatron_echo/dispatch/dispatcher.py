@@ -11,7 +11,7 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.config import echo_setting, num_clone_slots
+from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.layout import RowMap, build_layout, histogram, round_rows, share_of
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.reroute import Clones, physical_experts
@@ -102,9 +102,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     """Dispatches tokens to the experts of an expert-parallel group; see ``dispatch/layout.py``.
 
     Rows of the receive buffer: ``--moe-received-token-capacity`` times ``T * K`` (1.0 is perfect
-    balance), plus what the row alignment may add, rounded up to one of a few sizes. ``auto`` never
-    overflows: the planner's bound with at least E / R clone slots on a rank, or else the most that
-    routing can bring. Evaluation takes the latter too, whatever was given: nothing is kept there.
+    balance), plus what the row alignment may add, rounded up to one of a few sizes. ``auto`` is the
+    planner's bound with at least E / R clone slots on a rank, and without clones the most that
+    routing can bring: neither overflows. Between them it is ``token_capacity``. Evaluation takes
+    the most too, whatever was given: nothing is kept there.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._local = self._experts // self.ep_size
         self.num_groups = self._local + self._slots
         self._alignment = echo_setting(config, "moe_echo_row_alignment")
-        self._capacity = echo_setting(config, "moe_received_token_capacity")
+        self._capacity = token_capacity(config, self._slots)
         self._tolerance = echo_setting(config, "moe_echo_tolerance")
         self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")

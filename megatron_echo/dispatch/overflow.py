@@ -23,15 +23,15 @@ class OverflowCheck:
         dropped: pairs dropped since the start, over all ranks, with the policy ``drop``.
     """
 
-    def __init__(self, policy: str, is_auto: bool) -> None:
+    def __init__(self, policy: str, holds_all: bool) -> None:
         """Set the policy.
 
         Args:
             policy: ``raise`` or ``drop``.
-            is_auto: whether the receive buffers are as large as anything that may come.
+            holds_all: whether the receive buffers hold anything that may come.
         """
         self._policy = policy
-        self._is_auto = is_auto
+        self._holds_all = holds_all
         self._seen: Tensor | None = None
         self.dropped = 0
 
@@ -85,7 +85,7 @@ class OverflowCheck:
         self._seen.zero_()
         rows, rows_over, peer, cut, dropped = total.tolist()
         # What the wire cut off might all have been for the fullest rank.
-        rows = rows + cut if rows_over or (peer and not self._is_auto) else 0
+        rows = rows + cut if rows_over or (peer and not self._holds_all) else 0
         if (rows_over or peer) and self._policy == "raise":
             raise MoEOverflowError(_message(dropped, _advice(rows, peer)))
         if dropped:

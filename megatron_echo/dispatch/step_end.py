@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from megatron_echo.config import echo_setting, num_clone_slots
+from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.self_check import SelfCheck
 from megatron_echo.observe.metrics import publish
@@ -55,8 +55,8 @@ class StepEnd(EndOfStep):
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
         register_optimizer_step_pre_hook(_EndBeforeOptimizer(self))
         policy = echo_setting(config, "moe_echo_overflow")
-        is_auto = echo_setting(config, "moe_received_token_capacity") is None
-        self.overflow = OverflowCheck(policy, is_auto)
+        holds_all = token_capacity(config, num_clone_slots(config)) is None
+        self.overflow = OverflowCheck(policy, holds_all)
         self.statistics = StepStatistics()
         self.self_check = SelfCheck(
             echo_setting(config, "moe_echo_check_every") if self._has_clones else 0
