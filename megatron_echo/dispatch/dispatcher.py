@@ -67,10 +67,10 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
         int32 ``[T, K]``; E where a token has fewer choices (a padding token has none).
     """
     tokens, experts = routing_map.shape
-    place = torch.where(routing_map, routing_map.cumsum(1) - 1, topk).clamp_(max=topk)
+    place = routing_map.cumsum(1).mul_(routing_map).clamp_(max=topk + 1)  # 0 for those not chosen
     expert = torch.arange(experts, device=routing_map.device).expand(tokens, experts)
-    chosen = torch.full((tokens, topk + 1), experts, device=routing_map.device)
-    return chosen.scatter_(1, place, expert)[:, :topk].int()
+    chosen = torch.full((tokens, topk + 2), experts, device=routing_map.device)
+    return chosen.scatter_(1, place, expert)[:, 1 : topk + 1].int()
 
 
 def _lengths(ends: Tensor) -> Tensor:
@@ -270,13 +270,11 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         call = self._current()
         if call.ends is not None:
             return hidden_states, _lengths(call.ends), probs
-        first = self.ep_rank * self.num_groups
-        local = call.experts - first
-        groups = torch.where((local >= 0) & (local < self.num_groups), local, self.num_groups)
+        # Those of ranks before this one wrap round, behind those of ranks after it.
+        first, everywhere = self.ep_rank * self.num_groups, self.ep_size * self.num_groups + 1
+        groups = (call.experts - first).remainder_(everywhere).clamp_(max=self.num_groups)
         tokens = call.shape[:-1].numel()
-        layout = build_layout(
-            groups, self.num_groups, self.buffer_rows(tokens), self.ep_size, self._alignment
-        )
+        layout = build_layout(groups, self.num_groups, self.buffer_rows(tokens), self._alignment)
         self._call = replace(call, rows=layout.rows)
         self._record_rows(layout.need, layout.dropped, tokens)
         rows = tokens_to_rows(hidden_states, layout.rows)

@@ -23,15 +23,15 @@ class OverflowCheck:
         dropped: pairs dropped since the start, over all ranks, with the policy ``drop``.
     """
 
-    def __init__(self, policy: str, holds_all: bool) -> None:
+    def __init__(self, policy: str, is_auto: bool) -> None:
         """Set the policy.
 
         Args:
             policy: ``raise`` or ``drop``.
-            holds_all: whether the receive buffers hold anything that may come.
+            is_auto: whether the receive buffers are as large as anything that may come.
         """
         self._policy = policy
-        self._holds_all = holds_all
+        self._is_auto = is_auto
         self._seen: Tensor | None = None
         self.dropped = 0
 
@@ -58,7 +58,7 @@ class OverflowCheck:
             counts: as for :meth:`record_rows`.
         """
         zero = torch.zeros_like(need)
-        self._add(torch.stack((zero, zero, torch.where(cut > 0, need, 0), cut)), dropped, counts)
+        self._add(torch.stack((zero, zero, need * (cut > 0), cut)), dropped, counts)
 
     def _add(self, highest: Tensor, dropped: Tensor, counts: bool) -> None:
         if self._seen is None or self._seen.device != dropped.device:
@@ -85,7 +85,7 @@ class OverflowCheck:
         self._seen.zero_()
         rows, rows_over, peer, cut, dropped = total.tolist()
         # What the wire cut off might all have been for the fullest rank.
-        rows = rows + cut if rows_over or (peer and not self._holds_all) else 0
+        rows = rows + cut if rows_over or (peer and not self._is_auto) else 0
         if (rows_over or peer) and self._policy == "raise":
             raise MoEOverflowError(_message(dropped, _advice(rows, peer)))
         if dropped:

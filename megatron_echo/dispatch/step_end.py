@@ -55,8 +55,8 @@ class StepEnd(EndOfStep):
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
         register_optimizer_step_pre_hook(_EndBeforeOptimizer(self))
         policy = echo_setting(config, "moe_echo_overflow")
-        holds_all = token_capacity(config, num_clone_slots(config)) is None
-        self.overflow = OverflowCheck(policy, holds_all)
+        is_auto = token_capacity(config, num_clone_slots(config)) is None
+        self.overflow = OverflowCheck(policy, is_auto)
         self.statistics = StepStatistics()
         self.self_check = SelfCheck(
             echo_setting(config, "moe_echo_check_every") if self._has_clones else 0
