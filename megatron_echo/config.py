@@ -217,7 +217,9 @@ class EchoConfigMixin:
     moe_received_token_capacity: float | None = flag(
         None,
         "Rows of each rank's receive buffer, in units of perfect balance: 1.0 holds the tokens of "
-        "one rank times the top-k. The default, auto, never overflows.",
+        "one rank times the top-k. The default, auto, never overflows without clones or with the "
+        "default number of slots. With fewer slots it is 1.25, and a step that needs more "
+        "overflows.",
         group="echo",
         check=_check_capacity,
         metavar="X",
@@ -290,7 +292,9 @@ class EchoConfigMixin:
         "auto",
         "What multiplies the experts' rows. torch: grouped_mm, for which the home weights are "
         "copied beside the clones. triton: kernels of this package that read both where they lie. "
-        "auto: torch, as the kernels have not been measured on a GPU yet.",
+        "auto: torch on a CPU, and on a GPU where grouped_mm has a kernel that does not wait for "
+        "the host: bf16, compute capability 9 or 10, widths of a multiple of 8, fewer than 1,024 "
+        "experts and slots on a rank. Elsewhere, from compute capability 8.0 on, triton.",
         group="echo",
         check=_check_grouped_gemm,
         choices=("auto", "torch", "triton"),
@@ -419,6 +423,28 @@ def num_clone_slots(config: Any) -> int:
         return 0
     total = echo_setting(config, "moe_num_echo_experts")
     return (config.num_moe_experts if total is None else total) // ranks
+
+
+AUTO_CAPACITY = 1.25
+"""Of perfect balance, where too few slots to promise it would need a buffer for the worst."""
+
+
+def token_capacity(config: Any, num_slots: int) -> float | None:
+    """``--moe-received-token-capacity`` of a layer in training; None where nothing can overflow.
+
+    Without clones ``auto`` is the most that routing can bring, and with E / R slots the planner's
+    bound. With fewer slots the planner comes close to its bound for most routings, and promises
+    nothing for the worst.
+
+    Args:
+        config: the transformer's configuration.
+        num_slots: S.
+    """
+    given = echo_setting(config, "moe_received_token_capacity")
+    per_rank = config.num_moe_experts // config.expert_model_parallel_size
+    if given is None and 0 < num_slots < per_rank:
+        return max(AUTO_CAPACITY, 1 + echo_setting(config, "moe_echo_tolerance"))
+    return given
 
 
 def _spelled(name: str, value: Any) -> str:

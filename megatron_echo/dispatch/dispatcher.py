@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role
-from megatron_echo.config import echo_setting, num_clone_slots
+from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.layout import RowMap, build_layout, histogram, round_rows, share_of
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.reroute import Clones, physical_experts
@@ -67,10 +67,10 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
         int32 ``[T, K]``; E where a token has fewer choices (a padding token has none).
     """
     tokens, experts = routing_map.shape
-    place = torch.where(routing_map, routing_map.cumsum(1) - 1, topk).clamp_(max=topk)
+    place = routing_map.cumsum(1).mul_(routing_map).clamp_(max=topk + 1)  # 0 for those not chosen
     expert = torch.arange(experts, device=routing_map.device).expand(tokens, experts)
-    chosen = torch.full((tokens, topk + 1), experts, device=routing_map.device)
-    return chosen.scatter_(1, place, expert)[:, :topk].int()
+    chosen = torch.full((tokens, topk + 2), experts, device=routing_map.device)
+    return chosen.scatter_(1, place, expert)[:, 1 : topk + 1].int()
 
 
 def _lengths(ends: Tensor) -> Tensor:
@@ -102,10 +102,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     """Dispatches tokens to the experts of an expert-parallel group; see ``dispatch/layout.py``.
 
     Rows of the receive buffer: ``--moe-received-token-capacity`` times ``T * K`` (1.0 is perfect
-    balance), plus what the row alignment may add, rounded up to one of a few sizes. ``auto`` never
-    overflows: the planner's bound with at least E / R clone slots on a rank, or else the most that
-    routing can bring. Evaluation, and a pass that trains nothing, take the latter too, whatever was
-    given: nothing is kept there.
+    balance), plus what the row alignment may add, rounded up to one of a few sizes. ``auto`` is the
+    planner's bound with at least E / R clone slots on a rank, and without clones the most that
+    routing can bring: neither overflows. Between them it is ``token_capacity``. Evaluation, and a
+    pass that trains nothing, take the most too, whatever was given: nothing is kept there.
 
     Attributes:
         num_groups: experts and clone slots of a rank.
@@ -134,7 +134,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._local = self._experts // self.ep_size
         self.num_groups = self._local + self._slots
         self._alignment = echo_setting(config, "moe_echo_row_alignment")
-        self._capacity = echo_setting(config, "moe_received_token_capacity")
+        self._capacity = token_capacity(config, self._slots)
         self._tolerance = echo_setting(config, "moe_echo_tolerance")
         self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
@@ -285,13 +285,11 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         call = self._current()
         if call.ends is not None:
             return hidden_states, _lengths(call.ends), probs
-        first = self.ep_rank * self.num_groups
-        local = call.experts - first
-        groups = torch.where((local >= 0) & (local < self.num_groups), local, self.num_groups)
+        # Those of ranks before this one wrap round, behind those of ranks after it.
+        first, everywhere = self.ep_rank * self.num_groups, self.ep_size * self.num_groups + 1
+        groups = (call.experts - first).remainder_(everywhere).clamp_(max=self.num_groups)
         tokens = call.shape[:-1].numel()
-        layout = build_layout(
-            groups, self.num_groups, self.buffer_rows(tokens), self.ep_size, self._alignment
-        )
+        layout = build_layout(groups, self.num_groups, self.buffer_rows(tokens), self._alignment)
         self._call = replace(call, rows=layout.rows)
         self._record_rows(layout.need, layout.dropped, tokens)
         rows = tokens_to_rows(hidden_states, layout.rows)

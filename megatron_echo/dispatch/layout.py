@@ -54,28 +54,29 @@ class RowMap:
 
 @dataclass(frozen=True)
 class DispatchLayout:
-    """Where the pairs of one dispatch are computed on this rank. B rows, G groups, P sources.
+    """Where the pairs of one dispatch are computed on this rank. B rows, G groups.
 
     Attributes:
         rows: the map between rows and pairs; its ``row_of`` is ``[N, K]``.
-        counts: int64 ``[P, G]``, pairs that each source rank sends to each group.
         group_rows: int64 ``[G]``, pairs of each group, before the buffer's limit.
         padded_rows: int64 ``[G]``, the same rounded up to the row alignment; 0 stays 0.
         ends: int32 ``[G]``, end offset of each padded group, not above B: what ``grouped_mm``
             takes.
         need: int64 scalar, rows that would hold everything.
-        over: bool scalar, ``need > B``.
         dropped: int64 scalar, pairs without a row; above 0 only if ``over``.
     """
 
     rows: RowMap
-    counts: Tensor
     group_rows: Tensor
     padded_rows: Tensor
     ends: Tensor
     need: Tensor
-    over: Tensor
     dropped: Tensor
+
+    @property
+    def over(self) -> Tensor:
+        """Bool scalar, ``need > B``."""
+        return self.need > self.rows.row_src.shape[0]
 
 
 def histogram(index: Tensor, size: int) -> Tensor:
@@ -95,7 +96,7 @@ def place_groups(size: Tensor, num_rows: int, alignment: int) -> tuple[Tensor, T
         First row and end of each group as if there were room for all, and how many rows of each
         are behind row B; all int64 ``[..., G]``.
     """
-    padded = (size + (alignment - 1)) // alignment * alignment
+    padded = size if alignment == 1 else (size + (alignment - 1)) // alignment * alignment
     ends = padded.cumsum(-1)
     starts = ends - padded
     placed = (starts + size).clamp(max=num_rows) - starts.clamp(max=num_rows)
@@ -103,7 +104,7 @@ def place_groups(size: Tensor, num_rows: int, alignment: int) -> tuple[Tensor, T
 
 
 def build_layout(
-    groups: Tensor, num_groups: int, num_rows: int, num_sources: int = 1, alignment: int = 1
+    groups: Tensor, num_groups: int, num_rows: int, alignment: int = 1
 ) -> DispatchLayout:
     """Lay out the pairs that this rank computes.
 
@@ -111,41 +112,34 @@ def build_layout(
 
     Args:
         groups: integer ``[N, K]``, the local group of each pair; ``num_groups`` for pairs that are
-            computed elsewhere or do not exist. Tokens of one source rank are consecutive, ``N / P``
-            each.
+            computed elsewhere or do not exist. Tokens are in the order of their source ranks.
         num_groups: G, experts and clone slots on this rank.
         num_rows: B, rows of the buffer.
-        num_sources: P.
         alignment: rows of each group are padded to a multiple of this.
     """
     tokens, topk = groups.shape
     pairs = tokens * topk
-    key = groups.reshape(pairs).to(torch.int64)
-    position = torch.arange(pairs, device=key.device)
-    cell = position // max(pairs // num_sources, 1) * (num_groups + 1) + key
-    counts = histogram(cell, num_sources * (num_groups + 1)).view(num_sources, num_groups + 1)
+    key = groups.reshape(pairs)
     # The pairs that are not here form a last group, from row B on.
-    size = counts.sum(0)
+    size = histogram(key.to(torch.int64), num_groups + 1)
     group_rows = size[:num_groups]
     starts, ends, behind = place_groups(group_rows, num_rows, alignment)
     padded_rows = ends - starts
     starts = torch.cat((starts, starts.new_full((1,), num_rows)))
     order = key.argsort(stable=True)
-    group = key.index_select(0, order)
-    in_group = position - (size.cumsum(0) - size).index_select(0, group)
-    row = (starts.index_select(0, group) + in_group).clamp_(max=num_rows)
-    row_src = key.new_full((num_rows + 1,), pairs).scatter_(0, row, order)[:num_rows]
+    # The n-th pair in this order is n rows behind row 0, but for what the groups before it take.
+    shift = (starts - (size.cumsum(0) - size)).index_select(0, key.index_select(0, order))
+    row = shift.add_(torch.arange(pairs, device=key.device)).clamp_(max=num_rows)
+    row_src = order.new_full((num_rows + 1,), pairs).scatter_(0, row, order)[:num_rows]
     row_of = torch.empty_like(row).scatter_(0, order, row)
-    need = padded_rows.sum()
+    need = ends[-1]
     ends = ends.clamp(max=num_rows).int()
     return DispatchLayout(
         rows=RowMap(row_src.int(), row_of.view(tokens, topk).int(), topk, used=ends[-1:]),
-        counts=counts[:, :num_groups],
         group_rows=group_rows,
         padded_rows=padded_rows,
         ends=ends,
         need=need,
-        over=need > num_rows,
         dropped=behind.sum(),
     )
 
@@ -191,15 +185,13 @@ def place_pairs(
     first = torch.cat((first, first.new_full((1,), num_rows)))
     sent = counts[rank].cumsum(0)
     sent = torch.cat((sent.new_zeros(1), sent))
-    key = experts.reshape(-1).to(torch.int64)
+    key = experts.reshape(-1)
     order = key.argsort(stable=True)
-    expert = key.index_select(0, order)
-    nth = torch.arange(key.numel(), device=key.device) - sent.index_select(0, expert)
-    row = first.index_select(0, expert) + nth
+    expert = key.index_select(0, order).to(torch.int64)
+    row = (first - sent).index_select(0, expert).add_(torch.arange(key.numel(), device=key.device))
     stride = num_rows + 1
-    place = torch.where(
-        row < num_rows, expert // num_groups * stride + row, rank * stride + num_rows
-    )
+    place = expert // num_groups * stride + row
+    place.masked_fill_(row >= num_rows, rank * stride + num_rows)
     place = torch.empty_like(place).scatter_(0, order, place)
 
     row = torch.arange(num_rows, device=key.device)
@@ -208,7 +200,7 @@ def place_pairs(
     filled = filled.index_select(0, torch.searchsorted(ends[rank], row, right=True))
     return PairPlaces(
         place=place.view(experts.shape).int(),
-        received=torch.where(row < filled, row, num_rows).int(),
+        received=row.masked_fill_(row >= filled, num_rows).int(),
         ends=ends[rank].clamp(max=num_rows).int(),
         need=ends[rank, -1],
         dropped=behind[rank].sum(),

@@ -78,7 +78,7 @@ class OverflowCheck:
             counts: as for :meth:`record_rows`.
         """
         zero = torch.zeros_like(need)
-        self._add(torch.stack((zero, zero, torch.where(cut > 0, need, 0), cut)), dropped, counts)
+        self._add(torch.stack((zero, zero, need * (cut > 0), cut)), dropped, counts)
 
     def _add(self, highest: Tensor, dropped: Tensor, counts: bool) -> None:
         if self._seen is None or self._seen.device != dropped.device:

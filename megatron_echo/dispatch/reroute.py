@@ -62,7 +62,7 @@ def physical_experts(experts: Tensor, plan: ClonePlan, rank: int) -> Tensor:
     per_rank = num_experts // ranks
     groups = per_rank + slots
     # Physical id of expert e on rank r: its home there, or its slot.
-    expert = torch.where(plan.slot_expert < 0, num_experts, plan.slot_expert)
+    expert = plan.slot_expert.masked_fill(plan.slot_expert < 0, num_experts)
     slot = torch.arange(per_rank, groups, device=expert.device).expand(ranks, slots)
     group = expert.new_zeros(ranks, num_experts + 1).scatter_(1, expert, slot)[:, :num_experts]
     ids = torch.arange(num_experts, device=expert.device)

@@ -27,7 +27,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from megatron_echo.call_roles import Role, role_of_call
-from megatron_echo.config import echo_setting, num_clone_slots
+from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.overflow import OverflowCheck
 from megatron_echo.dispatch.self_check import SelfCheck
 from megatron_echo.observe.metrics import publish
@@ -70,7 +70,7 @@ class StepEnd(PerModel, EndOfStep):
         _watch_calls(self)
         _watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
-        is_auto = echo_setting(config, "moe_received_token_capacity") is None
+        is_auto = token_capacity(config, num_clone_slots(config)) is None
         self.overflow = OverflowCheck(policy, is_auto)
         self.statistics = StepStatistics()
         self.self_check = SelfCheck(

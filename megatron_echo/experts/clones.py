@@ -18,6 +18,9 @@ from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.per_model import PerModel
 
+_WIDE_BYTES = 1 << 30
+_STEP = 128  # rows; a tile of the products
+
 
 class WeightPool(PerModel):
     """A stack of slots ``[S, out, in]`` for each projection, shared by all layers.
@@ -95,16 +98,14 @@ class _ClonedLinear(torch.autograd.Function):
         clones = Clones(slot_expert, *ctx.of_clones)
         stack = _filled(ctx.pool, ctx.gemm, weight, clones, *kept)
         grad = grad.contiguous()
-        to_rows = to_weight = None
+        to_rows = None
         if ctx.needs_input_grad[0]:
             to_rows = ctx.gemm.product(grad, weight, stack, ends, transpose=False)
         # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
         # not be, and nobody here knows.
-        parts = ctx.gemm.outer(grad, rows, ends, wide_dtype(weight.dtype))
-        home = clones.transport.bring_home(parts, slot_expert, clones.announced)
-        if ctx.needs_input_grad[1]:
-            to_weight = home.to(weight.dtype)
-        return to_rows, to_weight, None, None, None, None, None
+        to_weight = _weight_gradient(grad, rows, weight, ends, clones, ctx.gemm)
+        needs_weight = ctx.needs_input_grad[1]
+        return to_rows, to_weight if needs_weight else None, None, None, None, None, None
 
 
 def _filled(
@@ -118,6 +119,27 @@ def _filled(
     else:
         clones.transport.push(weight, clones.slot_expert, clones.announced, slots)
     return stack
+
+
+def _weight_gradient(
+    grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones, gemm: GroupedGemm
+) -> Tensor:
+    """The gradient of the home experts, ``[m, out, in]``: parts summed wide and rounded once.
+
+    Some rows of all matrices at a time, so that what is wide is ``_WIDE_BYTES`` at most, and not a
+    second stack of all experts and slots.
+    """
+    wide, out = wide_dtype(weight.dtype), grad.shape[1]
+    times = math.ceil(len(ends) * weight[0].numel() * wide.itemsize / _WIDE_BYTES)
+    step = math.ceil(out / max(times, 1) / _STEP) * _STEP
+    plan = (clones.slot_expert, clones.announced)
+    result = torch.empty_like(weight)
+    for first in range(0, out, step):
+        some = slice(first, first + step)  # no name for its parts: they would live on meanwhile
+        result[:, some] = clones.transport.bring_home(
+            gemm.outer(grad[:, some], rows, ends, wide), *plan
+        )
+    return result
 
 
 def cloned_linear(

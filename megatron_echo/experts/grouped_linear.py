@@ -1,6 +1,7 @@
 """Matrix products of grouped rows with a stack of weights, with offsets on the device."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import grouped_mm
 from megatron_echo.environment import on_gpu
 
 _ROW_BYTES = 16
+_MOST_GROUPS = 1023  # of grouped_mm on CUDA
 
 
 def grouped_product_reference(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -48,31 +50,45 @@ def _masks(ends: Tensor, rows: int) -> list[Tensor]:
     ]
 
 
-def _takes_grouped_mm(rows: Tensor, *widths: int) -> bool:
-    """Whether torch has a kernel that does not read the offsets on the host.
+def has_grouped_mm(
+    capability: tuple[int, int], dtype: torch.dtype, widths: Iterable[int], groups: int
+) -> bool:
+    """Whether ``grouped_mm`` has a kernel on a GPU that does not read the offsets on the host.
 
-    On CUDA that is bf16 on compute capability 9 and 10: elsewhere ``grouped_mm`` copies them. Rows
-    must be multiples of 16 bytes.
+    Args:
+        capability: of the device.
+        dtype: of rows and weights.
+        widths: of rows and results. Rows must be multiples of 16 bytes.
+        groups: m + S.
     """
+    is_fast = capability[0] in (9, 10) and dtype == torch.bfloat16 and groups <= _MOST_GROUPS
+    return is_fast and _are_aligned(dtype, widths)
+
+
+def _are_aligned(dtype: torch.dtype, widths: Iterable[int]) -> bool:
+    return all(width * dtype.itemsize % _ROW_BYTES == 0 for width in widths)
+
+
+def _takes_grouped_mm(rows: Tensor, groups: int, *widths: int) -> bool:
+    if on_gpu(rows):
+        capability = torch.cuda.get_device_capability(rows.device)
+        return has_grouped_mm(capability, rows.dtype, widths, groups)
     if rows.is_cpu and not isinstance(rows, FakeTensor):
-        has_kernel = rows.dtype != torch.float64
-    else:
-        has_kernel = rows.dtype == torch.bfloat16  # also all that the operator's shape rule knows
-        if on_gpu(rows):
-            has_kernel &= torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
-    return has_kernel and all(width * rows.element_size() % _ROW_BYTES == 0 for width in widths)
+        return rows.dtype != torch.float64 and _are_aligned(rows.dtype, widths)
+    # All that the operator's shape rule knows.
+    return rows.dtype == torch.bfloat16 and _are_aligned(rows.dtype, widths)
 
 
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """``rows[g] @ weights[g]``; see :func:`grouped_product_reference`, without its zeros."""
-    if _takes_grouped_mm(rows, *weights.shape[1:]):
+    if _takes_grouped_mm(rows, *weights.shape):
         return grouped_mm(rows, weights, offs=ends)
     return grouped_product_reference(rows, weights, ends)
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``left[g].T @ right[g]``; see :func:`grouped_outer_reference`."""
-    if _takes_grouped_mm(left, left.shape[1], right.shape[1]):
+    if _takes_grouped_mm(left, len(ends), left.shape[1], right.shape[1]):
         outer = grouped_mm(left.t(), right, offs=ends)
         if on_gpu(left) and torch.cuda.get_device_capability(left.device)[0] == 10:
             # Groups without rows are not zero there: github.com/pytorch/pytorch/issues/172439

@@ -4,12 +4,14 @@ A group's weights are found from one of two base pointers: those of home experts
 those of clones in the slot pool. The ends of the groups are read on the device. The grid is a
 function of the buffer's size; a program whose tile holds no rows exits at once, so that the work
 is that of the rows and not of the buffer. Sums are in fp32, in a fixed order and without atomics.
-Pointers are int64. Nothing is autotuned, as that would wait for the device.
+Pointers are int64. Factors of fp32 are rounded to tf32 only where torch's own products do so.
+Nothing is autotuned, as that would wait for the device.
 """
 
 # (Triton's functions have no Python types.)
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 _SUPER = 8  # row tiles that share the columns in the L2 cache
+_LARGE_TILES = 144 * 1024  # bytes of shared memory
 
 
 @triton.jit
@@ -49,7 +52,7 @@ def _product_kernel(
     rows, home, slots, ends, output, num_rows,
     HOME: tl.constexpr, GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, column_tile = _swizzled(tl.program_id(0), (OUT + BLOCK_N - 1) // BLOCK_N, SUPER)
     # The tiles of group g begin with number start // BLOCK_M + g: enough for any start.
@@ -79,7 +82,7 @@ def _product_kernel(
         inside = first + k < IN
         a = _load(left, inside[None, :], is_full)
         b = _load(right, inside[:, None] & (column < OUT)[None, :], is_full_column)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = tl.dot(a, b, total, input_precision=PRECISION)
         left += BLOCK_K
         right += BLOCK_K if IS_TRANSPOSED else BLOCK_K * OUT
     pointers = output + row.to(tl.int64)[:, None] * OUT + column[None, :]
@@ -90,7 +93,7 @@ def _product_kernel(
 def _outer_kernel(
     left, right, ends, home, slots, num_rows,
     HOME: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     row_tile, column_tile = _swizzled(tl.program_id(0), (IN + BLOCK_N - 1) // BLOCK_N, SUPER)
@@ -109,7 +112,7 @@ def _outer_kernel(
         inside = (first + within < end)[:, None]
         a = tl.load(lefts, mask=inside & in_row, other=0.0)
         b = tl.load(rights, mask=inside & in_column, other=0.0)
-        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
         lefts += BLOCK_K * OUT
         rights += BLOCK_K * IN
     # The two stacks may differ in dtype.
@@ -122,8 +125,14 @@ def _outer_kernel(
 
 
 def product_constants(
-    rows: int, home: int, groups: int, widths: tuple[int, int], itemsize: int, is_transposed: bool
-) -> tuple[dict[str, int], dict[str, int]]:
+    rows: int,
+    home: int,
+    groups: int,
+    widths: tuple[int, int],
+    itemsize: int,
+    is_transposed: bool,
+    shared_memory: int = _LARGE_TILES,
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Compile-time arguments of the kernel of :func:`product`, and its options.
 
     Args:
@@ -133,8 +142,9 @@ def product_constants(
         widths: of the input and of the output.
         itemsize: bytes of an element.
         is_transposed: the weights are ``[out, in]``.
+        shared_memory: bytes that a block can have.
     """
-    blocks, options = _tile(rows // groups, itemsize)
+    blocks, options = _tile(rows // groups, itemsize, shared_memory)
     groups_block = triton.next_power_of_2(groups)
     constants = {
         "HOME": home, "GROUPS": groups, "IN": widths[0], "OUT": widths[1],
@@ -144,28 +154,42 @@ def product_constants(
 
 
 def outer_constants(
-    home: int, widths: Sequence[int], itemsize: int
-) -> tuple[dict[str, int], dict[str, int]]:
+    home: int, widths: Sequence[int], itemsize: int, shared_memory: int = _LARGE_TILES
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Compile-time arguments of the kernel of :func:`outer`, and its options.
 
     Args:
         home: m.
         widths: out and in, of the matrices that are made.
         itemsize: bytes of an element of the rows.
+        shared_memory: bytes that a block can have.
     """
-    blocks, options = _tile(widths[0], itemsize)
+    blocks, options = _tile(widths[0], itemsize, shared_memory)
     return {"HOME": home, "OUT": widths[0], "IN": widths[1], **blocks}, options
 
 
-def _tile(height: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Two bytes: warp-group products from 144 KB of shared memory. Four: exact, on CUDA's cores."""
+def _tile(height: int, itemsize: int, shared_memory: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Two bytes: warp-group products from 144 KB of shared memory, or what fits into 99 KB.
+
+    Four bytes: on CUDA's cores, or on tensor cores where torch rounds to tf32 too.
+    """
     if itemsize == 4:
         sizes, options = (64, 64, 32), {"num_warps": 4, "num_stages": 3}
+    elif shared_memory < _LARGE_TILES:
+        sizes, options = (64, 128, 64), {"num_warps": 4, "num_stages": 3}
     elif height > 64:
         sizes, options = (128, 256, 64), {"num_warps": 8, "num_stages": 3}
     else:
         sizes, options = (64, 256, 64), {"num_warps": 4, "num_stages": 3}
-    return {**dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes)), "SUPER": _SUPER}, options
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    others = {"SUPER": _SUPER, "PRECISION": "tf32" if is_tf32 else "ieee"}
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes)) | others, options
+
+
+def _shared_memory(rows: Tensor) -> int:
+    if not rows.is_cuda:  # in Triton's interpreter
+        return _LARGE_TILES
+    return torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin
 
 
 def product(
@@ -181,7 +205,7 @@ def product(
         return output
     constants, options = product_constants(
         rows.shape[0], len(home), len(ends), (rows.shape[1], width), rows.element_size(),
-        is_transposed,
+        is_transposed, _shared_memory(rows),
     )  # fmt: skip
     tiles = rows.shape[0] // constants["BLOCK_M"] + len(ends)
     columns = triton.cdiv(width, constants["BLOCK_N"])
@@ -197,7 +221,9 @@ def outer(left: Tensor, right: Tensor, ends: Tensor, home: Tensor, slots: Tensor
     """Writes ``left[g].T @ right[g]``; see ``pointer_gemm`` for the arguments."""
     if home[0].numel() == 0:
         return
-    constants, options = outer_constants(len(home), home.shape[1:], left.element_size())
+    constants, options = outer_constants(
+        len(home), home.shape[1:], left.element_size(), _shared_memory(left)
+    )
     tiles = triton.cdiv(home.shape[1], constants["BLOCK_M"])
     columns = triton.cdiv(home.shape[2], constants["BLOCK_N"])
     with torch.cuda.device_of(left):

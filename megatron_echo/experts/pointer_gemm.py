@@ -4,10 +4,11 @@
 These take the stack in two parts: ``home``, the parameter itself, and ``slots``, the pool of the
 clones. Group g is ``home[g]`` for g below m, else ``slots[g - m]``.
 
-On a GPU, and in Triton's interpreter, they are Triton kernels, for bf16, fp16 and (not rounded to
-tf32) fp32, where a block can have 144 KiB of shared memory (A100, H100); no value is read on the
-host. Elsewhere they are the products of ``grouped_linear``, on the two parts put together; its
-references say what the kernels compute.
+On a GPU, and in Triton's interpreter, they are Triton kernels, for bf16, fp16 and fp32 (rounded to
+tf32 where torch's own products are) of any width. Tiles are smaller where a block cannot have
+144 KiB of shared memory, as it can on A100 and H100. No value is read on the host. Elsewhere they
+are the products of ``grouped_linear``, on the two parts put together; its references say what the
+kernels compute.
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from megatron_echo.environment import runs_triton
 from megatron_echo.experts.grouped_linear import GroupedGemm, grouped_outer, grouped_product
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def pointer_product(
@@ -105,7 +106,7 @@ class PointerGemm(GroupedGemm):
 
 
 def _takes_kernel(rows: Tensor) -> bool:
-    return runs_triton(rows) and rows.dtype in _KERNEL_DTYPES
+    return runs_triton(rows) and rows.dtype in KERNEL_DTYPES
 
 
 def _check(

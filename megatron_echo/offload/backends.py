@@ -45,7 +45,7 @@ class Backend:
         return tensor.is_cpu
 
     def allocate_host(self, nbytes: int) -> Tensor:
-        """Uint8 ``[nbytes]``, pinned if that means anything."""
+        """Uint8 ``[nbytes]``, pinned if that means anything; a power of two."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def allocate_device(self, nbytes: int, device: torch.device) -> Tensor:
@@ -82,7 +82,9 @@ class Backend:
 
 
 class CudaBackend(Backend):
-    """Copies on two streams of low priority, ordered by events. A tick is a nanosecond.
+    """Copies on two streams of the default priority, ordered by events. A tick is a nanosecond.
+
+    CUDA has no lower one: it counts down from 0, which is what the compute stream has too.
 
     Nothing calls ``record_stream``: memory is freed, in the compute stream's order, only after
     the compute stream waited for the copy.
@@ -90,8 +92,8 @@ class CudaBackend(Backend):
 
     def __init__(self) -> None:
         self._streams = {
-            Lane.TO_HOST: torch.cuda.Stream(priority=0),
-            Lane.TO_DEVICE: torch.cuda.Stream(priority=0),
+            Lane.TO_HOST: torch.cuda.Stream(),
+            Lane.TO_DEVICE: torch.cuda.Stream(),
         }
         self._link: Link | None = None
 
@@ -103,7 +105,7 @@ class CudaBackend(Backend):
         return tensor.is_cuda
 
     def allocate_host(self, nbytes: int) -> Tensor:
-        """Pinned memory."""
+        """Pinned memory; PyTorch would round up to a power of two."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:

@@ -29,8 +29,9 @@ class OffloadConfig:
             on the device down to this. None: as much as ``fraction`` allows.
         max_slowdown: how much longer than without offloading a planned step may take, as a
             share of its time. What the link cannot move within that stays on the device.
-        max_host_bytes: most bytes of host memory; when full, tensors stay on the device.
-        slab_bytes: host memory is pinned in pieces of this size.
+        max_host_bytes: most bytes of host memory, as they are pinned: in powers of two. When it is
+            full, tensors stay on the device.
+        slab_bytes: host memory is pinned in pieces of this size at least.
         learning_steps: steps with the same schedule that are timed before they are planned; the
             shortest times count, so that one-time costs of the first step do not.
         strict: a configured name that matches no module or saves nothing in the first step is an

@@ -1,5 +1,6 @@
 """Host memory for offloaded storages: slabs, cut into blocks of few sizes that are used again."""
 
+import bisect
 import collections
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from torch import Tensor
 
 _SMALLEST = 512
 _STEPS = 8
+_MANY = 4  # blocks of one size in a slab
 
 
 def size_class(nbytes: int) -> int:
@@ -39,9 +41,10 @@ class HostArena:
     """Lends blocks of host memory and takes them back.
 
     Args:
-        allocate: gives a uint8 tensor of so many bytes, pinned where there is a device.
+        allocate: gives a uint8 tensor of so many bytes, pinned where there is a device. It is asked
+            for powers of two only: to them PyTorch rounds what it pins.
         max_bytes: most bytes to allocate, None for no limit.
-        slab_bytes: bytes of one allocation, unless a block needs more.
+        slab_bytes: bytes of one allocation at least, rounded up, where the limit leaves them.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class HostArena:
         self._allocate = allocate
         self._max_bytes = max_bytes
         self._slab_bytes = slab_bytes
-        self._rest: Tensor | None = None
+        self._rests: list[Tensor] = []  # of slabs, the smallest first
+        self._cuts: collections.Counter[int] = collections.Counter()
         self._free: dict[int, collections.deque[Lease]] = collections.defaultdict(collections.deque)
         self.allocations = 0
         self.allocated_bytes = 0
@@ -80,14 +84,35 @@ class HostArena:
         self._free[lease.block.numel()].append(lease)
 
     def _cut(self, size: int) -> Tensor | None:
-        if self._rest is None or self._rest.numel() < size:
-            slab = max(size, self._slab_bytes)
-            if self._max_bytes is not None:
-                slab = min(slab, self._max_bytes - self.allocated_bytes)
-            if slab < size:
+        """A new block, from the smallest rest that holds it or else from a new slab."""
+        at = bisect.bisect_left(self._rests, size, key=Tensor.numel)
+        if at == len(self._rests):
+            nbytes = self._slab_size(size)
+            if nbytes is None:
                 return None
-            self._rest = self._allocate(slab)
+            self._rests.append(self._allocate(nbytes))
             self.allocations += 1
-            self.allocated_bytes += slab
-        block, self._rest = self._rest[:size], self._rest[size:]
-        return block
+            self.allocated_bytes += nbytes
+        rest = self._rests.pop(at)
+        if rest.numel() >= size + _SMALLEST:
+            bisect.insort(self._rests, rest[size:], key=Tensor.numel)
+        self._cuts[size] += 1
+        return rest[:size]
+
+    def _slab_size(self, size: int) -> int | None:
+        """A power of two that holds the block, within the limit; None where there is none.
+
+        It has room for one block more than were cut of this size before, up to four: a single one
+        may leave almost half of its slab to smaller ones, many leave less than a fifth.
+        """
+        many = min(self._cuts[size] + 1, _MANY)
+        wanted = _power_of_two(max(many * size, self._slab_bytes))
+        if self._max_bytes is not None:
+            left = self._max_bytes - self.allocated_bytes
+            wanted = min(wanted, 1 << left.bit_length() >> 1)
+        return wanted if wanted >= size else None
+
+
+def _power_of_two(nbytes: int) -> int:
+    """The lowest that is not below ``nbytes``."""
+    return 1 << (nbytes - 1).bit_length()

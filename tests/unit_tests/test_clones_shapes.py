@@ -72,6 +72,18 @@ def test_meta_tensors(ranks: int, wire: str, slots: int | None) -> None:
     StepEnd.of(layer.config).overflow.check()
 
 
+@groups_of(8, 64)
+@pytest.mark.parametrize("slots", [1, 2, None])
+def test_rows_of_auto(ranks: int, slots: int | None) -> None:
+    """With few slots 1.25 times perfect balance; evaluation has room for the worst routing."""
+    dispatcher = build(ranks, "all_gather", torch.float32, slots).token_dispatcher
+    share = 1.02 if slots is None else 1.25
+    assert 4096 * TOPK <= dispatcher.buffer_rows(4096) <= 1.04 * share * 4096 * TOPK
+    dispatcher.training = False
+    if slots is not None:
+        assert dispatcher.buffer_rows(4096) >= ranks * 4096 * TOPK
+
+
 def traced(layer: EchoMoELayer, kind: str, mode: str = "real") -> GraphModule:
     """The graph of forward and backward; map, probabilities and weights are its inputs."""
     stages = Stages(layer)

@@ -8,6 +8,7 @@ from megatron_echo.config import (
     EchoTransformerConfig,
     echo_fields,
     flag_name,
+    token_capacity,
 )
 
 BASE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
@@ -30,6 +31,27 @@ def test_slots_default_to_the_experts_of_a_rank() -> None:
     assert zero.num_echo_slots_per_rank == 0
     alone = {**MOE, "expert_model_parallel_size": 1}
     assert EchoTransformerConfig(**alone, moe_enable_echo=True).num_echo_slots_per_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "given", "tolerance", "capacity"),
+    [
+        (0, None, 0.02, None),
+        (1, None, 0.02, 1.25),
+        (1, None, 0.5, 1.5),
+        (2, None, 0.02, None),
+        (3, None, 0.02, None),
+        (1, 3.0, 0.02, 3.0),
+        (0, 0.9, 0.02, 0.9),
+    ],
+)
+def test_auto_has_a_bound_where_nothing_is_promised(
+    slots: int, given: float | None, tolerance: float, capacity: float | None
+) -> None:
+    """Two experts on a rank: one slot is too few to promise anything."""
+    fields = {"moe_received_token_capacity": given, "moe_echo_tolerance": tolerance}
+    config = EchoTransformerConfig(**MOE, moe_enable_echo=True, **fields)
+    assert token_capacity(config, slots) == capacity
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ KINDS = (*ROUTINGS, "no tokens")
 WEIGHTS = ("layer.experts.linear_fc1.weight", "layer.experts.linear_fc2.weight")
 
 transports = pytest.mark.parametrize("wire", ["all_gather", "all_to_all", "symmetric_memory"])
+MOST_OPERATORS = {"all_gather": 224, "all_to_all": 365, "symmetric_memory": 288}  # with views
 
 
 @pytest.fixture
@@ -100,6 +101,20 @@ def test_meta_tensors_in_evaluation(ranks: int, wire: str) -> None:
     with torch.no_grad():
         output, _ = layer(hidden)
     assert output.shape == hidden.shape
+
+
+@transports
+@groups_of(8)
+def test_few_operators(ranks: int, wire: str) -> None:
+    """Each is a kernel on a GPU; no number is made a tensor only to choose between two values."""
+    layer = build(ranks, wire, torch.bfloat16, moe_router_dtype="fp32").to("meta")
+    shape = (SEQUENCE, BATCH, HIDDEN)
+    hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with ShapeRecorder() as recorder:
+        layer(hidden)[0].backward(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    names = [name for name, _ in recorder.made]
+    assert "aten.scalar_tensor.default" not in names
+    assert len(names) <= MOST_OPERATORS[wire]
 
 
 class Stages(torch.nn.Module):

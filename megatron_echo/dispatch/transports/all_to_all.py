@@ -55,7 +55,7 @@ class AllToAllTransport(TokenTransport):
         wanted = owner.new_zeros(tokens, ranks + 1).scatter_(1, owner, 1)[:, :ranks]
         place = wanted.cumsum(0) - 1
         first = torch.arange(ranks, device=owner.device) * places
-        row_of = torch.where((wanted > 0) & (place < places), first + place, ranks * places)
+        row_of = (first + place).masked_fill_((wanted <= 0) | (place >= places), ranks * places)
         token = torch.arange(tokens, device=owner.device)[:, None].expand(tokens, ranks)
         row_src = owner.new_full((ranks * places + 1,), tokens)
         row_src = row_src.scatter_(0, row_of.reshape(-1), token.reshape(-1))[:-1]

@@ -110,23 +110,23 @@ class CollectiveWeights(WeightTransport):
         self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
     ) -> None:
         """See :class:`WeightTransport`; an unused slot gets some expert's weights."""
-        for slot, expert in enumerate(slot_expert.unbind(1)):
-            wanted = (expert - self._rank * self._experts).clamp(0, self._experts - 1)
-            received = exchange(weight.index_select(0, wanted), self._group)
-            home = (expert[self._rank : self._rank + 1] // self._experts).clamp_(min=0)
+        wanted = slot_expert.t() - self._rank * self._experts
+        wanted = wanted.clamp_(0, self._experts - 1).contiguous()
+        homes = (slot_expert[self._rank] // self._experts).clamp_(min=0)
+        for slot, home in enumerate(homes.split(1)):
+            received = exchange(weight.index_select(0, wanted[slot]), self._group)
             slots[slot] = received.index_select(0, home).squeeze(0)
 
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
         """See :class:`WeightTransport`."""
         ranks, experts = self._group.size(), self._experts
-        for slot, expert in enumerate(slot_expert.unbind(1)):
+        target = slot_expert - self._rank * experts
+        target.masked_fill_((target < 0) | (target >= experts), experts)  # slot 0 is sent by then
+        for slot, local in enumerate(target.unbind(1)):
             sent = grads[experts + slot].expand(ranks, *grads.shape[1:])
             received = exchange(sent.contiguous(), self._group)
-            local = expert - self._rank * experts
-            mine = (local >= 0) & (local < experts)
-            target = torch.where(mine, local, experts)  # slot 0 is sent: its place takes the rest
             for source in range(ranks):
-                grads.index_add_(0, target[source : source + 1], received[source : source + 1])
+                grads.index_add_(0, local[source : source + 1], received[source : source + 1])
         return grads[:experts]
 
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
@@ -216,7 +216,7 @@ class SymmetricMemoryWeights(WeightTransport):
         """See :class:`WeightTransport`; an unused slot gets zeros."""
         expert = slot_expert[self._rank]
         home = expert // self._experts
-        first = torch.where(expert < 0, -1, expert % self._experts)
+        first = (expert % self._experts).masked_fill_(expert < 0, -1)
         places = self._places(home, first, weight)
         rows = weight.detach().flatten(0, 1)
         self._buffers.pull("weights", [(rows, places[:, None])], slots.view(-1, slots.shape[2]))
@@ -249,7 +249,7 @@ class SymmetricMemoryWeights(WeightTransport):
         row = torch.arange(out, device=rank.device)
         place = (rank * stride + matrix * out)[:, None] + row
         none = (self._rank + 1) * stride - 1
-        return torch.where(matrix[:, None] < 0, none, place).flatten().int()
+        return place.masked_fill_(matrix[:, None] < 0, none).flatten().int()
 
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
         """See :class:`WeightTransport`."""

@@ -19,7 +19,6 @@ class Case:
     groups: list[list[int]]
     num_groups: int
     num_rows: int
-    num_sources: int
     alignment: int
     dtype: torch.dtype = torch.int32
 
@@ -28,7 +27,6 @@ class Case:
             torch.tensor(self.groups, dtype=self.dtype),
             self.num_groups,
             self.num_rows if num_rows is None else num_rows,
-            self.num_sources,
             self.alignment,
         )
 
@@ -37,7 +35,6 @@ class Case:
 class Expected:
     """The same layout, as lists."""
 
-    counts: list[list[int]]
     group_rows: list[int]
     padded_rows: list[int]
     ends: list[int]
@@ -50,8 +47,6 @@ class Expected:
 def plain(case: Case) -> Expected:
     """Walk over the groups and put one pair after the other."""
     tokens, topk = len(case.groups), len(case.groups[0])
-    per_source = tokens // case.num_sources
-    counts = [[0] * case.num_groups for _ in range(case.num_sources)]
     row_src = [tokens * topk] * case.num_rows
     row_of = [[case.num_rows] * topk for _ in range(tokens)]
     group_rows, padded_rows, ends = [], [], []
@@ -62,7 +57,6 @@ def plain(case: Case) -> Expected:
             for k in range(topk):
                 if case.groups[token][k] != group:
                     continue
-                counts[token // per_source][group] += 1
                 if row < case.num_rows:
                     row_src[row], row_of[token][k] = token * topk + k, row
                 else:
@@ -72,14 +66,13 @@ def plain(case: Case) -> Expected:
         padded_rows.append(-(-(row - start) // case.alignment) * case.alignment)
         start += padded_rows[-1]
         ends.append(min(start, case.num_rows))
-    return Expected(counts, group_rows, padded_rows, ends, start, dropped, row_src, row_of)
+    return Expected(group_rows, padded_rows, ends, start, dropped, row_src, row_of)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Few tokens and groups of many shapes; buffers too small, just right, and too large."""
-    sources = draw(st.integers(1, 4))
-    tokens = sources * draw(st.integers(1, 6))
+    tokens = draw(st.integers(1, 24))
     topk, num_groups = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     alignment = draw(st.sampled_from([1, 4, 16]))
     # A small choice of groups leaves others empty; num_groups is a pair that is not here.
@@ -89,10 +82,10 @@ def cases(draw: st.DrawFn) -> Case:
         st.lists(st.lists(pair, min_size=topk, max_size=topk), min_size=tokens, max_size=tokens)
     )
     dtype = draw(st.sampled_from([torch.int32, torch.int64]))
-    case = Case(groups, num_groups, 1, sources, alignment, dtype)
+    case = Case(groups, num_groups, 1, alignment, dtype)
     need = plain(case).need
     num_rows = draw(st.one_of(st.integers(1, need + 20), st.just(max(need, 1))))
-    return Case(groups, num_groups, num_rows, sources, alignment, dtype)
+    return Case(groups, num_groups, num_rows, alignment, dtype)
 
 
 @many
@@ -101,7 +94,6 @@ def test_layout_is_the_plain_one(case: Case) -> None:
     """I1-I6: counts, need, drops, offsets, padding and both maps, for any buffer."""
     layout, expected = case.layout(), plain(case)
     tokens, topk, groups = len(case.groups), len(case.groups[0]), case.num_groups
-    assert layout.counts.tolist() == expected.counts
     assert layout.group_rows.tolist() == expected.group_rows
     assert layout.padded_rows.tolist() == expected.padded_rows
     assert layout.ends.tolist() == expected.ends
@@ -114,7 +106,6 @@ def test_layout_is_the_plain_one(case: Case) -> None:
     assert layout.rows.token_of_row.tolist() == [pair // topk for pair in expected.row_src]
 
     shapes = {
-        "counts": (torch.int64, (case.num_sources, groups)),
         "group_rows": (torch.int64, (groups,)),
         "padded_rows": (torch.int64, (groups,)),
         "ends": (torch.int32, (groups,)),
@@ -170,7 +161,7 @@ def test_a_larger_buffer_keeps_what_was_placed(case: Case, more: int) -> None:
     had_a_row = small.rows.row_of < case.num_rows
     assert torch.equal(large.rows.row_of[had_a_row], small.rows.row_of[had_a_row])
     assert (large.rows.row_of[~had_a_row] >= case.num_rows).all()
-    for name in ("counts", "group_rows", "padded_rows", "need"):
+    for name in ("group_rows", "padded_rows", "need"):
         assert torch.equal(getattr(large, name), getattr(small, name)), name
     assert large.dropped <= small.dropped
 
@@ -215,11 +206,10 @@ def test_all_ranks_together_compute_every_pair(case: Case, ranks: int) -> None:
     for rank in range(ranks):
         local = experts - rank * per_rank
         groups = torch.where((local >= 0) & (local < per_rank), local, per_rank)
-        layout = build_layout(groups, per_rank, case.num_rows, case.num_sources, case.alignment)
+        layout = build_layout(groups, per_rank, case.num_rows, case.alignment)
         held += int(layout.group_rows.sum())
         placed += int((layout.rows.row_of < case.num_rows).sum())
         dropped += int(layout.dropped)
-        assert torch.equal(layout.counts.sum(0), layout.group_rows)
     assert held == experts.numel()
     assert placed == experts.numel() - dropped
 
@@ -228,8 +218,7 @@ def test_all_ranks_together_compute_every_pair(case: Case, ranks: int) -> None:
 @pytest.mark.parametrize("num_rows", [1, 8])
 def test_nothing_is_here(num_rows: int, alignment: int) -> None:
     """All pairs are computed elsewhere: empty groups, empty rows."""
-    layout = build_layout(torch.full((6, 2), 3), 3, num_rows, 2, alignment)
-    assert layout.counts.tolist() == [[0, 0, 0]] * 2
+    layout = build_layout(torch.full((6, 2), 3), 3, num_rows, alignment)
     assert layout.ends.tolist() == layout.padded_rows.tolist() == [0, 0, 0]
     assert layout.rows.row_src.tolist() == [12] * num_rows
     assert layout.rows.row_of.tolist() == [[num_rows] * 2] * 6
@@ -248,14 +237,14 @@ def test_one_token(dtype: torch.dtype) -> None:
 def test_an_example_by_hand() -> None:
     """Two sources of two tokens, three groups (the second empty), aligned to 4."""
     groups = torch.tensor([[0, 2], [3, 2], [2, 0], [0, 3]])
-    layout = build_layout(groups, 3, 8, 2, 4)
-    assert layout.counts.tolist() == [[1, 0, 2], [2, 0, 1]]
+    layout = build_layout(groups, 3, 8, 4)
+    assert layout.group_rows.tolist() == [3, 0, 3]
     assert layout.group_rows.tolist() == [3, 0, 3]
     assert layout.ends.tolist() == [4, 4, 8]
     assert layout.rows.row_src.tolist() == [0, 5, 6, 8, 1, 3, 4, 8]
     assert layout.rows.row_of.tolist() == [[0, 4], [8, 5], [6, 1], [2, 8]]
     # Two rows less: the last group loses its last pair, and padding counts as rows.
-    short = build_layout(groups, 3, 6, 2, 4)
+    short = build_layout(groups, 3, 6, 4)
     assert short.rows.row_of.tolist() == [[0, 4], [6, 5], [6, 1], [2, 6]]
     assert (short.need.item(), short.over.item(), short.dropped.item()) == (8, True, 1)
 
@@ -263,7 +252,7 @@ def test_an_example_by_hand() -> None:
 def test_many_pairs_are_the_same_on_every_run() -> None:
     """I8, at a size where a sort could choose another algorithm, with an overflow."""
     groups = torch.randint(0, 65, (4096, 8), generator=torch.Generator().manual_seed(0))
-    first, second = (build_layout(groups, 64, 30000, 4, 16) for _ in range(2))
+    first, second = (build_layout(groups, 64, 30000, 16) for _ in range(2))
     assert first.over
     assert torch.equal(first.rows.row_src, second.rows.row_src)
     assert torch.equal(first.rows.row_of, second.rows.row_of)
@@ -327,7 +316,7 @@ def test_sources_find_the_rows_that_receivers_would(
     for rank in range(ranks):
         local = experts - rank * num_groups
         groups = torch.where((local >= 0) & (local < num_groups), local, num_groups)
-        layout = build_layout(groups.view(-1, topk), num_groups, num_rows, ranks, alignment)
+        layout = build_layout(groups.view(-1, topk), num_groups, num_rows, alignment)
         row_of = layout.rows.row_of.view(found.shape).long()
         expected = torch.where(row_of < num_rows, rank * stride + row_of, expected)
         filled = layout.rows.row_src < pairs

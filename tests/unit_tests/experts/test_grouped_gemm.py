@@ -7,16 +7,21 @@ import launch
 import pytest
 import torch
 import triton_interpreter
+from moe_cases import ShapeRecorder
 from torch import Tensor
 
 from megatron_echo.config import EchoTransformerConfig
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.dispatch.transports import WeightTransport
 from megatron_echo.dispatch.transports.weights import HostCopy
+from megatron_echo.experts import clones as clones_module
+from megatron_echo.experts import grouped_linear as grouped_linear_module
+from megatron_echo.experts import grouped_mlp
 from megatron_echo.experts.clones import WeightPool, cloned_linear
 from megatron_echo.experts.grouped_linear import GroupedGemm, TorchGemm, grouped_linear
-from megatron_echo.experts.grouped_mlp import GROUPED_GEMMS
+from megatron_echo.experts.grouped_mlp import GROUPED_GEMMS, GroupedLinear, automatic_gemm
 from megatron_echo.experts.pointer_gemm import PointerGemm
+from megatron_echo.memory.live_bytes import LiveBytes
 
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "grouped_gemm.py"
 EXPERTS, SLOTS = 3, 2
@@ -121,13 +126,96 @@ def test_gradients_of_clones_are_rounded_once() -> None:
     assert (weight.grad == 772).all()
 
 
+@pytest.mark.parametrize("gemm", [TorchGemm(), PointerGemm()])
+def test_weight_gradients_in_parts(gemm: GroupedGemm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of those made at once: of 16 rows of a matrix, 12 and then 4."""
+    ends = [4, 9, 16, 20, 24]
+    expected, _ = linear(gemm, torch.bfloat16, ends, has_clones=True)
+    monkeypatch.setattr(clones_module, "_WIDE_BYTES", 1)
+    monkeypatch.setattr(clones_module, "_STEP", 12)
+    results, _ = linear(gemm, torch.bfloat16, ends, has_clones=True)
+    for result, reference in zip(results, expected, strict=True):
+        assert torch.equal(result, reference)
+
+
+def test_weight_gradients_need_no_second_stack() -> None:
+    """fc1 of DeepSeek-V3, 32 experts and 32 slots on a rank, in shapes only."""
+    experts, out, width, many = 32, 4096, 7168, 32768
+    rows, weight, grad = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for shape in ((many, width), (experts, out, width), (many, out))
+    )
+    ends = torch.empty(2 * experts, dtype=torch.int32, device="meta")
+    slot_expert = torch.empty(1, experts, dtype=torch.int64, device="meta")
+    pool, clones = WeightPool(), Clones(slot_expert, experts, OneRank())
+    output = cloned_linear(rows, weight, ends, clones, pool, TorchGemm())
+    with LiveBytes() as live:
+        torch.autograd.grad(output, (rows, weight), grad)
+    there_before = pool.nbytes + weight.nbytes + rows.nbytes + grad.nbytes
+    assert live.peak - there_before <= weight.nbytes + rows.nbytes + 2 * 2**30  # 12.0 GiB at once
+
+
 FIELDS = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "groups", "expected"),
+    [
+        (None, torch.bfloat16, (64, 32), 8, "torch"),
+        (None, torch.float16, (63, 32), 2000, "torch"),
+        ((9, 0), torch.bfloat16, (64, 32), 1023, "torch"),
+        ((10, 0), torch.bfloat16, (64, 32), 8, "torch"),
+        ((9, 0), torch.bfloat16, (64, 32), 1024, "triton"),
+        ((9, 0), torch.bfloat16, (64, 36), 8, "triton"),
+        ((9, 0), torch.bfloat16, (7, 64), 8, "triton"),
+        ((9, 0), torch.float16, (64, 32), 8, "triton"),
+        ((10, 0), torch.float32, (64, 32), 8, "triton"),
+        ((8, 0), torch.bfloat16, (64, 32), 8, "triton"),
+        ((8, 9), torch.float16, (64, 32), 8, "triton"),
+        ((12, 0), torch.bfloat16, (64, 32), 8, "triton"),
+        ((7, 5), torch.float16, (64, 32), 8, "torch"),
+        ((9, 0), torch.float64, (64, 32), 8, "torch"),
+    ],
+)
+def test_what_auto_takes(
+    capability: tuple[int, int] | None, dtype: torch.dtype, widths: tuple[int, int], groups: int,
+    expected: str,
+) -> None:  # fmt: skip
+    assert automatic_gemm(capability, dtype, widths, groups) == expected
+
+
+def test_the_kernels_become_the_default_by_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_mlp, "_KERNELS_WIN", True)
+    assert automatic_gemm((9, 0), torch.bfloat16, (64, 32), 8) == "triton"
+    assert automatic_gemm(None, torch.bfloat16, (64, 32), 8) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_auto_does_not_multiply_all_rows_for_each_group(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended A100: no product of torch's, forward and backward."""
+    monkeypatch.setattr(grouped_linear_module, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(grouped_mlp, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    config = EchoTransformerConfig(**FIELDS, params_dtype=dtype, use_cpu_initialization=True)
+    layer = GroupedLinear(EXPERTS, WIDTHS["in"], WIDTHS["out"], config)
+    torch.nn.init.ones_(layer.weight)
+    rows = torch.ones(ROWS, WIDTHS["in"], dtype=dtype, requires_grad=True)
+    with ShapeRecorder() as recorder:
+        output = layer(rows, torch.tensor([4, 4, ROWS], dtype=torch.int32))
+        output.sum().backward()
+    assert not [name for name, _ in recorder.made if "mm" in name]
+    assert (output == WIDTHS["in"]).all()
+    assert rows.grad is not None
+    assert (rows.grad == WIDTHS["out"]).all()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad[:, 0, 0].tolist() == [4, 0, ROWS - 4]
+
+
 def test_the_flag() -> None:
-    """Auto is torch's."""
-    kinds = {word: GROUPED_GEMMS[word] for word in ("auto", "torch", "triton")}
-    assert kinds == {"auto": TorchGemm, "torch": TorchGemm, "triton": PointerGemm}
+    kinds = {word: type(gemm) for word, gemm in GROUPED_GEMMS.items()}
+    assert kinds == {"torch": TorchGemm, "triton": PointerGemm}
     assert EchoTransformerConfig(**FIELDS, moe_echo_grouped_gemm="triton")
     assert EchoTransformerConfig(**FIELDS).moe_echo_grouped_gemm == "auto"
 

@@ -104,6 +104,34 @@ def test_exact_sums_are_the_references_bits(widths: tuple[int, int], kind: str, 
     assert torch.equal(case.outer(case.rows.dtype), expected[2].to(case.rows.dtype))
 
 
+@pytest.mark.parametrize("widths", [(72, 64), (33, 7)])
+def test_exact_sums_in_fp16(widths: tuple[int, int]) -> None:
+    """Small ones: fp16 ends at 65,504."""
+    case = Case(torch.float16, widths, ENDS["tail"])
+    results = [*case.products(), case.outer(torch.float32)]
+    for result, reference in zip(results, case.references(torch.float32)):
+        assert torch.equal(result, reference.to(result.dtype))
+
+
+def test_small_tiles_where_shared_memory_is_small() -> None:
+    """As many results as with large ones: the grid follows the tiles."""
+    case = Case(torch.bfloat16, (260, 200), [129, 140], slots=1)
+    with mock.patch.object(kernels, "_shared_memory", return_value=99 * 1024):
+        results = [*case.products(), case.outer(torch.float32)]
+    for result, reference in zip(results, case.references(torch.float32)):
+        assert torch.equal(result, reference.to(result.dtype))
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32")])
+def test_fp32_is_rounded_where_torch_rounds_it(setting: str, precision: str) -> None:
+    torch.set_float32_matmul_precision(setting)
+    try:
+        constants, _ = kernels.outer_constants(1, (8, 8), 4)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert constants["PRECISION"] == precision
+
+
 def random_case(seed: int, dtype: torch.dtype) -> Case:
     draw = np.random.default_rng(seed)
     groups = int(draw.integers(1, 9))
@@ -291,11 +319,13 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
         cases.append(("_outer_kernel", name, (name, "fp32"), constants))
     small = kernels.product_constants(1000, 32, 36, (2048, 1536), 2, is_transposed=True)
     cases.append(("_product_kernel", "bf16", ("bf16", "bf16"), small))
+    odd = kernels.product_constants(1000, 32, 36, (1001, 333), 2, is_transposed=True)
+    cases.append(("_product_kernel", "fp16", ("fp16", "fp16"), odd))
     lines = run_script(COMPILE.format(cases=cases), tmp_path).splitlines()
     figures = [list(map(int, line.split()[1:])) for line in lines if line.startswith("COMPILED")]
     assert len(figures) == len(cases)
     for (_, name, *_), (shared, copies, warp_group, tf32, spilled) in zip(cases, figures):
         assert shared <= SHARED_MEMORY
-        assert copies > 0
-        assert (warp_group > 0) == (name == "bf16")
+        assert (copies > 0) == (name != "fp16")  # rows of 2,002 bytes cannot be copied by 16
+        assert (warp_group > 0) == (name != "fp32")
         assert tf32 == spilled == 0

@@ -73,3 +73,31 @@ def test_the_guard_stays_with_the_block() -> None:
     again = arena.lease(200)
     assert again is not None
     assert again.guard == "last read"
+
+
+@pytest.mark.parametrize("capacity", [None, 100 << 20, 600 * 10**6, 3 << 30, 21 << 30])
+@pytest.mark.parametrize("nbytes", [537_000_000, 33 << 20, 5000])
+def test_what_is_counted_is_what_is_pinned(capacity: int | None, nbytes: int) -> None:
+    """PyTorch rounds each allocation of pinned memory up to a power of two."""
+    pinned = 0
+
+    def allocate_pinned(size: int) -> torch.Tensor:
+        nonlocal pinned
+        pinned += 1 << (size - 1).bit_length()
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    arena = HostArena(allocate_pinned, capacity, 50_000_000)
+    lent = [arena.lease(size) for size in [nbytes, 1000] * 24]
+    assert arena.allocated_bytes == pinned
+    if capacity is not None:
+        assert pinned <= capacity
+    if None not in lent:
+        assert pinned <= max(1.3 * arena.leased_bytes, 64 << 20)
+
+
+def test_the_rest_of_a_slab_is_cut_later() -> None:
+    """Also when a larger block needed a slab of its own meanwhile."""
+    arena = HostArena(allocate, None, 4096)
+    for nbytes in (512, 3 << 20, 3584, 1 << 20):
+        arena.lease(nbytes)
+    assert arena.allocated_bytes == arena.leased_bytes == 4096 + (4 << 20)

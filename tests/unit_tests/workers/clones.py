@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from moe_cases import HIDDEN, ForcedRouter, experts_for, forced, layer_config
+from moe_cases import HIDDEN, ForcedRouter, experts_for, forced, layer_config, router_probs
 from torch import Tensor
 from unit_tests.workers.moe_layer import (
     BATCH,
@@ -25,6 +25,7 @@ from unit_tests.workers.moe_layer import (
     TOKENS,
     TRANSPORTS,
     Problem,
+    advised,
     build,
     dense,
     errors,
@@ -32,6 +33,7 @@ from unit_tests.workers.moe_layer import (
     forward,
     gathered,
     main,
+    overflow_message,
     problem,
     report,
     run,
@@ -40,6 +42,7 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
+from megatron_echo.config import AUTO_CAPACITY
 from megatron_echo.dispatch.layout import round_rows
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.dispatch.self_check import EchoCheckError, SelfCheck
@@ -182,6 +185,25 @@ def check_balance() -> None:
         check = StepEnd.of(layer.config).overflow
         check.check()
         assert check.dropped == 0
+    if ranks < 4:
+        few_slots_overflow(ranks)
+
+
+def few_slots_overflow(ranks: int) -> None:
+    """Rank 0 keeps most of a load that is even over its experts; ``auto`` says what suffices."""
+    case = case_of("random", 2, torch.float64)
+    per_rank = case.chosen.shape[1] // ranks
+    experts = (torch.arange(len(case.chosen))[:, None] * 2 + torch.arange(2)) % per_rank
+    chosen = torch.zeros_like(case.chosen).scatter_(1, experts, True)
+    case = replace(case, chosen=chosen, probs=router_probs(chosen, torch.float64))
+    layer = cloned(2, torch.float64, slots=1)
+    run(layer, case)
+    enough = advised(overflow_message(layer), "received-token-capacity")
+    assert AUTO_CAPACITY < enough <= ranks
+    layer = cloned(2, torch.float64, slots=1, moe_received_token_capacity=enough)
+    found = errors(run(layer, case), dense(plain(2, torch.float64), case))
+    assert max(found.values()) <= 1e-12
+    StepEnd.of(layer.config).overflow.check()
 
 
 def check_unmoved_experts() -> None:
