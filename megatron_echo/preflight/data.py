@@ -20,6 +20,9 @@ _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 _SPLITS = ("train", "valid", "test")
 _DEFAULT_SPLIT = "969, 30, 1"
 _OTHER_SPLITS = ("98,1,1", "90,5,5", "80,10,10", "99,1,0", "90,10,0", "50,50,0", "100,0,0")
+_CANNOT_BLEND_NOTHING = (
+    "Megatron-Core 0.19.2 cannot draw the 0 samples of --eval-iters 0 from a blend with weights"
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def _empty(args: Namespace, split: str, blend: _Blend, sequences: dict[str, int]
             if name in needed:
                 return f"no documents to {name}, which {needed[name]} needs"
             continue
+        if name != "train" and blend.is_weighted and _draws_nothing(args):
+            return f"documents to {name}, and {_CANNOT_BLEND_NOTHING}"
         begin, end = share
         for prefix in blend.prefixes:
             count = sequences.get(prefix)
@@ -167,8 +172,18 @@ def _empty(args: Namespace, split: str, blend: _Blend, sequences: dict[str, int]
     return None
 
 
+def _draws_nothing(args: Namespace) -> bool:
+    return args.eval_iters == 0 and not args.full_validation
+
+
 def _check_given(args: Namespace, blends: list[_Blend]) -> None:
     """Check that each split which the run draws from was given data of its own."""
+    for blend in blends:
+        if blend.split != "train" and blend.is_weighted and _draws_nothing(args):
+            raise ValueError(
+                f"{blend.flag} gives documents to {blend.split}, and {_CANNOT_BLEND_NOTHING}. "
+                "Leave them out."
+            )
     given = {blend.split for blend in blends}
     for name, reason in _needed(args).items():
         if name not in given:

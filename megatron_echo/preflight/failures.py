@@ -58,20 +58,20 @@ _KNOWN: tuple[tuple[type[BaseException], str, str], ...] = (
 """Type, pattern of the text, and what to say; numbers are the pattern's groups."""
 
 
-def explain(error: BaseException, args: Namespace, is_set_up: bool) -> Explanation | None:
+def explain(error: BaseException, args: Namespace, is_training: bool) -> Explanation | None:
     """What to say about an exception, None to leave its traceback.
 
     Args:
         error: from Megatron or from this package.
         args: the command line.
-        is_set_up: the first step has begun; what is refused from then on is no refusal of the
+        is_training: the first step has begun; what is refused from then on is no refusal of the
             command line.
     """
     for kind, pattern, text in _KNOWN:
         found = re.search(pattern, str(error), re.DOTALL) if isinstance(error, kind) else None
         if found is not None:
             return Explanation(text.format(*found.groups(), args=args))
-    if not is_set_up:
+    if not is_training:
         refusal = explain_refusal(error)
         return Explanation(refusal) if refusal is not None else None
     return _explain_bad_loss(error, args)
@@ -121,8 +121,8 @@ def _explain_bad_loss(error: BaseException, args: Namespace) -> Explanation | No
     if args.save or not isinstance(error, TypeError) or "save_checkpoint" not in names:
         return None
     return Explanation(
-        f"The loss of iteration {args.curr_iteration + 1} is NaN or infinite. Lower --lr or look "
-        "at the data of that step; with --save, a checkpoint of the step before is kept.",
+        "The loss is NaN or infinite, in the iteration that the log names above. Lower --lr or "
+        "look at its data; with --save, a checkpoint of the step before is kept.",
         code=1,
     )
 

@@ -1,8 +1,8 @@
 """All ranks of a run end when one of them fails before the first step.
 
 A rank that fails alone would leave the others in a collective, for ever or until NCCL's timeout.
-Until training begins, each rank has a thread that asks the store of the process group four times a
-second whether one has failed.
+Where that can happen, until training begins, each rank has a thread that asks the store of the
+process group four times a second whether one has failed.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ class Ranks:
             args: the result of ``megatron.training.arguments.parse_args``.
         """
         self._args = args
-        self._begun = threading.Event()
+        self._is_training = False
+        self._stop = threading.Event()
         self._store = _store(args)
-        if self._store is not None:
-            threading.Thread(target=self._watch, args=(self._store,), daemon=True).start()
 
     def begin_training(self) -> None:
         """Stop watching: the first step begins, or there is none."""
-        self._begun.set()
+        self._is_training = True
+        self._stop.set()
 
     @contextlib.contextmanager
     def end_together(self) -> Iterator[None]:
@@ -54,12 +54,16 @@ class Ranks:
         Raises:
             SystemExit: for a known fault.
         """
+        self._stop = threading.Event()
+        if self._store is not None:
+            watch = threading.Thread(target=_watch, args=(self._store, self._stop), daemon=True)
+            watch.start()
         try:
             yield
         except (Exception, CheckpointException) as error:  # torch derives the latter otherwise
-            is_training = self._begun.is_set()
-            known = explain(error, self._args, is_training)
-            if known is None and is_training:
+            self._stop.set()
+            known = explain(error, self._args, self._is_training)
+            if known is None and self._is_training:
                 if disk := explain_full_disk(error, self._args):
                     report(disk)
                 raise
@@ -70,10 +74,11 @@ class Ranks:
             if known is None and (is_first or code == 1):
                 raise
             raise SystemExit(code) from error
+        finally:
+            self._stop.set()
 
     def _tell(self, code: int) -> tuple[bool, int]:
         """Tell the others; whether this rank is the first to do so, and the first one's code."""
-        self._begun.set()  # this rank's thread has nothing to watch any more
         if self._store is None:
             return self._args.rank == 0, code
         try:
@@ -93,20 +98,21 @@ class Ranks:
         while time.monotonic() < deadline and self._store.add(_ENDED, 0) < self._args.world_size:
             time.sleep(_POLL_SECONDS)
 
-    def _watch(self, store: Store) -> None:
-        """End this process when another rank has failed."""
-        while not self._begun.wait(_POLL_SECONDS):
-            try:
-                if not store.check([_FAILED]):
-                    continue
-                code = int(store.get(_FAILED))
-                store.add(_ENDED, 1)
-            except DistError:  # rank 0 is gone without a word; the main thread may end by itself
-                if self._begun.wait(_LOST_SECONDS):
-                    return
-                code = 1
-            sys.stdout.flush()
-            os._exit(code)
+
+def _watch(store: Store, stop: threading.Event) -> None:
+    """End this process when another rank has failed."""
+    while not stop.wait(_POLL_SECONDS):
+        try:
+            if not store.check([_FAILED]):
+                continue
+            code = int(store.get(_FAILED))
+            store.add(_ENDED, 1)
+        except DistError:  # rank 0 is gone without a word; the main thread may end by itself
+            if stop.wait(_LOST_SECONDS):
+                return
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def _store(args: Namespace) -> Store | None:

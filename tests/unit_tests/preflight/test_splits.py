@@ -56,6 +56,18 @@ def test_the_smallest_dataset_of_a_blend_counts(parsed, corpora: dict[int, str])
         check_files(parsed(*blend))
 
 
+def test_nothing_is_drawn_from_a_blend(parsed, corpora: dict[int, str]) -> None:
+    blend = ("0.5", corpora[2000], "0.5", corpora[2000])
+    line = ("--eval-iters", "0", "--data-path", *blend)
+    with pytest.raises(ValueError, match="gives documents to valid"):
+        check_files(parsed(*line, "--split", "90,5,5"))
+    check_files(parsed(*line, "--split", "100,0,0"))
+    line = ("--eval-iters", "0", "--train-data-path", *blend)
+    check_files(parsed(*line))
+    with pytest.raises(ValueError, match="--test-data-path gives documents to test"):
+        check_files(parsed(*line, "--test-data-path", *blend))
+
+
 def test_documents_are_split_as_megatron_splits_them(parsed, corpora: dict[int, str]) -> None:
     """The bounds are Megatron's own, so a split of one document more is not empty."""
     for split, is_empty in (("99,1,0", True), ("98,2,0", False), ("975,25,0", False)):
