@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import megatron.core
-from torch.distributed import DistNetworkError
 
 from megatron_echo.preflight.checkpoint import latest_checkpoint
 
@@ -48,11 +47,6 @@ _KNOWN: tuple[tuple[type[BaseException], str, str], ...] = (
         "--load {args.load}: the {2} is {1} there and {0} here. Add "
         "--override-opt-param-scheduler to go on with the schedule of this command line, or "
         "--use-checkpoint-opt-param-scheduler to keep the checkpoint's.",
-    ),
-    (
-        DistNetworkError,
-        r"port: (\d+).*(?:EADDRINUSE|address already in use)",
-        "The port {0} is taken on this machine. Give torchrun another --master-port.",
     ),
 )
 """Type, pattern of the text, and what to say; numbers are the pattern's groups."""

@@ -80,15 +80,15 @@ class Ranks:
     def _tell(self, code: int) -> tuple[bool, int]:
         """Tell the others; whether this rank is the first to do so, and the first one's code."""
         if self._store is None:
-            return self._args.rank == 0, code
+            return True, code
         try:
             is_first = self._store.add(_SPEAKERS, 1) == 1
             if is_first:
                 self._store.set(_FAILED, str(code))
             self._store.add(_ENDED, 1)
             return is_first, int(self._store.get(_FAILED))
-        except DistError:  # rank 0 is gone, and has spoken
-            return False, code
+        except DistError:  # rank 0 is gone: better said twice than never
+            return True, code
 
     def _linger(self) -> None:
         """Let rank 0, whose process serves the store, wait until all others have heard."""
@@ -122,6 +122,8 @@ def _store(args: Namespace) -> Store | None:
     """
     if args.world_size == 1 or args.inprocess_restart or args.fake_process_group:
         return None
+    if "MASTER_ADDR" not in os.environ:
+        return None  # Megatron will say so
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
