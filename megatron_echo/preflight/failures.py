@@ -74,16 +74,17 @@ def explain(error: BaseException, args: Namespace, is_training: bool) -> Explana
 def explain_refusal(error: BaseException) -> str | None:
     """The text of an exception that Megatron or this package raised on purpose; else None."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not (frames[-1].line or "").startswith(("raise ", "assert ")):
+    if not frames:
         return None
-    path = Path(frames[-1].filename)
+    path, line = Path(frames[-1].filename), frames[-1].line or ""
     text = " ".join(str(error).split())
     if path.is_relative_to(_OURS):
-        return text if isinstance(error, ValueError) else None
-    if not path.is_relative_to(_MEGATRON):
-        return None
+        return text if isinstance(error, ValueError) and line.startswith("raise ") else None
+    statement = "assert " if isinstance(error, AssertionError) else f"raise {type(error).__name__}"
+    if not path.is_relative_to(_MEGATRON) or not line.startswith(statement):
+        return None  # the second: a message that could not be put together, say
     place = f"{path.relative_to(_MEGATRON.parent)}:{frames[-1].lineno}"
-    return f"Megatron-Core refuses this command line ({place}): {text or frames[-1].line}"
+    return f"Megatron-Core refuses this command line ({place}): {text or line}"
 
 
 def report(problem: object) -> None:

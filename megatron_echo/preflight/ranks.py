@@ -56,8 +56,8 @@ class Ranks:
         """
         self._stop = threading.Event()
         if self._store is not None:
-            watch = threading.Thread(target=_watch, args=(self._store, self._stop), daemon=True)
-            watch.start()
+            watched = (self._store, self._stop)
+            threading.Thread(target=self._watch, args=watched, daemon=True).start()
         try:
             yield
         except (Exception, CheckpointException) as error:  # torch derives the latter otherwise
@@ -98,21 +98,21 @@ class Ranks:
         while time.monotonic() < deadline and self._store.add(_ENDED, 0) < self._args.world_size:
             time.sleep(_POLL_SECONDS)
 
-
-def _watch(store: Store, stop: threading.Event) -> None:
-    """End this process when another rank has failed."""
-    while not stop.wait(_POLL_SECONDS):
-        try:
-            if not store.check([_FAILED]):
-                continue
-            code = int(store.get(_FAILED))
-            store.add(_ENDED, 1)
-        except DistError:  # rank 0 is gone without a word; the main thread may end by itself
-            if stop.wait(_LOST_SECONDS):
-                return
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)
+    def _watch(self, store: Store, stop: threading.Event) -> None:
+        """End this process when another rank has failed."""
+        while not stop.wait(_POLL_SECONDS):
+            try:
+                if not store.check([_FAILED]):
+                    continue
+                code = int(store.get(_FAILED))
+                store.add(_ENDED, 1)
+                self._linger()
+            except DistError:  # rank 0 is gone without a word; the main thread may end by itself
+                if stop.wait(_LOST_SECONDS):
+                    return
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
 
 
 def _store(args: Namespace) -> Store | None:
