@@ -70,7 +70,7 @@ class OffloadConfig:
         for name in _RANGES:
             problem = setting_refusal(name, getattr(self, name))
             if problem is not None:
-                raise ValueError(f"{name} {getattr(self, name)} {problem}")
+                raise ValueError(f"{name} is {getattr(self, name)}, which {problem}")
         if self.policy not in POLICIES:
             raise ValueError(
                 f"The offload policy {self.policy!r} is not known. "

@@ -1,10 +1,13 @@
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_echo import preflight
 from megatron_echo.config import EchoTransformerConfig
+from megatron_echo.offload.training import offload_config
 from megatron_echo.preflight import layout, places
 
 LOSSES = {
@@ -122,3 +125,28 @@ def test_a_word_that_argparse_cannot_read(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moe.py", *words])
         with pytest.raises(ValueError, match=message):
             parse_args(extra_args_provider)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"offload_max_slowdown": float("nan")}, "--offload-max-slowdown nan is too large. Use "),
+        ({"offload_max_slowdown": -1.0}, "--offload-max-slowdown -1.0 is too small. Use 0 or more"),
+        ({"offload_target_bytes": 0}, "--offload-target-bytes 0 is too small. Use 1 or more"),
+        ({"echo_min_offloaded_tensor_size": -2}, "--min-offloaded-tensor-size -2 is too small"),
+        ({"offload_host_bytes": 2**64}, "--offload-host-bytes 18446744073709551616 is too large"),
+    ],
+)
+def test_offloading_names_the_flag(flags: dict, message: str) -> None:
+    args = Namespace(
+        echo_fine_grained_activation_offloading=True, echo_offload_modules=["moe_act"],
+        echo_activation_offload_fraction=1.0, echo_min_offloaded_tensor_size=1024,
+        echo_delta_offload_bytes_across_pp_ranks=0, cuda_graph_impl="none",
+        overlap_moe_expert_parallel_comm=False, cpu_offloading_num_layers=0,
+        offload_target_bytes=None, offload_max_slowdown=0.0, offload_host_bytes=None,
+        offload_policy="auto", offload_strict=False, params_dtype=torch.float32,
+    )  # fmt: skip
+    assert offload_config(args) is not None
+    vars(args).update(flags)
+    with pytest.raises(ValueError, match=message):
+        offload_config(args)
