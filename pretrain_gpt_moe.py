@@ -11,11 +11,10 @@ Runs on a machine without a GPU as well (see ``megatron_echo/cpu_backend.py``).
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_echo import cpu_backend, environment
 
@@ -63,7 +62,6 @@ from megatron.training.arguments import parse_and_validate_args, parse_args  # n
 from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
 from megatron_echo.arguments import (  # noqa: E402
@@ -76,17 +74,16 @@ from megatron_echo.memory.training import LedgerOfFirstStep  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
 from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
 from megatron_echo.observe.run_record import write_run_record  # noqa: E402
+from megatron_echo.offload.config import OffloadConfig  # noqa: E402
 from megatron_echo.offload.training import (  # noqa: E402
     OffloadedTraining,
     add_offload_arguments,
     announcement,
     offload_config,
 )
-from megatron_echo.preflight import (  # noqa: E402
-    check_command_line,
-    check_schedule,
-    explain_failure,
-)
+from megatron_echo.preflight import check_files, check_flags, check_schedule  # noqa: E402
+from megatron_echo.preflight.failures import one_sentence  # noqa: E402
+from megatron_echo.preflight.ranks import Ranks  # noqa: E402
 
 straggler_timer = StragglerDetector()
 SPIKY_LOSS_FACTOR = 10
@@ -293,8 +290,14 @@ def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return sorted(ranks)
 
 
+def refuse_word(message: str) -> NoReturn:
+    """What argparse does with a word that it cannot read; it would say so on every rank."""
+    raise ValueError(f"{message}. See --help.")
+
+
 def extra_args_provider(parser: Any) -> Any:
     """Our flags beside Megatron's, and a usage line in place of all 800 of them."""
+    parser.error = refuse_word
     parser.usage = "pretrain_gpt_moe.py [flags]   (--help explains them all)"
     repair_help(parser)
     add_offload_arguments(parser, sys.argv[1:])
@@ -324,27 +327,22 @@ def announce_kept_clones(args: Any, config: Any) -> None:
     )
 
 
-def report(problem: object) -> None:
-    """Print an error in one line."""
-    print(f"pretrain_gpt_moe.py: error: {problem}", file=sys.stderr, flush=True)
+def train(
+    args: Any,
+    model_config: GPTModelConfig,
+    offloading: OffloadConfig | None,
+    command: tuple[str, ...],
+    ranks: Ranks,
+) -> None:
+    """Hand a checked command line over to Megatron.
 
-
-@record
-def main() -> None:
-    """Check the command line, then hand over to Megatron."""
-    command = tuple(sys.argv)
-    sys.argv[1:] = environment.add_missing_flags(sys.argv[1:], not cpu_backend.is_enabled())
-    environment.skip_dataset_compilation()
-    try:
-        check_command_line(parse_args(extra_args_provider))
-        args = parse_and_validate_args(extra_args_provider)
-        check_schedule(args)
-        model_config = model_config_from_args(args)
-        offloading = offload_config(args)
-    except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the checks that read files run there only
-            report(error)
-        raise SystemExit(2) from error
+    Args:
+        args: Megatron's namespace, validated.
+        model_config: what to build.
+        offloading: settings of the offloader, None without it.
+        command: the command line as the user gave it, for the record.
+        ranks: told when the first step begins.
+    """
     announce_kept_clones(args, model_config.transformer)
     offloaded = None
     if offloading is not None:
@@ -357,22 +355,45 @@ def main() -> None:
         if args.rank == 0:
             write_run_record(args.run_dir, args, command)
         install_metrics_writer(args.run_dir)
+
+    @functools.wraps(forward_step)
+    def step(*inputs: Any, **options: Any) -> Any:
+        ranks.begin_training()
+        return forward_step(*inputs, **options)
+
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    try:
-        run(
-            pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            get_embedding_ranks=get_embedding_ranks,
-            store=store,
-        )
-    except (Exception, CheckpointException) as error:  # torch derives the latter otherwise
-        if explanation := explain_failure(error, args):
-            report(explanation)
-        raise
+    run(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        step,
+        get_embedding_ranks=get_embedding_ranks,
+        store=store,
+    )
+    ranks.begin_training()  # there may have been no step
     if offloaded is not None and args.rank == 0:
         print(offloaded.offloader.report(), flush=True)
+
+
+@record
+def main() -> None:
+    """Check the command line, then train."""
+    command = tuple(sys.argv)
+    sys.argv[1:] = environment.add_missing_flags(sys.argv[1:], not cpu_backend.is_enabled())
+    environment.skip_dataset_compilation()
+    with one_sentence():
+        args = parse_args(extra_args_provider)
+        check_flags(args)
+    ranks = Ranks(args)
+    with ranks.end_together():
+        check_files(args)
+    with one_sentence():
+        args = parse_and_validate_args(extra_args_provider)
+        check_schedule(args)
+        model_config = model_config_from_args(args)
+        offloading = offload_config(args)
+    with ranks.end_together():
+        train(args, model_config, offloading, command, ranks)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ because Megatron replaces the configuration class by its own under ``--multi-lat
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -63,6 +64,15 @@ def value_type(field: dataclasses.Field) -> type:
     """The type of a field's value, with ``Optional`` taken off."""
     options = [t for t in typing.get_args(field.type) if t is not types.NoneType]
     return typing.cast(type, options[0] if options else field.type)
+
+
+def number_refusal(value: Any) -> str | None:
+    """What is wrong with a number of any flag, and what to use; None for anything else."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is not a finite number. Use one."
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "does not fit into 64 bits. Use a smaller number."
+    return None
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
@@ -137,13 +147,19 @@ def _check_not_negative(value: float, config: Any) -> str | None:
     return "is negative. Use 0 or more." if value < 0 else None
 
 
+def _check_skew(value: float, config: Any) -> str | None:
+    if value > 100:
+        return "is above 100. Use 1.0 for Zipf's law."
+    return _check_not_negative(value, config)
+
+
 def _check_expert_dispatcher(value: str, config: Any) -> str | None:
     if value == "p2p" and config.cuda_graph_impl != "none":
         return "reads the plan on the host, which a CUDA graph cannot. Use collective."
     return _check_peer_memory(value, config)
 
 
-def _check_grouped_gemm(value: str, config: Any) -> str | None:
+def _check_kernels(value: str, config: Any) -> str | None:
     # The CPU backend leaves torch.accelerator truthful.
     if value == "triton" and not (torch.accelerator.is_available() or interprets_triton()):
         return (
@@ -170,18 +186,6 @@ def _check_capture(value: str | None, config: Any) -> str | None:
 def _check_trace_dir(value: str | None, config: Any) -> str | None:
     if value is not None and config.cuda_graph_impl not in ("none", "full_iteration"):
         return "collects the plans in Python, which a CUDA graph skips. Leave one of the two out."
-    return None
-
-
-def _check_router_losses(value: str, config: Any) -> str | None:
-    from megatron_echo.routing.losses import RouterLossSettings  # imports this module
-
-    if not config.moe_enable_echo or config.num_moe_experts is None:
-        return None
-    try:
-        RouterLossSettings.from_config(config)
-    except ValueError as error:
-        return f"does not fit: {error}"
     return None
 
 
@@ -286,6 +290,7 @@ class EchoConfigMixin:
         "auto",
         "What plans: torch operations, one Triton kernel, or by device.",
         group="echo",
+        check=_check_kernels,
         choices=("auto", "torch", "triton"),
     )
     moe_echo_grouped_gemm: str = flag(
@@ -296,7 +301,7 @@ class EchoConfigMixin:
         "the host: bf16, compute capability 9 or 10, widths of a multiple of 8, fewer than 1,024 "
         "experts and slots on a rank. Elsewhere, from compute capability 8.0 on, triton.",
         group="echo",
-        check=_check_grouped_gemm,
+        check=_check_kernels,
         choices=("auto", "torch", "triton"),
     )
     moe_echo_recompute_expert_dispatch: bool = flag(
@@ -367,7 +372,6 @@ class EchoConfigMixin:
         "late: of all whose forward pass came before the backward pass. previous_step: of the "
         "step before. late+previous: late, the rest estimated from these and the step before.",
         group="router losses",
-        check=_check_router_losses,
         choices=("microbatch", "cumulative", "late", "previous_step", "late+previous"),
     )
     moe_echo_aux_mcore_compat: bool = flag(
@@ -380,7 +384,7 @@ class EchoConfigMixin:
         "For tests and benchmarks: adds a fixed Zipf bias with this exponent to the router's "
         "logits, in another order in each layer, so that the routing is skewed and still learns.",
         group="echo",
-        check=_check_not_negative,
+        check=_check_skew,
         metavar="ALPHA",
     )
 
@@ -402,6 +406,10 @@ class EchoConfigMixin:
             problem = check(value, self) if check is not None else None
             if problem is not None:
                 raise ValueError(f"{_spelled(field.name, value)} {problem}")
+        if self.moe_enable_echo:
+            from megatron_echo.routing.losses import RouterLossSettings  # imports this module
+
+            RouterLossSettings.from_config(self)
 
 
 def echo_fields() -> Iterator[dataclasses.Field]:
@@ -459,6 +467,9 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     choices = field.metadata["choices"]
     if choices is not None and value not in choices:
         raise ValueError(f"{flag_name(field.name)} {value} is unknown. Use {' or '.join(choices)}.")
+    problem = number_refusal(value)
+    if problem is not None:
+        raise ValueError(f"{flag_name(field.name)} {value} {problem}")
     if expected is float and type(value) is int:
         return
     if is_bool_for_int or not isinstance(value, expected):

@@ -68,22 +68,38 @@ class OffloadConfig:
             raise ValueError(f"The offload module {twice[0]!r} is named twice. Name it once.")
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"The offload fraction {self.fraction} is no share. Use 0 to 1.")
+        for name in _RANGES:
+            problem = setting_refusal(name, getattr(self, name))
+            if problem is not None:
+                raise ValueError(f"{name} is {getattr(self, name)}, which {problem}")
         if self.policy not in POLICIES:
             raise ValueError(
                 f"The offload policy {self.policy!r} is not known. "
                 f"Use one of {', '.join(POLICIES)}."
             )
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, which is too small. Use {least} or more.")
 
 
-_LEAST = {
-    "min_tensor_bytes": 0,
-    "target_bytes": 0,
-    "max_slowdown": 0,
-    "max_host_bytes": 0,
-    "slab_bytes": 512,
-    "learning_steps": 1,
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "min_tensor_bytes": (0, 2**63 - 1),
+    "target_bytes": (1, 2**63 - 1),
+    "max_slowdown": (0, 1e6),
+    "max_host_bytes": (0, 2**63 - 1),
+    "slab_bytes": (512, 2**63 - 1),
+    "learning_steps": (1, 2**63 - 1),
 }
+"""The least and the greatest value of each number."""
+
+
+def setting_refusal(name: str, value: float | None) -> str | None:
+    """What is wrong with the value of a setting, and what to use; None if all is well.
+
+    Args:
+        name: a field of :class:`OffloadConfig` that is a number.
+        value: None for a setting that was not given.
+    """
+    least, most = _RANGES[name]
+    if value is None or least <= value <= most:
+        return None
+    if not value <= most:
+        return f"is too large. Use {most:g} or less."
+    return f"is too small. Use {least:g} or more."

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_echo.arguments import add_flags
-from megatron_echo.config import flag
+from megatron_echo.config import flag, flag_name
 from megatron_echo.observe.metrics import publish
-from megatron_echo.offload.config import POLICIES, OffloadConfig
+from megatron_echo.offload.config import POLICIES, OffloadConfig, setting_refusal
 from megatron_echo.offload.manager import ActivationOffloader
 from megatron_echo.step_hooks import StepHook
 
@@ -30,6 +30,14 @@ _MEGATRON = {
     "delay_offload_until_cuda_graph": False,
 }
 """Megatron's destinations and their defaults."""
+
+_NUMBERS = {
+    "min_tensor_bytes": "min_offloaded_tensor_size",
+    "target_bytes": "offload_target_bytes",
+    "max_slowdown": "offload_max_slowdown",
+    "max_host_bytes": "offload_host_bytes",
+}
+"""Numbers of the offloader's settings and the flags that give them."""
 
 _HIGHEST = ("peak_device_bytes", "host_bytes", "host_allocated_bytes")
 """Statistics of which the highest rank counts, not the sum."""
@@ -143,6 +151,11 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     ):
         if refused:
             raise ValueError(f"--fine-grained-activation-offloading {reason}")
+    for setting, name in _NUMBERS.items():
+        value = getattr(args, f"echo_{name}" if name in _MEGATRON else name)
+        problem = setting_refusal(setting, value)
+        if problem is not None:
+            raise ValueError(f"{flag_name(name)} {value} {problem}")
     return OffloadConfig(
         modules=tuple(args.echo_offload_modules),
         fraction=args.echo_activation_offload_fraction,

@@ -46,6 +46,10 @@ _NAMES = {
 """Megatron's load-balancing types, and what its tracker calls their losses."""
 
 
+_STRONGEST = 1e6
+"""Far beyond any use, and far within fp32 with every factor that a loss is weighed with."""
+
+
 @dataclass(frozen=True)
 class RouterLossSettings:
     """The losses of a model's routers, as Megatron's flags and this package's say.
@@ -95,9 +99,12 @@ class RouterLossSettings:
 
     def refusal(self) -> str | None:
         """What in the settings has no meaning, and what to do; None if all is well."""
-        for name, strength in (*self.coefficients.items(), ("z loss", self.z_coefficient)):
-            if not 0 <= strength < float("inf"):
-                return f"The coefficient {strength} of {name} is no strength. Use 0 or more."
+        for flag, strength in (
+            *(("--moe-aux-loss-coeff", value) for value in self.coefficients.values()),
+            ("--moe-z-loss-coeff", self.z_coefficient),
+        ):
+            if not 0 <= strength <= _STRONGEST:
+                return f"{flag} {strength} is no strength. Use 0 to {_STRONGEST:g}."
         for flag, value, choices in (
             ("--moe-echo-aux-count-source", self.source, COUNT_SOURCES),
             ("--moe-echo-aux-counts", self.counted, COUNTED_CHOICES),

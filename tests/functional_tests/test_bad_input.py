@@ -85,3 +85,31 @@ def test_checkpoint_of_another_shape(flags: dict, message: str, checkpoint: Path
 def test_dist_optimizer_is_refused_at_the_start_not_at_load(checkpoint: Path) -> None:
     flags = launch.tiny_model(use_distributed_optimizer=True, load=checkpoint)
     assert "--use-distributed-optimizer cannot resume" in error_of(launch.run(flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"pipeline_model_parallel_size": 2, "num_layers": 3}, "Number of layers should be divisi"),
+        ({"moe_ecko": 1}, "unrecognized arguments: --moe-ecko 1. See --help."),
+        ({"run_dir": "/proc/nope"}, "--run-dir /proc/nope cannot be made"),  # looked at on rank 0
+    ],
+)
+def test_both_ranks_end_with_code_2(flags: dict, message: str) -> None:
+    """Whether both find the fault, in whatever phase, or one alone; without anybody's help."""
+    result = launch.run(launch.tiny_model(**flags), 2)
+    assert message in error_of(result)
+    assert result.codes == (2, 2)
+
+
+def test_another_schedule_than_in_the_checkpoint(checkpoint: Path) -> None:
+    """Found when the checkpoint is read, by both ranks."""
+    result = launch.run(launch.tiny_model(train_iters=3, load=checkpoint), 2)
+    assert "Add --override-opt-param-scheduler" in error_of(result)
+    assert result.codes == (2, 2)
+
+
+def test_a_loss_that_is_no_number_without_save() -> None:
+    result = launch.run(launch.tiny_model(moe_z_loss_coeff=1e300), 2)
+    assert error_of(result).startswith("The loss is NaN or infinite")
+    assert result.codes == (1, 1)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from build_corpus import write_dataset
-from megatron.training.arguments import parse_args
 
-from megatron_echo import environment, preflight
-from megatron_echo.arguments import add_echo_arguments
+from megatron_echo import preflight
+from megatron_echo.preflight import failures, layout
 
 HEADER_BYTES = 34
 
@@ -21,19 +20,6 @@ def prefix(tmp_path: Path) -> str:
     source.write_text("print('hello')\n" * 50)
     write_dataset(tmp_path / "text", [source, source])
     return str(tmp_path / "text")
-
-
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch):
-    """Parses a command line with Megatron's parser, on a given number of processes."""
-
-    def parse(*argv: str, world_size: int = 1) -> Namespace:
-        words = environment.add_missing_flags(argv, has_cuda=False, verbose=False)
-        monkeypatch.setattr("sys.argv", ["pretrain_gpt_moe.py", *words])
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        return parse_args(add_echo_arguments)
-
-    return parse
 
 
 def cut(path: str, size: int) -> None:
@@ -77,7 +63,7 @@ def test_a_foreign_file_and_an_unknown_type(prefix: str) -> None:
 
 
 def test_an_unreadable_file(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.os, "access", lambda path, mode: not path.endswith(".bin"))
+    monkeypatch.setattr("os.access", lambda path, mode: not path.endswith(".bin"))
     with pytest.raises(ValueError, match=r"text\.bin cannot be read\. Check its permissions"):
         preflight.check_indexed_dataset(prefix)
 
@@ -91,7 +77,8 @@ def test_an_empty_dataset(tmp_path: Path) -> None:
 
 
 def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Path) -> None:
-    preflight.check_command_line(parsed("--data-path", "0.3", prefix, "0.7", prefix))
+    split = ("--split", "50,50,0")
+    preflight.check_command_line(parsed("--data-path", "0.3", prefix, "0.7", prefix, *split))
     with pytest.raises(ValueError, match=r"absent\.bin does not exist"):
         preflight.check_command_line(parsed("--data-path", "0.3", prefix, "0.7", "absent"))
     splits = tmp_path / "splits.json"
@@ -182,18 +169,18 @@ def test_dist_optimizer_says_at_the_start_that_it_cannot_resume(
     preflight.check_command_line(parsed(*flags, "--save", str(tmp_path), "--save-interval", "1"))
     assert "cannot resume the optimizer" in capsys.readouterr().out
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "iter_0000003/mp_rank_00").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"cannot resume from --load .* add --no-load-optim"):
         preflight.check_command_line(parsed(*flags, "--load", str(tmp_path)))
     preflight.check_command_line(parsed(*flags, "--load", str(tmp_path), "--no-load-optim"))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    (tmp_path / "release").mkdir()
+    (tmp_path / "release/mp_rank_00").mkdir(parents=True)
     preflight.check_command_line(parsed(*flags, "--load", str(tmp_path)))
 
 
 def test_a_checkpoint_step_is_looked_at_instead_of_the_tracker(parsed, tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("9")
-    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "iter_0000003/mp_rank_00").mkdir(parents=True)
     load = ("--mock-data", "--load", str(tmp_path), "--ckpt-step")
     preflight.check_command_line(parsed(*load, "3"))
     with pytest.raises(ValueError, match="--ckpt-step names iter_0000004, which is not there"):
@@ -207,7 +194,7 @@ def test_checkpoint_arguments_may_name_the_experts(parsed, tmp_path: Path) -> No
 
 def test_recomputation_that_needs_transformer_engine(parsed, monkeypatch) -> None:
     flags = ("--mock-data", "--recompute-granularity", "selective", "--recompute-modules")
-    monkeypatch.setattr(preflight.cpu_backend, "is_enabled", lambda: False)
+    monkeypatch.setattr(layout.cpu_backend, "is_enabled", lambda: False)
     preflight.check_command_line(parsed(*flags, "core_attn"))
     with pytest.raises(ValueError, match="--recompute-modules layernorm needs Transformer Engine"):
         preflight.check_command_line(parsed(*flags, "core_attn", "layernorm"))
@@ -215,16 +202,16 @@ def test_recomputation_that_needs_transformer_engine(parsed, monkeypatch) -> Non
 
 def test_only_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = Namespace(save=str(tmp_path))
-    assert preflight.explain_failure(ValueError("x"), args) is None
-    assert preflight.explain_failure(RuntimeError("Worker failure"), args) is None
+    assert failures.explain_full_disk(ValueError("x"), args) is None
+    assert failures.explain_full_disk(RuntimeError("Worker failure"), args) is None
     full = RuntimeError("outer")
     full.__cause__ = OSError(28, "No space left on device")
-    assert "No checkpoint is there yet" in (preflight.explain_failure(full, args) or "")
+    assert "No checkpoint is there yet" in (failures.explain_full_disk(full, args) or "")
     other = OSError(28, "No space left on device", "/dev/shm/x")
-    assert "The disk of /dev/shm/x is full" in (preflight.explain_failure(other, args) or "")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Namespace(free=10))
-    assert "is full" in (preflight.explain_failure(RuntimeError("Worker failure"), args) or "")
-    assert preflight.explain_failure(full, Namespace(save=None)) is None
+    assert "The disk of /dev/shm/x is full" in (failures.explain_full_disk(other, args) or "")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Namespace(free=10))
+    assert "is full" in (failures.explain_full_disk(RuntimeError("Worker failure"), args) or "")
+    assert failures.explain_full_disk(full, Namespace(save=None)) is None
 
 
 @pytest.mark.parametrize(

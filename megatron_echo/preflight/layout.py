@@ -1,0 +1,241 @@
+"""Checks of the machine, the parallel layout and the flags against each other."""
+
+import importlib.util
+from argparse import Namespace
+
+from megatron_echo import cpu_backend, environment
+from megatron_echo.arguments import refuse_heterogeneous_layers
+from megatron_echo.compatibility import argument_refusal
+from megatron_echo.config import flag_name, nearest_multiples, number_refusal
+
+_UNSUPPORTED = (
+    "sft",
+    "fim_data",
+    "hybrid_context_parallel",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "dataloader_inter_document_masking",
+    "logits_load_dir",
+)
+_NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
+
+
+def check_flags(args: Namespace) -> None:
+    """Check what the command line says by itself; no file is read.
+
+    Args:
+        args: the result of ``megatron.training.arguments.parse_args``.
+
+    Raises:
+        ValueError: the fault, then what to do about it.
+    """
+    _check_numbers(args)
+    _check_backend(args)
+    _check_layout(args)
+    _check_unsupported(args)
+    _check_packages(args)
+
+
+def check_schedule(args: Namespace) -> None:
+    """Check what would stop or spoil a pipeline after or while its stages are built.
+
+    Args:
+        args: a validated command line, from ``parse_and_validate_args``.
+
+    Raises:
+        ValueError: the fault, then what to do about it.
+    """
+    if args.virtual_pipeline_model_parallel_size is None:
+        return
+    _check_mtp_rank(args)
+    batches = [("--global-batch-size", args.global_batch_size, args.micro_batch_size)]
+    if args.eval_iters:
+        evaluated = args.eval_global_batch_size, args.eval_micro_batch_size
+        batches.append(("--eval-global-batch-size", *evaluated))
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    for flag, batch, micro_batch in batches:
+        if batch is None:
+            continue
+        samples = micro_batch * args.data_parallel_size
+        microbatches = batch // samples
+        if microbatches < group or 0 < microbatches % group < stages:
+            raise ValueError(
+                f"{flag} {batch} is {microbatches} microbatches for each pipeline, which virtual "
+                f"stages cannot run in groups of {group}. Use a multiple of {group * samples}."
+            )
+
+
+def _check_mtp_rank(args: Namespace) -> None:
+    """MTP layers use the embedding; its copies are made equal between ranks, not within one.
+
+    Their stage on the first rank would enter the all-reduce that does so a second time, which hangs
+    if the output layer is tied; untied, its copy would stay zero.
+    """
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    given = args.pipeline_model_parallel_layout
+    if given is None:
+        return
+    ranks = PipelineParallelLayerLayout(given, args.pipeline_model_parallel_size).layout
+    if not any(LayerType.mtp in stage for stage in ranks[0]):
+        return
+    letters = {LayerType.embedding: "E", LayerType.decoder: "t", LayerType.loss: "L"}
+    stages = ["".join(letters.get(layer, "") for layer in s) for row in zip(*ranks) for s in row]
+    moved = "|".join(stages).replace("L", "m" * args.mtp_num_layers + "L")
+    raise ValueError(
+        f"--pipeline-model-parallel-layout {given} puts MTP layers on the first pipeline rank, "
+        f"where they would not share the embedding. Use {moved}, or another rank for them."
+    )
+
+
+def _check_numbers(args: Namespace) -> None:
+    """Refuse numbers that end in NaN or in an overflow, whoever's flag it is."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if name == "clip_grad" and number == float("inf"):
+                continue  # no clipping, but the norm is logged
+            problem = number_refusal(number)
+            if problem is not None:
+                raise ValueError(f"{flag_name(name)} {number} {problem}")
+
+
+def _check_backend(args: Namespace) -> None:
+    if not cpu_backend.is_enabled():
+        return
+    if args.distributed_backend == "nccl":
+        raise ValueError(
+            "--distributed-backend nccl needs a CUDA device and there is none. Leave it out, gloo "
+            "is set for you."
+        )
+    if args.transformer_impl == "transformer_engine":
+        raise ValueError(
+            "--transformer-impl transformer_engine needs a CUDA device and there is none. Leave "
+            "it out, local is set for you."
+        )
+
+
+def _check_layout(args: Namespace) -> None:
+    sizes = {
+        "--tensor-model-parallel-size": args.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        "--context-parallel-size": args.context_parallel_size,
+    }
+    _check_divides(sizes, args.world_size)
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    experts = args.expert_model_parallel_size
+    _check_divides(
+        {
+            "--expert-tensor-parallel-size": expert_tensor,
+            "--expert-model-parallel-size": experts,
+            "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        },
+        args.world_size,
+    )
+    if args.num_experts and args.num_experts % experts:
+        raise ValueError(
+            f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size "
+            f"{experts}. Use {nearest_multiples(args.num_experts, experts)}."
+        )
+    if experts > 1 and args.use_cpu_initialization:
+        raise ValueError(
+            "--use-cpu-initialization gives every expert-parallel rank the same experts. "
+            f"Leave it out with --expert-model-parallel-size {experts}."
+        )
+    if experts > 1 and not args.num_experts and not args.use_checkpoint_args:
+        raise ValueError(
+            f"--expert-model-parallel-size {experts} needs a mixture of experts. "
+            "Give --num-experts, or leave it out."
+        )
+
+
+def _check_divides(sizes: dict[str, int], world_size: int) -> None:
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if world_size % product:
+        named = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"{named} needs a multiple of {product} processes, and {world_size} were started. "
+            f"Start a multiple of {product} (torchrun --nproc-per-node), or change the sizes."
+        )
+
+
+def _check_unsupported(args: Namespace) -> None:
+    refuse_heterogeneous_layers(args)
+    for name in _UNSUPPORTED:
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not supported by pretrain_gpt_moe.py. Leave it "
+                "out, or add --spec megatron_echo.layer_specs gpt_moe_block_spec to Megatron's "
+                "own pretrain_gpt.py."
+            )
+    if args.create_all_gather_group:
+        raise ValueError(
+            "--create-all-gather-group has no effect on a model that Megatron-Core 0.19.2 builds "
+            "from a configuration, as it does here. Leave it out."
+        )
+    problem = argument_refusal(args) if args.moe_enable_echo else None
+    if problem is not None:
+        raise ValueError(f"--moe-enable-echo {problem}")
+    modules = set(args.recompute_modules or ())
+    without_output = sorted(modules & _NEED_TRANSFORMER_ENGINE)
+    if without_output and not (cpu_backend.is_enabled() or environment.HAVE_TRANSFORMER_ENGINE):
+        raise ValueError(
+            f"--recompute-modules {' '.join(without_output)} needs Transformer Engine in "
+            "Megatron-Core 0.19.2. Install it, or recompute other modules."
+        )
+    is_local = args.transformer_impl == "local"
+    if args.reset_attention_mask and args.context_parallel_size > 1 and is_local:
+        raise ValueError(
+            "--reset-attention-mask with --context-parallel-size "
+            f"{args.context_parallel_size} needs Transformer Engine: the local attention knows "
+            "only the causal mask then. Leave one of the two out."
+        )
+    if args.save and args.save_interval is None:
+        raise ValueError("--save needs --save-interval N: how many iterations between checkpoints.")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise ValueError(
+            "--full-validation needs --multiple-validation-sets: Megatron-Core 0.19.2 looks for a "
+            "list of sets. Add it, or leave --full-validation out."
+        )
+    if not _has_data(args) and not args.skip_train:
+        raise ValueError(
+            "No data was given. Use --data-path PREFIX (of a .bin/.idx pair) or --mock-data."
+        )
+
+
+def _has_data(args: Namespace) -> bool:
+    names = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
+    return args.mock_data or any(getattr(args, name) for name in names)
+
+
+def _check_packages(args: Namespace) -> None:
+    """Packages that Megatron imports only once it needs them, on one rank at times."""
+    instances = args.num_distributed_optimizer_instances
+    if instances > 1 and not _has_package("einops"):
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {instances} needs the package einops. Install "
+            "it, or leave the flag out."
+        )
+    if not args.wandb_project:
+        return
+    if not (args.save or args.wandb_save_dir):
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} has no folder to write to. Give --save or "
+            "--wandb-save-dir."
+        )
+    if not args.wandb_exp_name:
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} needs a name for the run. Give --wandb-exp-name."
+        )
+    if not _has_package("wandb"):
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} needs the package wandb. Install it, or leave "
+            "the flag out."
+        )
+
+
+def _has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
