@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pretrain_gpt_moe
 from megatron.training import training
+
+import pretrain_gpt_moe
 
 real_fsync = os.fsync
 real_save = training.save_checkpoint
