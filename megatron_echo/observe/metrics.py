@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 _FIRST_TAGS = ("learning-rate", "batch-size", "lm loss")
@@ -98,7 +98,7 @@ class MetricsWriter:
         self._tensorboard = tensorboard
         self._line: dict[str, Any] = {}
         self._early: dict[str, tuple[int, Any]] = {}
-        self._file: BinaryIO | None = None
+        self._file: int | None = None
         self._line_start = 0
         self._line_bytes = 0
         self._broken = False
@@ -169,17 +169,16 @@ class MetricsWriter:
         Opened again for each line: closing sends the one before to a network's file server.
         """
         if self._file is not None:
-            self._file.close()
-        self._file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)
-        self._line_start = self._file.seek(0, os.SEEK_END)
+            os.close(self._file)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        self._line_start = os.fstat(self._file).st_size
         self._line_bytes = 0
 
     def _write_line(self) -> None:
         """Bring the current line in the file up to date, by one write: it is never half there."""
         assert self._file is not None
         line = json.dumps(self._line).encode().ljust(self._line_bytes - 1) + b"\n"
-        self._file.seek(self._line_start)
-        self._file.write(line)
+        os.pwrite(self._file, line, self._line_start)
         self._line_bytes = len(line)
 
     def flush(self) -> None:
