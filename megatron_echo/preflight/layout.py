@@ -76,7 +76,7 @@ def _check_mtp_rank(args: Namespace) -> None:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     given = args.pipeline_model_parallel_layout
-    if given is None:
+    if given is None or args.pipeline_model_parallel_size == 1:
         return
     ranks = PipelineParallelLayerLayout(given, args.pipeline_model_parallel_size).layout
     if not any(LayerType.mtp in stage for stage in ranks[0]):

@@ -69,6 +69,7 @@ ROWS = (
     Row("shared expert, recomputed",
         {**SHARED, **SELECTIVE, "recompute_modules": "shared_experts"}),
     Row("multi-token prediction", {"mtp_num_layers": 1}, is_elsewhere=True),
+    Row("all layers frozen", {"freeze_all_layers": True}, is_elsewhere=True),
     Row("dense layers between", {"moe_layer_freq": 2}),
     Row("full recomputation", FULL, is_elsewhere=True),
     Row("MoE layer recomputed", {**SELECTIVE, "recompute_modules": "moe"}, is_elsewhere=True),

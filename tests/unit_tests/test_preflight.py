@@ -223,7 +223,7 @@ def test_only_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
         ("Et|t||mL", 2, None),
         ("Et|t|t|m||L", 3, "Et|t|t|||mL"),
         ("Et|t|t||m|L", 3, None),
-        ("Et|t", 2, None),
+        ("Et|t|mL", 1, None),
         (None, 2, None),
     ],
 )
