@@ -212,7 +212,8 @@ def test_a_dry_run_reaches_no_target(tmp_path: Path) -> None:
 
 
 WORKER = """
-import sys, time
+import sys, time, types
+sys.modules["timing"] = types.SimpleNamespace(synchronize=lambda: None)  # imports torch
 sys.path[:0] = {folders}
 from pathlib import Path
 import gpu_check, json
@@ -253,7 +254,7 @@ def test_a_stage_goes_on_behind_what_ends_its_process(
     folders = [*gpu_check.FOLDERS, str(launch.ROOT / "tools")]
     script.write_text(WORKER.format(folders=folders, machine=MACHINE, cases=cases))
     monkeypatch.setattr(gpu_check, "__file__", str(script))
-    monkeypatch.setattr(gpu_check, "SECONDS", 8.0 if "sleep" in dict(cases).values() else 60.0)
+    monkeypatch.setattr(gpu_check, "SECONDS", 12.0 if "sleep" in dict(cases).values() else 60.0)
     monkeypatch.setattr(gpu_check, "machine", lambda dry: MACHINE)
     output = tmp_path / "rows.jsonl"
     assert gpu_check.run_stage(1, output, False) is has_passed
