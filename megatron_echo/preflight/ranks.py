@@ -21,8 +21,9 @@ from megatron_echo.preflight.failures import explain, explain_full_disk, report
 
 _POLL_SECONDS = 0.25
 _LINGER_SECONDS = 5.0  # rank 0 serves the store: it goes last
+_BEHIND_SECONDS = 1.0  # so that a launcher names the rank that failed
 _LOST_SECONDS = 60.0
-_FAILED, _SPEAKERS, _ENDED = "failed", "speakers", "ended"
+_CHECKED, _FAILED, _SPEAKERS, _ENDED = "checked", "failed", "speakers", "ended"
 
 
 class Ranks:
@@ -38,6 +39,15 @@ class Ranks:
         self._is_training = False
         self._stop = threading.Event()
         self._store = _store(args)
+
+    def wait_for_first(self) -> None:
+        """Go on when rank 0 has come here too: it checks files that the others would trip over."""
+        if self._store is None:
+            return
+        if self._args.rank == 0:
+            self._store.set(_CHECKED, "")
+        while not self._store.check([_CHECKED]):
+            time.sleep(_POLL_SECONDS)
 
     def begin_training(self) -> None:
         """Stop watching: the first step begins, or there is none."""
@@ -106,6 +116,7 @@ class Ranks:
                     continue
                 code = int(store.get(_FAILED))
                 store.add(_ENDED, 1)
+                time.sleep(_BEHIND_SECONDS)
                 self._linger()
             except DistError:  # rank 0 is gone without a word; the main thread may end by itself
                 if stop.wait(_LOST_SECONDS):
