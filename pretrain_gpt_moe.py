@@ -387,6 +387,7 @@ def main() -> None:
     ranks = Ranks(args)
     with ranks.end_together():
         check_files(args)
+        ranks.wait_for_first()
     with one_sentence():
         args = parse_and_validate_args(extra_args_provider)
         check_schedule(args)

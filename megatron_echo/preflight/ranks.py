@@ -21,8 +21,9 @@ from megatron_echo.preflight.failures import explain, explain_full_disk, report
 
 _POLL_SECONDS = 0.25
 _LINGER_SECONDS = 5.0  # rank 0 serves the store: it goes last
+_BEHIND_SECONDS = 1.0  # so that torchrun names the rank that failed
 _LOST_SECONDS = 60.0
-_FAILED, _SPEAKERS, _ENDED = "failed", "speakers", "ended"
+_CHECKED, _FAILED, _SPEAKERS, _ENDED = "checked", "failed", "speakers", "ended"
 
 
 class Ranks:
@@ -38,6 +39,15 @@ class Ranks:
         self._is_training = False
         self._stop = threading.Event()
         self._store = _store(args)
+
+    def wait_for_first(self) -> None:
+        """Go on when rank 0 has come here too: it checks files that the others would trip over."""
+        if self._store is None:
+            return
+        if self._args.rank == 0:
+            self._store.set(_CHECKED, "")
+        while not self._store.check([_CHECKED]):
+            time.sleep(_POLL_SECONDS)
 
     def begin_training(self) -> None:
         """Stop watching: the first step begins, or there is none."""
@@ -106,6 +116,8 @@ class Ranks:
                     continue
                 code = int(store.get(_FAILED))
                 store.add(_ENDED, 1)
+                if _is_served():
+                    time.sleep(_BEHIND_SECONDS)
                 self._linger()
             except DistError:  # rank 0 is gone without a word; the main thread may end by itself
                 if stop.wait(_LOST_SECONDS):
@@ -124,14 +136,18 @@ def _store(args: Namespace) -> Store | None:
         return None
     if "MASTER_ADDR" not in os.environ:
         return None  # Megatron will say so
-    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         args.world_size,
-        is_master=args.rank == 0 and not is_served,
+        is_master=args.rank == 0 and not _is_served(),
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         wait_for_workers=False,
         multi_tenant=True,
     )
     return PrefixStore(f"megatron_echo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _is_served() -> bool:
+    """Whether torchrun serves the store, in place of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
