@@ -70,10 +70,10 @@ from megatron_echo.arguments import (  # noqa: E402
     repair_help,
 )
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
-from megatron_echo.memory.training import LedgerOfFirstStep  # noqa: E402
+from megatron_echo.record.ledger_of_first_step import LedgerOfFirstStep  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
-from megatron_echo.observe.metrics import install_metrics_writer  # noqa: E402
-from megatron_echo.observe.run_record import write_run_record  # noqa: E402
+from megatron_echo.record.metrics import install_metrics_writer  # noqa: E402
+from megatron_echo.record.run_record import write_run_record  # noqa: E402
 from megatron_echo.offload.config import OffloadConfig  # noqa: E402
 from megatron_echo.offload.training import (  # noqa: E402
     OffloadedTraining,

@@ -26,8 +26,8 @@ from processes import (  # noqa: E402
     write_results,
 )
 
-from megatron_echo.observe.metrics import read_metrics  # noqa: E402
-from megatron_echo.observe.trace import read_traces  # noqa: E402
+from megatron_echo.record.metrics import read_metrics  # noqa: E402
+from megatron_echo.record.trace import read_traces  # noqa: E402
 
 LAYER, SKEW = "--moe-enable-echo", "--moe-echo-force-skew 1.0"
 RUNS = {

@@ -32,7 +32,7 @@ import torch.distributed as dist  # noqa: E402
 from processes import as_table, torchrun  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_echo.observe.metrics import read_metrics  # noqa: E402
+from megatron_echo.record.metrics import read_metrics  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python benchmarks/offload_simulator.py [--output benchmarks/results/offload_simulator]
 
 The offloader is the real one, with real autograd; modules and copies take time on an integer clock
-(``megatron_echo/offload/simulator.py``). "known" is what the implementation in Megatron-LM's main
+(``megatron_echo/testing/simulated_device.py``). "known" is what the implementation in Megatron-LM's main
 branch of August 2026 takes on a clock of the same kind: infinitely fast host, one rank, no bubbles.
 All figures are simulated. Writes a table (``.md``) and everything (``.json``).
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from megatron_echo.offload import ActivationOffloader, OffloadConfig  # noqa: E402
 from megatron_echo.offload.backends import Link  # noqa: E402
-from megatron_echo.offload.simulator import (  # noqa: E402
+from megatron_echo.testing.simulated_device import (  # noqa: E402
     Latency,
     SimulatedBackend,
     SimulatedModule,

@@ -188,7 +188,7 @@ def clones_by_tolerance() -> dict[int, list[float]]:
 
 def optimum_gap() -> float:
     """Mean excess over the exact optimum's max/mean, R <= 8, S = 1 and 2."""
-    from megatron_echo.planner.oracle import optimum
+    from planner_oracle import optimum
 
     sizes = ((4, 16), (4, 32), (8, 32), (8, 64))
     workloads = ("lognormal 0.5", "lognormal 1.0", "zipf 0.6", "one hot rank", "burst")

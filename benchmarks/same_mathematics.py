@@ -25,7 +25,7 @@ from processes import (  # noqa: E402
     write_results,
 )
 
-from megatron_echo.observe.metrics import read_metrics  # noqa: E402
+from megatron_echo.record.metrics import read_metrics  # noqa: E402
 
 OTHER_ROUNDING = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 TOLERANCE = 1e-5

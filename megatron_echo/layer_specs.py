@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_echo.config import EchoConfigMixin
-from megatron_echo.dispatch.step_end import StepEnd
+from megatron_echo.step.step_end import StepEnd
 from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
 from megatron_echo.moe_layer import EchoMoELayer
 

@@ -24,7 +24,7 @@ from build_corpus import CACHE, VOCAB_SIZE, build_corpus
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_echo.observe.metrics import read_metrics  # noqa: E402
+from megatron_echo.record.metrics import read_metrics  # noqa: E402
 from megatron_echo.observe.report import build_report  # noqa: E402
 
 SEQ_LENGTH = 256

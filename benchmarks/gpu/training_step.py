@@ -19,7 +19,7 @@ from record import Case, Figures, Recorder, SkippedError
 from timing import release_memory
 
 from megatron_echo import environment
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 PART = "A training step of 1.4 billion parameters"
 SMALL_PART = "A training step of a tiny model"

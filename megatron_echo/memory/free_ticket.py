@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
-from megatron_echo.memory.saved_tensors import plain_tensors, storage_key, watch_saved_tensors
+from megatron_echo.record.saved_tensors import plain_tensors, storage_key, watch_saved_tensors
 
 Mode = Literal["off", "poison", "free"]
 _ALL_BITS = 255

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_echo.observe.metrics import METRICS_FILE, read_metrics
+from megatron_echo.record.metrics import METRICS_FILE, read_metrics
 from megatron_echo.observe.report_error import ReportError
 from megatron_echo.observe.report_memory import read_ledgers
 from megatron_echo.observe.report_time import step_parts
-from megatron_echo.observe.run_record import RUN_FILE
-from megatron_echo.observe.trace import StepTrace, TraceError, trace_files
-from megatron_echo.observe.trace import read_trace as load_trace
+from megatron_echo.record.run_record import RUN_FILE
+from megatron_echo.record.trace import StepTrace, TraceError, trace_files
+from megatron_echo.record.trace import read_trace as load_trace
 from megatron_echo.progress import track
 
 MAX_POINTS = 1000

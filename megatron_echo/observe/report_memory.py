@@ -47,8 +47,8 @@ def _read(path: Path) -> Json:
         peak, bytes saved over the step and how many storages; ``taken``, bytes that another
         hook kept elsewhere; ``events`` and ``curves``, bytes kept after each of those events.
     """
-    from megatron_echo.memory.ledger import KEPT, Entry
-    from megatron_echo.memory.ledger_plot import label, live_curves
+    from megatron_echo.record.ledger import KEPT, Entry
+    from megatron_echo.record.ledger_plot import label, live_curves
 
     try:
         ledger = json.loads(path.read_text())

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from megatron_echo.observe.metrics import TIMERS
+from megatron_echo.record.metrics import TIMERS
 
 Json = dict[str, Any]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_echo.arguments import add_flags
 from megatron_echo.config import flag, flag_name
-from megatron_echo.observe.metrics import publish
+from megatron_echo.record.metrics import publish
 from megatron_echo.offload.config import POLICIES, OffloadConfig, setting_refusal
 from megatron_echo.offload.manager import ActivationOffloader
 from megatron_echo.step_hooks import StepHook

@@ -78,7 +78,7 @@ class _Row:
 
 
 class CountExchange:
-    """The calls of all layers on this rank; one object a model, see ``dispatch/step_end.py``.
+    """The calls of all layers on this rank; one object a model, see ``step/step_end.py``.
 
     Attributes:
         batch_group: all ranks of the pipeline stage.

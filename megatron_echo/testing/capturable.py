@@ -30,7 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from megatron_echo.graphs.recorded import arrived
+from megatron_echo.cpu_backend.recorded_graph import arrived
 from megatron_echo.testing.no_host_sync import _OWN_FILES as _TRIPWIRES
 from megatron_echo.testing.no_host_sync import _TORCH, Hit, no_host_sync
 

@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("single_rank")  # Megatron's checkpoint reader wants a group
 LAYERS: dict[str, dict[str, Any]] = {"stock": {}, "ours": {"moe_enable_echo": True}}

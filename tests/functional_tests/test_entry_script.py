@@ -11,7 +11,7 @@ import launch
 import pytest
 from golden import read_tensorboard
 
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 STOCK_SCRIPT = Path(__file__).resolve().parent / "stock_pretrain.py"
 

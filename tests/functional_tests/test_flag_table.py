@@ -6,7 +6,7 @@ import flag_table
 import launch
 import pytest
 
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 BASE = {"expert_model_parallel_size": 2, "train_iters": 2, "moe_enable_echo": True}
 

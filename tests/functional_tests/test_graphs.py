@@ -1,6 +1,6 @@
 """``--cuda-graph-impl full_iteration`` on a CPU: captured once, replayed, the same bits as eager.
 
-Megatron's own wrapper captures the step; ``graphs/recorded.py`` stands in for the CUDA graph, so
+Megatron's own wrapper captures the step; ``cpu_backend/recorded_graph.py`` stands in for the CUDA graph, so
 Python does not run in a replayed step, just as on a GPU. What only a GPU shows (streams, memory
 reuse) is not tested here.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from test_overflow import SHOW_WEIGHTS, overflow_messages
 
-from megatron_echo.observe.metrics import read_metrics
-from megatron_echo.observe.trace import read_traces
+from megatron_echo.record.metrics import read_metrics
+from megatron_echo.record.trace import read_traces
 
 GRAPH = {
     "cuda_graph_impl": "full_iteration",

@@ -7,7 +7,7 @@ import launch
 import pytest
 
 from megatron_echo.memory import LayerCost, plan_layout
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 LAYERS = 6
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import launch
 import pytest
 
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 ALL = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
 OFFLOAD = {

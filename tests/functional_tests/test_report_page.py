@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from megatron_echo.observe import report
-from megatron_echo.observe.metrics import read_metrics
-from megatron_echo.observe.trace import read_traces
+from megatron_echo.record.metrics import read_metrics
+from megatron_echo.record.trace import read_traces
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)

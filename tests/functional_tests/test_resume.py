@@ -15,7 +15,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("single_rank")  # Megatron's checkpoint reader wants a group
 SLOW_SAVE = Path(__file__).resolve().parent / "slow_save.py"

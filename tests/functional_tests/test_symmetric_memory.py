@@ -5,7 +5,7 @@ from pathlib import Path
 import launch
 import pytest
 
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 ONE_SIDED = {
     "moe_echo_token_transport": "symmetric_memory",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_echo import cpu_backend
-from megatron_echo.observe.metrics import read_metrics
+from megatron_echo.record.metrics import read_metrics
 
 pytestmark = pytest.mark.gpu
 

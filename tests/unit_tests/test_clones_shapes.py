@@ -31,7 +31,7 @@ from unit_tests.test_moe_layer_shapes import (
     values_of,
 )
 
-from megatron_echo.dispatch.step_end import StepEnd
+from megatron_echo.step.step_end import StepEnd
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.moe_layer import EchoMoELayer
 

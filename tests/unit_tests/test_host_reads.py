@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_echo.graphs.recorded import CaptureError, RecordedGraph, capture
+from megatron_echo.cpu_backend.recorded_graph import CaptureError, RecordedGraph, capture
 from megatron_echo.testing import assert_capturable, no_host_sync
 from megatron_echo.testing.capturable import NotCapturableError
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
-from megatron_echo.dispatch.transports.collectives import all_gather, reduce_scatter
+from megatron_echo.collectives import all_gather, reduce_scatter
 
 
 class AllGatherTransport(TokenTransport):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.dispatch.transports.collectives import exchange
+from megatron_echo.collectives import exchange
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 from megatron_echo.environment import on_gpu
 

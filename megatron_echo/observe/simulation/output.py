@@ -10,7 +10,7 @@ from megatron_echo.observe.simulation.cost_model import CostModel
 from megatron_echo.observe.simulation.layout import Layout, stage_layers
 from megatron_echo.observe.simulation.placement import place
 from megatron_echo.observe.simulation.search import Candidate, Search, best_by_name, fastest
-from megatron_echo.observe.trace import StepTrace
+from megatron_echo.record.trace import StepTrace
 
 OFFLOADED = (
     "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_echo.observe.trace import StepTrace, TraceError, read_traces
+from megatron_echo.record.trace import StepTrace, TraceError, read_traces
 
 WORKLOADS = (
     "uniform",

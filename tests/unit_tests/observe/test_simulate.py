@@ -22,7 +22,7 @@ from megatron_echo.observe.simulation.layout import Layout, Work, held, stages
 from megatron_echo.observe.simulation.models import MODELS, Model, load_model
 from megatron_echo.observe.simulation.output import check_trace, megatron_flags
 from megatron_echo.observe.simulation.placement import fullest_part, place
-from megatron_echo.observe.trace import RoutingTrace, read_traces
+from megatron_echo.record.trace import RoutingTrace, read_traces
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.planner import plan_clones
 

@@ -16,7 +16,7 @@ from megatron_echo.offload.host_arena import HostArena, Lease
 from megatron_echo.offload.manager import ActivationOffloader
 from megatron_echo.offload.recorder import StepRecord
 from megatron_echo.offload.scheduler import Scheduler
-from megatron_echo.offload.simulator import Event, SimulatedBackend
+from megatron_echo.testing.simulated_device import Event, SimulatedBackend
 from megatron_echo.offload.storages import Blob, Handle
 from megatron_echo.offload.transfers import Transfers
 

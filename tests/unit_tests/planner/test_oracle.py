@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_echo.planner import balance_bound, plan_clones
-from megatron_echo.planner.oracle import optimum
+from planner_oracle import optimum
 
 
 def skewed(ranks: int, experts: int, seed: int, power: float = 3.0) -> torch.Tensor:

@@ -45,8 +45,8 @@ from megatron_echo import cpu_backend
 from megatron_echo.config import AUTO_CAPACITY
 from megatron_echo.dispatch.layout import round_rows
 from megatron_echo.dispatch.reroute import Clones
-from megatron_echo.dispatch.self_check import EchoCheckError, SelfCheck
-from megatron_echo.dispatch.step_end import StepEnd
+from megatron_echo.step.self_check import EchoCheckError, SelfCheck
+from megatron_echo.step.step_end import StepEnd
 from megatron_echo.dispatch.transports import CollectiveWeights, PeerToPeerWeights
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.clones import WeightPool

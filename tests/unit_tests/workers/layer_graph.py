@@ -19,7 +19,7 @@ from torch import Tensor
 from unit_tests.workers.moe_layer import BATCH, SEQUENCE, build, problem
 
 from megatron_echo import cpu_backend
-from megatron_echo.graphs.recorded import RecordedGraph, capture
+from megatron_echo.cpu_backend.recorded_graph import RecordedGraph, capture
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.testing import assert_capturable
 

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.graphs.recorded import RecordedGraph, capture
+from megatron_echo.cpu_backend.recorded_graph import RecordedGraph, capture
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from unit_tests.workers import clones, moe_layer
 from unit_tests.workers.moe_layer import RESULTS, build, errors, forward, run, same_bits
 
 from megatron_echo import cpu_backend
-from megatron_echo.dispatch.overflow import UnevenTokensError
-from megatron_echo.dispatch.step_end import StepEnd
+from megatron_echo.step.overflow import UnevenTokensError
+from megatron_echo.step.step_end import StepEnd
 from megatron_echo.dispatch.transports import (
     PeerBuffers,
     SymmetricMemoryWeights,

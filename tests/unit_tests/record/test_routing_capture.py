@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_echo.dispatch.dispatcher import compact_routing
 from megatron_echo.offload.backends import Backend, Lane, Link
-from megatron_echo.offload.simulator import SimulatedBackend
-from megatron_echo.routing.capture import (
+from megatron_echo.testing.simulated_device import SimulatedBackend
+from megatron_echo.record.routing_capture import (
     Routing,
     RoutingCapture,
     RoutingReplay,

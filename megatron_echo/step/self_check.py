@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.dispatch.transports.collectives import all_gather
+from megatron_echo.collectives import all_gather
 from megatron_echo.planner import ClonePlan
 
 _LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -18,7 +18,7 @@ from offload_simulator import MOE, UNIFORM, Module, Profile, Schedule, Simulatio
 
 from megatron_echo.offload import ActivationOffloader, OffloadConfig
 from megatron_echo.offload.backends import Lane, Link
-from megatron_echo.offload.simulator import Latency, SimulatedBackend
+from megatron_echo.testing.simulated_device import Latency, SimulatedBackend
 
 SCHEDULES = {
     "PP1": (pipeline(2), 1),

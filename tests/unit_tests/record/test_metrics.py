@@ -5,7 +5,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from megatron_echo.observe.metrics import MetricsWriter, read_metrics
+from megatron_echo.record.metrics import MetricsWriter, read_metrics
 
 
 class Clock:

@@ -31,8 +31,8 @@ import torch
 import torch.utils._device
 
 from megatron_echo import environment
-from megatron_echo.cuda_stand_ins import DefaultGenerator, Event, Stream
-from megatron_echo.graphs.recorded import RecordedGraph, capture
+from megatron_echo.cpu_backend.cuda_stand_ins import DefaultGenerator, Event, Stream
+from megatron_echo.cpu_backend.recorded_graph import RecordedGraph, capture
 
 _PREFIX = "[megatron_echo.cpu_backend]"
 _DRIVER = Path("/proc/driver/nvidia/version")

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_echo.memory.ledger import SavedTensorLedger
+from megatron_echo.record.ledger import SavedTensorLedger
 from megatron_echo.step_hooks import StepHook
 
 

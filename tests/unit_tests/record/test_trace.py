@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_echo.observe.trace import RoutingTrace, read_traces
+from megatron_echo.record.trace import RoutingTrace, read_traces
 from megatron_echo.planner import plan_clones
 
 RANKS, EXPERTS = 4, 8

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_echo import environment
-from megatron_echo.observe.metrics import free_name
+from megatron_echo.record.metrics import free_name
 
 RUN_FILE = "run.json"
 _VARIABLES = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_echo.graphs.recorded import CaptureError, RecordedGraph, capture
+from megatron_echo.cpu_backend.recorded_graph import CaptureError, RecordedGraph, capture
 
 WORKER = Path(__file__).resolve().parent.parent / "workers" / "recorded_graph.py"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_echo.observe.run_record import write_run_record
+from megatron_echo.record.run_record import write_run_record
 
 SIZES = {
     "world_size": 8,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_echo.memory.saved_tensors import (
+from megatron_echo.record.saved_tensors import (
     kept_storages,
     plain_tensors,
     storage_key,
@@ -272,6 +272,6 @@ class SavedTensorLedger:
             field: what to colour by: a field of :class:`Entry`.
             groups: colours; the smaller groups are one.
         """
-        from megatron_echo.memory.ledger_plot import plot_ledger
+        from megatron_echo.record.ledger_plot import plot_ledger
 
         plot_ledger(self._counted(KEPT), self._events, path, field, groups)

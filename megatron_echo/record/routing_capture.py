@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_echo.observe.trace import write_npz
+from megatron_echo.record.trace import write_npz
 from megatron_echo.offload.backends import Backend, CudaBackend, Lane
 
 _MOST_EXPERTS = 2**16 - 1

@@ -1,1 +1,0 @@
-"""CUDA graphs of whole training steps, and their stand-in on a CPU."""
