@@ -5,7 +5,7 @@ both)::
 
     torchrun --nproc-per-node 8 pretrain_gpt_moe.py --num-experts 64 --moe-enable-echo ...
 
-Runs on a machine without a GPU as well (see ``megatron_echo/cpu_backend.py``).
+Runs on a machine without a GPU as well (see ``megatron_echo/cpu_backend``).
 """
 
 import dataclasses
@@ -70,10 +70,7 @@ from megatron_echo.arguments import (  # noqa: E402
     repair_help,
 )
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
-from megatron_echo.record.ledger_of_first_step import LedgerOfFirstStep  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
-from megatron_echo.record.metrics import install_metrics_writer  # noqa: E402
-from megatron_echo.record.run_record import write_run_record  # noqa: E402
 from megatron_echo.offload.config import OffloadConfig  # noqa: E402
 from megatron_echo.offload.training import (  # noqa: E402
     OffloadedTraining,
@@ -84,6 +81,9 @@ from megatron_echo.offload.training import (  # noqa: E402
 from megatron_echo.preflight import check_files, check_flags, check_schedule  # noqa: E402
 from megatron_echo.preflight.failures import one_sentence  # noqa: E402
 from megatron_echo.preflight.ranks import Ranks  # noqa: E402
+from megatron_echo.record.ledger_of_first_step import LedgerOfFirstStep  # noqa: E402
+from megatron_echo.record.metrics import install_metrics_writer  # noqa: E402
+from megatron_echo.record.run_record import write_run_record  # noqa: E402
 
 straggler_timer = StragglerDetector()
 SPIKY_LOSS_FACTOR = 10

@@ -40,8 +40,8 @@ from torch import Tensor  # noqa: E402
 
 from megatron_echo.config import EchoTransformerConfig  # noqa: E402
 from megatron_echo.dispatch.dispatcher import _CompactProbs, compact_routing  # noqa: E402
-from megatron_echo.step.step_end import StepEnd  # noqa: E402
 from megatron_echo.routing.router import EchoRouter  # noqa: E402
+from megatron_echo.step.step_end import StepEnd  # noqa: E402
 
 LAYERS, TOKENS, EXPERTS, TOPK, HIDDEN = 16, 2048, 128, 8, 64
 UNIT = LAYERS * TOKENS * EXPERTS * 4

@@ -3,7 +3,7 @@
     python benchmarks/offload_simulator.py [--output benchmarks/results/offload_simulator]
 
 The offloader is the real one, with real autograd; modules and copies take time on an integer clock
-(``megatron_echo/testing/simulated_device.py``). "known" is what the implementation in Megatron-LM's main
+(``testing/simulated_device.py``). "known" is what the implementation in Megatron-LM's main
 branch of August 2026 takes on a clock of the same kind: infinitely fast host, one rank, no bubbles.
 All figures are simulated. Writes a table (``.md``) and everything (``.json``).
 """
@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from megatron_echo.copy_lanes import Link  # noqa: E402
 from megatron_echo.offload import ActivationOffloader, OffloadConfig  # noqa: E402
-from megatron_echo.offload.backends import Link  # noqa: E402
 from megatron_echo.testing.simulated_device import (  # noqa: E402
     Latency,
     SimulatedBackend,

@@ -32,8 +32,8 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.training import get_args, training  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_echo.step.step_end import StepEnd  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig  # noqa: E402
+from megatron_echo.step.step_end import StepEnd  # noqa: E402
 
 LOCAL_EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")
 

@@ -1,21 +1,12 @@
 """The command line of megatron_echo, generated from the configuration's fields."""
 
-import argparse
 import dataclasses
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable
-from typing import Any
 
 from megatron.core.transformer import MLATransformerConfig
 
-from megatron_echo.config import (
-    EchoMLATransformerConfig,
-    EchoTransformerConfig,
-    echo_fields,
-    flag,
-    flag_name,
-    value_type,
-)
+from megatron_echo.config import EchoMLATransformerConfig, EchoTransformerConfig, echo_fields
+from megatron_echo.flags import add_flags, flag, flag_name
 
 
 @dataclasses.dataclass
@@ -49,16 +40,6 @@ def add_echo_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def add_flags(parser: ArgumentParser, fields: Iterable[dataclasses.Field]) -> None:
-    """Add fields made with ``config.flag`` to a parser, each in its group."""
-    groups: dict[str, Any] = {}
-    for field in fields:
-        title = field.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(f"megatron_echo: {title}")
-        _add_flag(groups[title], field)
-
-
 def repair_help(parser: ArgumentParser) -> None:
     """Escape a bare ``%`` in help texts: one of Megatron 0.19.2's makes ``--help`` fail."""
     for action in parser._actions:
@@ -68,43 +49,6 @@ def repair_help(parser: ArgumentParser) -> None:
             action.help % {**vars(action), "prog": parser.prog}
         except (ValueError, TypeError, KeyError):
             action.help = action.help.replace("%", "%%")
-
-
-def _add_flag(group: Any, field: dataclasses.Field) -> None:
-    help_text = field.metadata["help"].replace("%", "%%")
-    options: dict[str, Any] = {"dest": field.name, "default": field.default}
-    if value_type(field) is bool:
-        name = flag_name(field.name)
-        if field.default:
-            group.add_argument(
-                name, help=help_text, action=argparse.BooleanOptionalAction, **options
-            )
-        else:
-            group.add_argument(name, help=help_text, action="store_true", **options)
-        return
-    if field.default is not None:
-        help_text += f" (default: {field.default})"
-    group.add_argument(
-        flag_name(field.name),
-        help=help_text,
-        type=_parser(field),
-        choices=field.metadata["choices"],
-        metavar=field.metadata["metavar"],
-        **options,
-    )
-
-
-def _parser(field: dataclasses.Field) -> Callable[[str], Any]:
-    """What turns the word on the command line into the field's value."""
-    kind, none_word = value_type(field), field.metadata["none_word"]
-    if none_word is None:
-        return kind
-
-    def parse(word: str) -> Any:
-        return None if word == none_word else kind(word)
-
-    parse.__name__ = f"{kind.__name__} or {none_word}"  # argparse shows it
-    return parse
 
 
 def refuse_heterogeneous_layers(args: Namespace) -> None:

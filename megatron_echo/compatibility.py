@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_echo.planner.balance import MAX_EXPERTS, MAX_RANKS
+from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS
 
 _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (

@@ -6,10 +6,9 @@ because Megatron replaces the configuration class by its own under ``--multi-lat
 """
 
 import dataclasses
-import math
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,67 +17,14 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_echo.compatibility import config_refusal
 from megatron_echo.environment import find_hybrid_ep, interprets_triton, peer_memory_refusal
-
-Check = Callable[[Any, Any], str | None]
-"""``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    check: Check | None = None,
-    metavar: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    none_word: str | None = None,
-) -> Any:
-    """A dataclass field that is also a command-line flag.
-
-    Args:
-        default: the value without the flag; its type is the field's annotation.
-        help: one or two sentences for ``--help``.
-        group: the title of the ``--help`` group.
-        check: says what is wrong with a value; runs on the finished configuration.
-        metavar: what ``--help`` shows for the value.
-        choices: the values that a string may have.
-        none_word: the word that stands for None on the command line.
-    """
-    metadata = {
-        "help": help,
-        "group": group,
-        "check": check,
-        "metavar": metavar,
-        "choices": choices,
-        "none_word": none_word,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def flag_name(field_name: str) -> str:
-    """The command-line spelling of a field: ``moe_enable_echo`` is ``--moe-enable-echo``."""
-    return "--" + field_name.replace("_", "-")
-
-
-def value_type(field: dataclasses.Field) -> type:
-    """The type of a field's value, with ``Optional`` taken off."""
-    options = [t for t in typing.get_args(field.type) if t is not types.NoneType]
-    return typing.cast(type, options[0] if options else field.type)
-
-
-def number_refusal(value: Any) -> str | None:
-    """What is wrong with a number of any flag, and what to use; None for anything else."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "is not a finite number. Use one."
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "does not fit into 64 bits. Use a smaller number."
-    return None
-
-
-def nearest_multiples(value: int, divisor: int) -> str:
-    """The positive multiples of ``divisor`` around ``value``, as words for an error message."""
-    below, above = value // divisor * divisor, -(-value // divisor) * divisor
-    return f"{below} or {above}" if below else str(above)
+from megatron_echo.flags import (
+    flag,
+    flag_name,
+    nearest_multiples,
+    number_refusal,
+    value_type,
+)
+from megatron_echo.loss_settings import RouterLossSettings
 
 
 def _check_enable_echo(value: bool, config: Any) -> str | None:
@@ -407,8 +353,6 @@ class EchoConfigMixin:
             if problem is not None:
                 raise ValueError(f"{_spelled(field.name, value)} {problem}")
         if self.moe_enable_echo:
-            from megatron_echo.routing.losses import RouterLossSettings  # imports this module
-
             RouterLossSettings.from_config(self)
 
 

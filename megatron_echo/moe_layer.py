@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import config_refusal
 from megatron_echo.dispatch import EchoTokenDispatcher
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.routing.router import router_class
+from megatron_echo.step.step_end import StepEnd
 
 
 class _KeepsConfig(BaseMoELayer):

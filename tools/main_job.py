@@ -24,8 +24,8 @@ from build_corpus import CACHE, VOCAB_SIZE, build_corpus
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_echo.record.metrics import read_metrics  # noqa: E402
 from megatron_echo.observe.report import build_report  # noqa: E402
+from megatron_echo.record.metrics import read_metrics  # noqa: E402
 
 SEQ_LENGTH = 256
 GLOBAL_BATCH_SIZE = 16

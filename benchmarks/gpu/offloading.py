@@ -7,8 +7,8 @@ from record import Case, Figures, SkippedError
 from timing import call_milliseconds, device, on_gpu, release_memory, synchronize
 from torch import Tensor, nn
 
+from megatron_echo.copy_lanes import CudaBackend, Lane
 from megatron_echo.offload import ActivationOffloader, OffloadConfig
-from megatron_echo.offload.backends import CudaBackend, Lane
 
 PART = "Offloading"
 LAYERS, STEPS = 6, 5  # some steps are learnt, the others planned

@@ -431,11 +431,3 @@ def main(argv: Sequence[str]) -> None:
     sys.argv = [str(script), *flags]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
-
-
-if __name__ == "__main__":
-    # The module that runs here is a second copy named __main__; use the importable one, so that
-    # the script sees the same state.
-    from megatron_echo import cpu_backend
-
-    cpu_backend.main(sys.argv[1:])

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role
+from megatron_echo.collectives import all_gather
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.layout import RowMap, build_layout, histogram, round_rows, share_of
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.reroute import Clones, physical_experts
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.dispatch.transports import (
     AllGatherTransport,
     AllToAllTransport,
@@ -31,8 +31,8 @@ from megatron_echo.dispatch.transports import (
     TokenTransport,
     WeightTransport,
 )
-from megatron_echo.collectives import all_gather
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
+from megatron_echo.step.step_end import StepEnd
 
 
 class _CompactProbs(torch.autograd.Function):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_echo.dispatch.permute import wide_dtype
+from megatron_echo.dispatch.layout import wide_dtype
 
 _BLOCK_BYTES = 2048  # 16 bytes for each of 128 threads, four warps
 _LOADS = 8  # 16-byte loads that a thread has in flight

@@ -13,6 +13,11 @@ from torch import Tensor
 _STEPS = 32
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to sum in: fp32, or ``dtype`` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def share_of(share: float, whole: int) -> int:
     """``ceil(share * whole)`` in integers, the share rounded to millionths once."""
     return -(-round(share * 10**6) * whole // 10**6)

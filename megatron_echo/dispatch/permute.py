@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.dispatch.layout import RowMap
+from megatron_echo.dispatch.layout import RowMap, wide_dtype
 from megatron_echo.environment import on_gpu
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to sum in: fp32, or ``dtype`` where that is wider."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def take_rows_reference(source: Tensor, index: Tensor) -> Tensor:

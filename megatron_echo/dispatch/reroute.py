@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_echo.dispatch.transports.weights import HostCopy, WeightTransport
+from megatron_echo.dispatch.transports.weights import WeightTransport
+from megatron_echo.host_copy import HostCopy
 from megatron_echo.planner import ClonePlan
 
 

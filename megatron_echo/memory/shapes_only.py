@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # they import Megatron, which has to wait for the CPU backend
-    from megatron_echo.dispatch.transports.weights import HostCopy
+    from megatron_echo.host_copy import HostCopy
     from megatron_echo.planner import ClonePlan
 
 

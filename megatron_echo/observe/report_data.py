@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_echo.record.metrics import METRICS_FILE, read_metrics
 from megatron_echo.observe.report_error import ReportError
 from megatron_echo.observe.report_memory import read_ledgers
 from megatron_echo.observe.report_time import step_parts
+from megatron_echo.progress import track
+from megatron_echo.record.metrics import METRICS_FILE, read_metrics
 from megatron_echo.record.run_record import RUN_FILE
 from megatron_echo.record.trace import StepTrace, TraceError, trace_files
 from megatron_echo.record.trace import read_trace as load_trace
-from megatron_echo.progress import track
 
 MAX_POINTS = 1000
 """Iterations in a chart; of longer runs each n-th is shown, and the page says so."""
@@ -283,7 +283,7 @@ def _layer_of(trace: StepTrace, number: int, tolerance: float) -> Json:
         ``fullest`` (highest as routed): ``before`` and ``after`` ``[R]`` and the ``bound``;
         ``clones``, rows of expert, rank and in how many microbatches.
     """
-    from megatron_echo.planner.balance import balance_bound
+    from megatron_echo.planner.bound import balance_bound
 
     here = trace.layer == number
     before, after = trace.load_before[here].astype(np.int64), trace.load_after[here]

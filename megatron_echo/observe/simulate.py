@@ -54,7 +54,7 @@ from megatron_echo.observe.simulation.workloads import (
     at_overload,
     load_workload,
 )
-from megatron_echo.planner.balance import MAX_TOLERANCE
+from megatron_echo.planner.bound import MAX_TOLERANCE
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 """In a checkout: the measurements that the model is compared with."""

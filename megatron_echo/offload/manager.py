@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from megatron_echo.offload.backends import Backend, CudaBackend
+from megatron_echo.copy_lanes import Backend, CudaBackend
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.offload.host_arena import HostArena
 from megatron_echo.offload.recorder import Chunk, StepRecord

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-from megatron_echo.offload.backends import Backend
+from megatron_echo.copy_lanes import Backend
 from megatron_echo.offload.schedule import Item, Timeline
 from megatron_echo.offload.storages import Blob
 

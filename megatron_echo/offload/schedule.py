@@ -12,7 +12,7 @@ import collections
 import dataclasses
 from collections.abc import Hashable, Sequence
 
-from megatron_echo.offload.backends import Link
+from megatron_echo.copy_lanes import Link
 from megatron_echo.offload.host_arena import size_class
 
 _TRIALS = 512

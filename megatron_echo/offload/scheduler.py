@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Hashable
 
-from megatron_echo.offload.backends import Backend
+from megatron_echo.copy_lanes import Backend
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.offload.recorder import StepRecord
 from megatron_echo.offload.schedule import Advice, Plan, Timeline, advise, make_plan

@@ -3,7 +3,7 @@
 import enum
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_echo.offload.host_arena import Lease
-
-if TYPE_CHECKING:
-    from megatron_echo.offload.transfers import Transfers
 
 
 class State(enum.Enum):
@@ -51,6 +48,16 @@ class Outbound:
         self.blob = weakref.ref(blob)
 
 
+class BlobKeeper(Protocol):
+    """Who moves the storages: ``transfers.py``."""
+
+    def adopt(self, blob: "Blob") -> None:
+        """A storage is there."""
+
+    def drop(self, blob: "Blob") -> None:
+        """Nobody needs it any more."""
+
+
 class Blob:
     """One storage with saved tensors in it. It lives as long as one of their handles.
 
@@ -72,7 +79,7 @@ class Blob:
         on_drop: called at the end.
     """
 
-    def __init__(self, transfers: "Transfers", name: str, handle: "Handle") -> None:
+    def __init__(self, transfers: BlobKeeper, name: str, handle: "Handle") -> None:
         """The storage of a handle's tensor."""
         assert handle.tensor is not None
         storage = handle.tensor.untyped_storage()

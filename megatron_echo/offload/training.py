@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_echo.arguments import add_flags
-from megatron_echo.config import flag, flag_name
-from megatron_echo.record.metrics import publish
+from megatron_echo.flags import add_flags, flag, flag_name
 from megatron_echo.offload.config import POLICIES, OffloadConfig, setting_refusal
 from megatron_echo.offload.manager import ActivationOffloader
+from megatron_echo.record.metrics import publish
 from megatron_echo.step_hooks import StepHook
 
 _MEGATRON = {

@@ -14,7 +14,7 @@ copy back                                   compute uses it, or frees it
 
 from torch import Tensor
 
-from megatron_echo.offload.backends import Backend, Lane
+from megatron_echo.copy_lanes import Backend, Lane
 from megatron_echo.offload.host_arena import HostArena
 from megatron_echo.offload.storages import Blob, Outbound, State
 

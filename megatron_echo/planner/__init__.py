@@ -4,7 +4,8 @@ The planner is pure: integer tensors in, integer tensors out, no process group, 
 rank that runs it on the same counts gets the same bits.
 """
 
-from megatron_echo.planner.balance import balance_bound, plan_clones, planner_backend
+from megatron_echo.planner.balance import plan_clones, planner_backend
+from megatron_echo.planner.bound import balance_bound
 from megatron_echo.planner.plan import ClonePlan
 
 __all__ = ["ClonePlan", "balance_bound", "plan_clones", "planner_backend"]

@@ -19,62 +19,26 @@ import torch
 from torch import Tensor
 
 from megatron_echo.environment import on_gpu
+from megatron_echo.planner.bound import (
+    _MILLION,
+    FAR,
+    INTER_NODE_COST,
+    INTER_NODE_WEIGHT,
+    INTRA_NODE_COST,
+    INTRA_NODE_WEIGHT,
+    MAX_EXPERTS,
+    MAX_RANKS,
+    MAX_TOLERANCE,
+    NUM_TARGETS,
+    _bound_at,
+    balance_bound,
+    balance_scale,
+)
 from megatron_echo.planner.plan import ClonePlan
 from megatron_echo.planner.split import check_ranks_per_node
 
-MAX_RANKS = 256
-MAX_EXPERTS = 1024
-MAX_TOLERANCE = 100
-INTRA_NODE_COST, INTER_NODE_COST = 1, 3
-"""What a clone inside the node and one across nodes cost, where plans are chosen by cost."""
-
-INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 5, 4
-"""What a receiver inside the node is worth to a node that must send some of its excess out.
-Weight traffic falls with more of the first, token traffic between nodes rises (a clone in another
-node keeps that node's tokens there)."""
-
-NUM_TARGETS = 7
-"""Targets of the greedy: 0, 1, 2, 4, 8, 16 and 32 % of the way from the bound to the load before
-planning, each tried with and without letting a donor give more than its excess."""
-
-FAR = 1 << 51
-"""Above any weighted hole: a hole is at most the bound, which is below 2^48 with counts of 2^31."""
-
-_MILLION = 10**6
 _INDEX_BITS = 10
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
-
-
-def balance_scale(tolerance: float) -> int:
-    """``1 + tolerance`` in millionths: the only place where the tolerance is rounded."""
-    return _MILLION + round(_MILLION * tolerance)
-
-
-def balance_bound[Number: (int, Tensor)](
-    total: Number, num_ranks: int, tolerance: float = 0.0
-) -> Number:
-    """The load that no rank may exceed: ``ceil(mean)``, or ``(1 + tolerance) * mean`` if higher.
-
-    The one place where the bound is computed, in integers: the tolerance is rounded to millionths
-    once, ``max(ceil(total / R), floor((10^6 + round(10^6 tolerance)) total / (10^6 R)))``. It also
-    sizes the receive buffer, from the token budget ``T * K`` of a rank times R.
-
-    Args:
-        total: tokens over all ranks, an int or an int64 tensor, up to 2^49.
-        num_ranks: R.
-        tolerance: allowed excess over the mean, 0.02 for 2 %.
-    """
-    return _bound_at(total, num_ranks, balance_scale(tolerance))
-
-
-def _bound_at[Number: (int, Tensor)](total: Number, num_ranks: int, scale: int) -> Number:
-    unit = _MILLION * num_ranks
-    whole, rest = total // unit, total % unit  # the product scale * total may pass 2^63
-    relaxed = scale * whole + scale * rest // unit
-    exact = -(-total // num_ranks)
-    if isinstance(total, Tensor):
-        return torch.maximum(relaxed, exact)
-    return max(relaxed, exact)
 
 
 def plan_clones(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_echo.planner.balance import (
+from megatron_echo.planner.bound import (
     FAR,
     INTER_NODE_COST,
     INTER_NODE_WEIGHT,

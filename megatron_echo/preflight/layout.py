@@ -6,7 +6,7 @@ from argparse import Namespace
 from megatron_echo import cpu_backend, environment
 from megatron_echo.arguments import refuse_heterogeneous_layers
 from megatron_echo.compatibility import argument_refusal
-from megatron_echo.config import flag_name, nearest_multiples, number_refusal
+from megatron_echo.flags import flag_name, nearest_multiples, number_refusal
 
 _UNSUPPORTED = (
     "sft",

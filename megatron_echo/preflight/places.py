@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_echo.config import flag_name
+from megatron_echo.flags import flag_name
 
 _FOLDERS = (
     "save",

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_echo.copy_lanes import Backend, CudaBackend, Lane
 from megatron_echo.record.trace import write_npz
-from megatron_echo.offload.backends import Backend, CudaBackend, Lane
 
 _MOST_EXPERTS = 2**16 - 1
 """E itself must fit into uint16: it stands for a missing choice."""

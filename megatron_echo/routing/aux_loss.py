@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_echo.step.load_metrics import load_fractions
+
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 _EPSILON = 1e-20
 """Added by Megatron to the sum of scores that it divides by."""
@@ -68,13 +70,6 @@ def count_tokens(routing_map: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None:
         routing_map = routing_map & valid[..., None]
     return routing_map.sum(0)
-
-
-def load_fractions(counts: Tensor) -> Tensor:
-    """Each expert's part of a group's pairs, fp64 ``[..., E]``; zeros for a group without any."""
-    wide = counts.double()
-    total = wide.sum(-1, keepdim=True)
-    return wide / torch.where(total > 0, total, 1)
 
 
 def balance_rows(counts: Tensor, tokens: Tensor) -> Tensor:

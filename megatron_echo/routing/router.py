@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.routing.aux_loss import count_tokens, router_scores
-from megatron_echo.routing.counts import CountExchange
 from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores
 from megatron_echo.routing.losses import LayerLosses, RouterLossSettings
+from megatron_echo.step.counts import CountExchange
+from megatron_echo.step.step_end import StepEnd
 
 
 class _Gather(torch.autograd.Function):

@@ -28,15 +28,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
-from megatron_echo.step.overflow import OverflowCheck
-from megatron_echo.step.self_check import SelfCheck
+from megatron_echo.per_model import PerModel
 from megatron_echo.record.metrics import publish
+from megatron_echo.record.routing_capture import RoutingCapture
 from megatron_echo.record.statistics import StepStatistics, console_line
 from megatron_echo.record.trace import RoutingTrace
-from megatron_echo.per_model import PerModel
-from megatron_echo.record.routing_capture import RoutingCapture
-from megatron_echo.routing.counts import CountExchange
-from megatron_echo.routing.metrics import read_load_metrics
+from megatron_echo.step.counts import CountExchange
+from megatron_echo.step.load_metrics import read_load_metrics
+from megatron_echo.step.overflow import OverflowCheck
+from megatron_echo.step.self_check import SelfCheck
 from megatron_echo.step_hooks import EndOfStep
 
 

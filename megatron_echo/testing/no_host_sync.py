@@ -50,7 +50,7 @@ _TORCH = str(Path(torch.__file__).parent) + "/"
 _OWN_FILES = (
     __file__,
     host_reads.__file__,
-    str(Path(__file__).parent.parent / "cpu_backend.py"),
+    str(Path(__file__).parent.parent / "cpu_backend" / "__init__.py"),
 )
 _MISSING = object()
 

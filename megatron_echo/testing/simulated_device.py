@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_echo.offload.backends import Backend, Lane, Link
+from megatron_echo.copy_lanes import Backend, Lane, Link
 
 _POISON = 0xFF
 

@@ -1,8 +1,8 @@
 """``--cuda-graph-impl full_iteration`` on a CPU: captured once, replayed, the same bits as eager.
 
-Megatron's own wrapper captures the step; ``cpu_backend/recorded_graph.py`` stands in for the CUDA graph, so
-Python does not run in a replayed step, just as on a GPU. What only a GPU shows (streams, memory
-reuse) is not tested here.
+Megatron's own wrapper captures the step; ``cpu_backend/recorded_graph.py`` stands in for the CUDA
+graph, so Python does not run in a replayed step, just as on a GPU. What only a GPU shows (streams,
+memory reuse) is not tested here.
 """
 
 from pathlib import Path

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_echo.record.metrics import read_metrics
-from megatron_echo.record.trace import read_traces
 from megatron_echo.record.routing_capture import read_captures
+from megatron_echo.record.trace import read_traces
 
 CLONES = {"expert_model_parallel_size": 2, "moe_enable_echo": True, "moe_echo_force_skew": 1.0}
 LOADS = ("overload_routed", "overload_placed", "clones", "layer_calls")

@@ -11,8 +11,8 @@ from example_scripts import start, validate, words_of
 from megatron.training.arguments import parse_args
 
 from megatron_echo.arguments import add_echo_arguments
-from megatron_echo.record.metrics import read_metrics
 from megatron_echo.observe.simulation.models import MODELS, Model
+from megatron_echo.record.metrics import read_metrics
 
 NAMES = recipes.recipes()
 EXAMPLES = launch.ROOT / "examples"

@@ -16,16 +16,16 @@ FLOORS = (
     ("layer_specs",),
     ("moe_layer",),
     ("experts",),
-    ("dispatch",),
+    ("dispatch", "routing"),
     ("step",),
-    ("routing", "offload"),
-    ("config",),
-    ("compatibility",),
+    ("offload",),
     ("record",),
-    ("planner", "cpu_backend"),
+    ("config",),
+    ("compatibility", "loss_settings"),
+    ("planner", "cpu_backend", "host_copy"),
     (
-        "flags", "host_copy", "host_reads", "collectives", "step_hooks", "environment",
-        "local_modules", "per_model", "progress", "call_roles",
+        "flags", "host_reads", "copy_lanes", "collectives", "step_hooks", "call_roles",
+        "environment", "local_modules", "per_model", "progress",
     ),
 )  # fmt: skip
 """Rooms from the top; a room imports itself and rooms of floors below its own."""

@@ -31,9 +31,9 @@ from unit_tests.test_moe_layer_shapes import (
     values_of,
 )
 
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.step.step_end import StepEnd
 
 ranks = without_clones.ranks  # the fixture
 

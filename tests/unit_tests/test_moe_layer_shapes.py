@@ -30,8 +30,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.step.step_end import StepEnd
 
 SEQUENCE, BATCH, TOPK = 6, 2, 3
 TOKENS = SEQUENCE * BATCH

@@ -5,8 +5,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.collectives import all_gather, reduce_scatter
+from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 
 
 class AllGatherTransport(TokenTransport):

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_echo.collectives import all_to_all
 from megatron_echo.dispatch.layout import RowMap, share_of
 from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
-from megatron_echo.collectives import all_to_all
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.dispatch.layout import place_groups
-from megatron_echo.dispatch.permute import wide_dtype
-from megatron_echo.dispatch.transports.base import RowDelivery, RowTransport
 from megatron_echo.collectives import reduce_scatter
+from megatron_echo.dispatch.layout import place_groups, wide_dtype
+from megatron_echo.dispatch.transports.base import RowDelivery, RowTransport
 from megatron_echo.environment import find_hybrid_ep
 from megatron_echo.per_model import PerModel
 

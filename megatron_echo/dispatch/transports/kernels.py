@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_echo.dispatch.kernels import sum_constants
-from megatron_echo.dispatch.permute import wide_dtype
+from megatron_echo.dispatch.layout import wide_dtype
 
 
 @triton.jit

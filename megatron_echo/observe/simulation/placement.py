@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_echo.planner import ClonePlan, plan_clones
-from megatron_echo.planner.balance import MAX_RANKS
+from megatron_echo.planner.bound import MAX_RANKS
 
 _BATCH = 32
 PEER_CALLS, PEER_SOURCES = 4, 16

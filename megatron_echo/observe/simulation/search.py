@@ -11,7 +11,7 @@ from megatron_echo.observe.simulation.cost_model import GIB, CostModel, Costs, M
 from megatron_echo.observe.simulation.layout import Layout, stage_layers
 from megatron_echo.observe.simulation.placement import Placement, check_ranks, fullest_part, place
 from megatron_echo.observe.simulation.workloads import Loads, layer_calls
-from megatron_echo.planner.balance import MAX_RANKS
+from megatron_echo.planner.bound import MAX_RANKS
 from megatron_echo.progress import track
 
 PIPELINES = (1, 2, 4, 8, 16)

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_echo.config import EchoTransformerConfig
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.dispatch.transports import WeightTransport
-from megatron_echo.dispatch.transports.weights import HostCopy
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts import grouped_linear as grouped_linear_module
 from megatron_echo.experts import grouped_mlp
@@ -21,6 +20,7 @@ from megatron_echo.experts.clones import WeightPool, cloned_linear
 from megatron_echo.experts.grouped_linear import GroupedGemm, TorchGemm, grouped_linear
 from megatron_echo.experts.grouped_mlp import GROUPED_GEMMS, GroupedLinear, automatic_gemm
 from megatron_echo.experts.pointer_gemm import PointerGemm
+from megatron_echo.host_copy import HostCopy
 from megatron_echo.memory.live_bytes import LiveBytes
 
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "grouped_gemm.py"

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from megatron_echo.observe import report, report_data
 from megatron_echo.observe.report_data import read_run
 from megatron_echo.observe.report_error import ReportError
-from megatron_echo.record.trace import RoutingTrace
 from megatron_echo.planner import plan_clones
-from megatron_echo.planner.balance import balance_bound
+from megatron_echo.planner.bound import balance_bound
+from megatron_echo.record.trace import RoutingTrace
 
 RANKS, EXPERTS, SLOTS, STEPS, MICROBATCHES = 4, 8, 2, 6, 3
 TOLERANCE = 0.1

@@ -22,9 +22,9 @@ from megatron_echo.observe.simulation.layout import Layout, Work, held, stages
 from megatron_echo.observe.simulation.models import MODELS, Model, load_model
 from megatron_echo.observe.simulation.output import check_trace, megatron_flags
 from megatron_echo.observe.simulation.placement import fullest_part, place
-from megatron_echo.record.trace import RoutingTrace, read_traces
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.planner import plan_clones
+from megatron_echo.record.trace import RoutingTrace, read_traces
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 TINY = Model("tiny", 2, 64, 4, 4, 16, 256, 128, 64, 8, 2)

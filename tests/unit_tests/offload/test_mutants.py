@@ -10,15 +10,15 @@ from torch import nn
 from unit_tests.offload import test_manager, test_simulator
 from unit_tests.offload.test_simulator import Module, Simulation, pipeline
 
+from megatron_echo.copy_lanes import Lane
 from megatron_echo.offload import manager
-from megatron_echo.offload.backends import Lane
 from megatron_echo.offload.host_arena import HostArena, Lease
 from megatron_echo.offload.manager import ActivationOffloader
 from megatron_echo.offload.recorder import StepRecord
 from megatron_echo.offload.scheduler import Scheduler
-from megatron_echo.testing.simulated_device import Event, SimulatedBackend
 from megatron_echo.offload.storages import Blob, Handle
 from megatron_echo.offload.transfers import Transfers
+from megatron_echo.testing.simulated_device import Event, SimulatedBackend
 
 Patch = pytest.MonkeyPatch
 Check = Callable[[], None]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_echo.offload.backends import Link
+from megatron_echo.copy_lanes import Link
 from megatron_echo.offload.config import POLICIES
 from megatron_echo.offload.schedule import Item, Timeline, advise, make_plan
 

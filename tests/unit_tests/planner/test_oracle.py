@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from planner_oracle import optimum
 
 from megatron_echo.planner import balance_bound, plan_clones
-from planner_oracle import optimum
 
 
 def skewed(ranks: int, experts: int, seed: int, power: float = 3.0) -> torch.Tensor:

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_echo.copy_lanes import Backend, Lane, Link
 from megatron_echo.dispatch.dispatcher import compact_routing
-from megatron_echo.offload.backends import Backend, Lane, Link
-from megatron_echo.testing.simulated_device import SimulatedBackend
 from megatron_echo.record.routing_capture import (
     Routing,
     RoutingCapture,
@@ -22,6 +21,7 @@ from megatron_echo.record.routing_capture import (
     replayed_map,
 )
 from megatron_echo.testing import no_host_sync
+from megatron_echo.testing.simulated_device import SimulatedBackend
 
 TOKENS, TOPK, EXPERTS = 24, 8, 256
 

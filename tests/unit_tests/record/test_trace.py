@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_echo.record.trace import RoutingTrace, read_traces
 from megatron_echo.planner import plan_clones
+from megatron_echo.record.trace import RoutingTrace, read_traces
 
 RANKS, EXPERTS = 4, 8
 

@@ -17,8 +17,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_echo.config import EchoTransformerConfig
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.routing.router import EchoRouter
+from megatron_echo.step.step_end import StepEnd
 
 HIDDEN, EXPERTS, TOPK = 16, 8, 2
 

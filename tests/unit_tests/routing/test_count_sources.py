@@ -26,9 +26,10 @@ from router_cases import (
 )
 from torch import Tensor
 
-from megatron_echo.routing import aux_loss, counts
+from megatron_echo.routing import aux_loss
 from megatron_echo.routing.losses import LayerLosses, estimate_whole
 from megatron_echo.routing.router import EchoRouter
+from megatron_echo.step import counts
 
 S, B = 12, 3
 

@@ -47,8 +47,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.routing import aux_loss
 from megatron_echo.routing.losses import RouterLossSettings
-from megatron_echo.routing.metrics import load_metrics
 from megatron_echo.routing.router import EchoRouter, SkewedEchoRouter, SkewedRouter, router_class
+from megatron_echo.step.load_metrics import load_metrics
 from megatron_echo.testing import no_host_sync
 
 S, B = 12, 3

@@ -16,11 +16,11 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from megatron_echo.dispatch import MoEOverflowError
+from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.planner import plan_clones
+from megatron_echo.record.statistics import StepStatistics
 from megatron_echo.step.self_check import SelfCheck
 from megatron_echo.step.step_end import StepEnd
-from megatron_echo.moe_layer import EchoMoELayer
-from megatron_echo.record.statistics import StepStatistics
-from megatron_echo.planner import plan_clones
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 BATCH_WISE = {

@@ -16,8 +16,8 @@ sys.path.insert(0, str(launch.ROOT / "benchmarks"))
 
 from offload_simulator import MOE, UNIFORM, Module, Profile, Schedule, Simulation, pipeline
 
+from megatron_echo.copy_lanes import Lane, Link
 from megatron_echo.offload import ActivationOffloader, OffloadConfig
-from megatron_echo.offload.backends import Lane, Link
 from megatron_echo.testing.simulated_device import Latency, SimulatedBackend
 
 SCHEDULES = {

@@ -39,8 +39,8 @@ from router_cases import (
 )
 
 from megatron_echo import cpu_backend
-from megatron_echo.routing.metrics import read_load_metrics
 from megatron_echo.routing.router import EchoRouter
+from megatron_echo.step.load_metrics import read_load_metrics
 from megatron_echo.testing import no_host_sync
 
 LENGTH, SEQUENCES = 16, 8

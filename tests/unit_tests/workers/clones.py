@@ -45,14 +45,14 @@ from megatron_echo import cpu_backend
 from megatron_echo.config import AUTO_CAPACITY
 from megatron_echo.dispatch.layout import round_rows
 from megatron_echo.dispatch.reroute import Clones
-from megatron_echo.step.self_check import EchoCheckError, SelfCheck
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.dispatch.transports import CollectiveWeights, PeerToPeerWeights
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.planner import ClonePlan, balance_bound
+from megatron_echo.step.self_check import EchoCheckError, SelfCheck
+from megatron_echo.step.step_end import StepEnd
 from megatron_echo.testing import no_host_sync
 
 KINDS = ("hot", "random", "empty", "balanced", "padding", "idle rank")
@@ -650,7 +650,7 @@ def check_peer_to_peer() -> None:
         transport = layer.token_dispatcher._weights
         assert isinstance(transport, PeerToPeerWeights)
         assert transport.host_copies == 1
-        with no_host_sync("raise", ["weights.py:HostCopy.read"]):
+        with no_host_sync("raise", ["host_copy.py:HostCopy.read"]):
             run_quietly(layer, case)
         assert transport.host_copies == 2
         ((_, clones),) = seen

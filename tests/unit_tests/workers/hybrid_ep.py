@@ -25,9 +25,9 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.dispatch.transports import HybridEPTransport
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.step.step_end import StepEnd
 from megatron_echo.testing import no_host_sync
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-6}  # probabilities travel in fp32

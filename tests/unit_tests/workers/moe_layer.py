@@ -33,9 +33,9 @@ from moe_cases import (
 from torch import Tensor
 
 from megatron_echo import cpu_backend
+from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.step.overflow import MoEOverflowError
 from megatron_echo.step.step_end import StepEnd
-from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.testing import no_host_sync
 
 SEQUENCE, BATCH = 6, 2

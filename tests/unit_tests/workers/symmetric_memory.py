@@ -23,14 +23,14 @@ from unit_tests.workers import clones, moe_layer
 from unit_tests.workers.moe_layer import RESULTS, build, errors, forward, run, same_bits
 
 from megatron_echo import cpu_backend
-from megatron_echo.step.overflow import UnevenTokensError
-from megatron_echo.step.step_end import StepEnd
 from megatron_echo.dispatch.transports import (
     PeerBuffers,
     SymmetricMemoryWeights,
     peer_memory,
 )
 from megatron_echo.dispatch.transports.peer_memory import FileMemory, PeerRows
+from megatron_echo.step.overflow import UnevenTokensError
+from megatron_echo.step.step_end import StepEnd
 from megatron_echo.testing import no_host_sync
 
 WIRE = {"moe_echo_token_transport": "symmetric_memory"}

@@ -6,8 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.routing.aux_loss import load_fractions
-from megatron_echo.routing.counts import CountExchange
+from megatron_echo.step.counts import CountExchange
+
+
+def load_fractions(counts: Tensor) -> Tensor:
+    """Each expert's part of a group's pairs, fp64 ``[..., E]``; zeros for a group without any."""
+    wide = counts.double()
+    total = wide.sum(-1, keepdim=True)
+    return wide / torch.where(total > 0, total, 1)
 
 
 def load_metrics(counts: Tensor) -> dict[str, Tensor]:

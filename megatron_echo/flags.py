@@ -1,0 +1,118 @@
+"""Flags made of dataclass fields: default, help, group and check in one place."""
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Check = Callable[[Any, Any], str | None]
+"""``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    check: Check | None = None,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    none_word: str | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+        default: the value without the flag; its type is the field's annotation.
+        help: one or two sentences for ``--help``.
+        group: the title of the ``--help`` group.
+        check: says what is wrong with a value; runs on the finished configuration.
+        metavar: what ``--help`` shows for the value.
+        choices: the values that a string may have.
+        none_word: the word that stands for None on the command line.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "check": check,
+        "metavar": metavar,
+        "choices": choices,
+        "none_word": none_word,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_name(field_name: str) -> str:
+    """The command-line spelling of a field: ``moe_enable_echo`` is ``--moe-enable-echo``."""
+    return "--" + field_name.replace("_", "-")
+
+
+def value_type(field: dataclasses.Field) -> type:
+    """The type of a field's value, with ``Optional`` taken off."""
+    options = [t for t in typing.get_args(field.type) if t is not types.NoneType]
+    return typing.cast(type, options[0] if options else field.type)
+
+
+def number_refusal(value: Any) -> str | None:
+    """What is wrong with a number of any flag, and what to use; None for anything else."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is not a finite number. Use one."
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "does not fit into 64 bits. Use a smaller number."
+    return None
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The positive multiples of ``divisor`` around ``value``, as words for an error message."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if below else str(above)
+
+
+def add_flags(parser: ArgumentParser, fields: Iterable[dataclasses.Field]) -> None:
+    """Add fields made with :func:`flag` to a parser, each in its group."""
+    groups: dict[str, Any] = {}
+    for field in fields:
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(f"megatron_echo: {title}")
+        _add_flag(groups[title], field)
+
+
+def _add_flag(group: Any, field: dataclasses.Field) -> None:
+    help_text = field.metadata["help"].replace("%", "%%")
+    options: dict[str, Any] = {"dest": field.name, "default": field.default}
+    if value_type(field) is bool:
+        name = flag_name(field.name)
+        if field.default:
+            group.add_argument(
+                name, help=help_text, action=argparse.BooleanOptionalAction, **options
+            )
+        else:
+            group.add_argument(name, help=help_text, action="store_true", **options)
+        return
+    if field.default is not None:
+        help_text += f" (default: {field.default})"
+    group.add_argument(
+        flag_name(field.name),
+        help=help_text,
+        type=_parser(field),
+        choices=field.metadata["choices"],
+        metavar=field.metadata["metavar"],
+        **options,
+    )
+
+
+def _parser(field: dataclasses.Field) -> Callable[[str], Any]:
+    """What turns the word on the command line into the field's value."""
+    kind, none_word = value_type(field), field.metadata["none_word"]
+    if none_word is None:
+        return kind
+
+    def parse(word: str) -> Any:
+        return None if word == none_word else kind(word)
+
+    parse.__name__ = f"{kind.__name__} or {none_word}"  # argparse shows it
+    return parse
