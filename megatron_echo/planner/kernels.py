@@ -93,17 +93,18 @@ def _alias_table(
         first = _first_to_serve(excess, rank, node_size, BLOCK_R)
     step = 0
     while step < R - 1:
-        _, donor = _first_max(excess + tl.where(excess > 0, first, 0), rank, 0)
-        donor_excess = _pick(excess, rank, donor, 0)
+        donor_excess, donor = _first_max(excess + tl.where(excess > 0, first, 0), rank, 0)
         need = tl.maximum(tl.where(is_open, -excess, 0), 0)
-        worth = need
         if BY_NODE:
             inside = rank // node_size == donor // node_size
             alone = _pick(first, rank, donor, 0) > 0
             worth = need * _weight(rank, donor, node_size, BY_NODE)
             worth = tl.where(alone, tl.where(inside & (need > 0), _FAR - need, 0), worth)
-        _, receiver = _first_max(worth, rank, 0)
-        given = tl.where(donor_excess > 0, _pick(need, rank, receiver, 0), 0)
+            _, receiver = _first_max(worth, rank, 0)
+            most = _pick(need, rank, receiver, 0)
+        else:
+            most, receiver = _first_max(need, rank, 0)
+        given = tl.where(donor_excess > 0, most, 0)
         tl.store(quota + donor * R + receiver, given, mask=given > 0)
         is_open = is_open & ((rank != receiver) | (given == 0))
         excess += tl.where(rank == receiver, given, 0) - tl.where(rank == donor, given, 0)
@@ -125,16 +126,21 @@ def _closest_fits(
     step = 0
     while step < R:
         urgency = tl.where(excess > 0, first - excess, -_FAR)
-        _, donor = _first_max(urgency, rank, 0)
-        wanted = _pick(excess, rank, donor, 0)
-        inside = rank // node_size == donor // node_size
-        fit = tl.where(inside & BY_NODE, 2 * _FAR, _FAR) - hole
-        weighted = hole * _weight(rank, donor, node_size, BY_NODE)
-        score = tl.where(hole > 0, tl.where(hole >= wanted, fit, weighted), 0)
-        alone = _pick(first, rank, donor, 0) > 0
-        score = tl.where(alone & (not inside), 0, score)
-        _, receiver = _first_max(score, rank, 0)
-        given = tl.minimum(wanted, _pick(hole, rank, receiver, 0))
+        most_urgent, donor = _first_max(urgency, rank, 0)
+        if BY_NODE:
+            wanted = _pick(excess, rank, donor, 0)
+            inside = rank // node_size == donor // node_size
+            fit = tl.where(inside, 2 * _FAR, _FAR) - hole
+            weighted = hole * _weight(rank, donor, node_size, BY_NODE)
+            score = tl.where(hole > 0, tl.where(hole >= wanted, fit, weighted), 0)
+            alone = _pick(first, rank, donor, 0) > 0
+            _, receiver = _first_max(tl.where(alone & (inside == 0), 0, score), rank, 0)
+            most = _pick(hole, rank, receiver, 0)
+        else:
+            wanted = tl.where(most_urgent > -_FAR, -most_urgent, 0)
+            score = tl.where(hole >= wanted, _FAR - hole, hole)  # one that fits is above all others
+            most, receiver = _first_max(tl.where(hole > 0, score, 0), rank, 0)
+        given = tl.minimum(wanted, most)
         tl.store(quota + donor * R + receiver, given, mask=given > 0)
         excess -= tl.where(rank == donor, given, 0)
         hole -= tl.where(rank == receiver, given, 0)
@@ -163,6 +169,7 @@ def _serve_quotas(
         open_quota = tl.load(
             quota + home[:, None] * R + rank[None, :], mask=is_home & (rank < R)[None, :], other=0
         )
+        clones = tl.zeros((BLOCK_Q, BLOCK_R), tl.int32)
         busy = tl.max(tl.max(open_quota, axis=1), axis=0) > 0
         while busy:
             wanted, receiver = _first_max(open_quota, rank[None, :], 1)
@@ -170,12 +177,12 @@ def _serve_quotas(
             piece = tl.minimum(wanted, most)
             tl.store(moved + (home * M + expert) * R + receiver, piece, mask=piece > 0)
             here = (rank[None, :] == receiver[:, None]) & (piece > 0)[:, None]
-            received += tl.sum(here.to(tl.int32), axis=0)
-            price = _cost(home[:, None], rank[None, :], node_size, BY_NODE)
-            cost += tl.sum(tl.where(here, price, 0), axis=0)
+            clones += here.to(tl.int32)
             open_quota -= tl.where(here, piece[:, None], 0)
             held -= tl.where(column[None, :] == expert[:, None], piece[:, None], 0)
             busy = tl.max(piece, axis=0) > 0
+        received += tl.sum(clones, axis=0)
+        cost += tl.sum(clones * _cost(home[:, None], rank[None, :], node_size, BY_NODE), axis=0)
     tl.debug_barrier()
     return tl.sum(cost, axis=0), tl.max(received, axis=0)
 
@@ -209,9 +216,12 @@ def _greedy(
     while step < R * S:
         donor_excess, donor = _first_max(excess, rank[None, :], 1)
         need = tl.maximum(tl.where(free > 0, -excess, 0), 0)
-        worth = need * _weight(rank[None, :], donor[:, None], node_size, BY_NODE)
-        _, receiver = _first_max(worth, rank[None, :], 1)
-        in_need = _pick(need, rank[None, :], receiver[:, None], 1)
+        if BY_NODE:
+            worth = need * _weight(rank[None, :], donor[:, None], node_size, BY_NODE)
+            _, receiver = _first_max(worth, rank[None, :], 1)
+            in_need = _pick(need, rank[None, :], receiver[:, None], 1)
+        else:
+            in_need, receiver = _first_max(need, rank[None, :], 1)
         cell = variant * E + donor * M
         live = (real & (donor < R))[:, None] & (column < M)[None, :]
         place = trial + (variant * R + receiver)[:, None] * E + (donor * M)[:, None] + column
@@ -222,11 +232,10 @@ def _greedy(
         piece = tl.where(overshoot, piece, tl.minimum(piece, donor_excess))
         piece = tl.where(donor_excess > 0, piece, 0)
         given = piece > 0
-        remaining = _pick(rest, column[None, :], expert[:, None], 1) - piece
         target_cell = (variant * R + receiver) * E + donor * M + expert
         tl.debug_barrier()  # every warp has read its copy of this step's cells
         tl.store(trial + target_cell, piece, mask=given & real)
-        tl.store(left + cell + expert, remaining, mask=given & real)
+        tl.store(left + cell + expert, most - piece, mask=given & real)
         tl.debug_barrier()
         cost += tl.where(given, _cost(donor, receiver, node_size, BY_NODE), 0)
         is_receiver = rank[None, :] == receiver[:, None]
@@ -402,7 +411,8 @@ def constants(
         "STEPS": NUM_TARGETS,
         "BLOCK_V": triton.next_power_of_2(2 * NUM_TARGETS),
         "BLOCK_R": block_ranks,
-        "BLOCK_M": triton.next_power_of_2(per_rank),
+        # Not below a warp's lanes, as rows of ranks are: the two then lie alike in registers.
+        "BLOCK_M": max(min(32, block_ranks), triton.next_power_of_2(per_rank)),
         "BLOCK_E": min(256, tile // block_ranks),
         "BLOCK_H": triton.next_power_of_2(per_rank * ranks),
         "BLOCK_Q": min(block_ranks, tile // block_ranks),
