@@ -35,9 +35,9 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
     """Megatron's ``MoELayer`` with this package's dispatcher and experts.
 
     A token's way: ``route`` (Megatron's router) -> ``preprocess`` (plan the clones) ->
-    ``dispatch`` (to the ranks that compute it) -> ``routed_experts_compute`` (into rows, through
-    the experts, back into tokens) -> ``combine`` (home) -> ``postprocess`` (plus the shared
-    expert). Megatron's ``forward`` calls them in this order, as its recomputation does.
+    ``dispatch`` (into a row on each rank that computes it) -> ``routed_experts_compute`` ->
+    ``combine`` (home, and summed) -> ``postprocess`` (plus the shared expert). Megatron's
+    ``forward`` calls them in this order, as its recomputation does.
     """
 
     token_dispatcher: EchoTokenDispatcher
@@ -105,14 +105,14 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         return super().preprocess(hidden_states, probs, routing_map)
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """Into rows, through home experts and clones, and back into tokens.
+        """Through home experts and clones.
 
         Args:
-            hidden_states: ``[N, H]``, what ``dispatch`` delivered.
-            probs: ``[N, K]``.
+            hidden_states: ``[B, H]``, the rows that ``dispatch`` delivered.
+            probs: ``[B]``.
 
         Returns:
-            ``[N, H]`` in the wide dtype, and no bias.
+            ``[B, H]``, and no bias.
         """
         dispatcher = self.token_dispatcher
         rows, row_counts, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)

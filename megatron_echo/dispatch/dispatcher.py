@@ -14,18 +14,17 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.call_roles import Role
 from megatron_echo.collectives import all_gather
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
-from megatron_echo.dispatch.layout import RowMap, build_layout, histogram, round_rows, share_of
-from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
+from megatron_echo.dispatch.layout import histogram, round_rows, share_of
 from megatron_echo.dispatch.reroute import Clones, physical_experts
 from megatron_echo.dispatch.transports import (
     AllGatherTransport,
     AllToAllTransport,
     CollectiveWeights,
+    Delivery,
     HybridEPBuffers,
     HybridEPTransport,
     PeerBuffers,
     PeerToPeerWeights,
-    RowTransport,
     SymmetricMemoryTransport,
     SymmetricMemoryWeights,
     TokenTransport,
@@ -94,7 +93,6 @@ class _Call:
     plan: ClonePlan | None = None
     clones: Clones | None = None
     receipt: Any = None
-    rows: RowMap | None = None
     ends: Tensor | None = None
 
 
@@ -148,18 +146,17 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self.role = Role.RECORDED
         self.layer_number = 0
 
-    def _make_transport(self) -> TokenTransport | RowTransport:
+    def _make_transport(self) -> TokenTransport:
         way = echo_setting(self.config, "moe_echo_token_transport")
+        sizes = (self.num_groups, self._alignment)
         if way == "all_gather":
-            return AllGatherTransport(self.ep_group)
+            return AllGatherTransport(self.ep_group, *sizes)
         if way == "hybrid_ep":
-            buffers = HybridEPBuffers.of(self.config, self.ep_group)
-            return HybridEPTransport(buffers, self.num_groups, self._alignment)
+            return HybridEPTransport(HybridEPBuffers.of(self.config, self.ep_group), *sizes)
         if way == "symmetric_memory":
-            peers = PeerBuffers.of(self.config, self.ep_group)
-            return SymmetricMemoryTransport(peers, self.num_groups, self._alignment)
+            return SymmetricMemoryTransport(PeerBuffers.of(self.config, self.ep_group), *sizes)
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
-        return AllToAllTransport(self.ep_group, self.num_groups, peer_capacity)
+        return AllToAllTransport(self.ep_group, *sizes, peer_capacity)
 
     def _make_weight_transport(self) -> WeightTransport:
         way = echo_setting(self.config, "moe_echo_expert_dispatcher_type")
@@ -245,69 +242,47 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         return self._current().clones
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring the tokens to the ranks that compute them: ``[N, H]`` and ``[N, K]``.
-
-        A ``RowTransport`` brings rows at once, ``[B, H]`` and ``[B]``, and leaves nothing to do
-        to ``dispatch_postprocess`` and ``combine_preprocess``.
-        """
-        if isinstance(self._transport, RowTransport):
-            return self._deliver_rows(hidden_states, probs, self._transport)
-        call = self._current()
-        delivery = self._transport.dispatch(
-            hidden_states, call.experts, probs, is_limited=self._is_training
-        )
-        self._call = replace(call, experts=delivery.experts, receipt=delivery.receipt)
-        if delivery.limit is not None and self._is_training:
-            most, cut = delivery.limit
-            tokens = hidden_states.shape[0]
-            part, rows = _millionths(most, tokens), _millionths(cut, tokens * self._topk)
-            self._step_end.overflow.record_wire(part, rows, cut, self.role.counts)
-        return delivery.hidden, delivery.probs
-
-    def _deliver_rows(
-        self, hidden_states: Tensor, probs: Tensor, transport: RowTransport
-    ) -> tuple[Tensor, Tensor]:
+        """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert."""
         call, tokens = self._current(), hidden_states.shape[0]
-        delivery = transport.dispatch(hidden_states, call.experts, probs, self.buffer_rows(tokens))
+        delivery = self._transport.dispatch(
+            hidden_states, call.experts, probs, self.buffer_rows(tokens), self._is_training
+        )
         self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends)
-        self._record_rows(delivery.need, delivery.dropped, tokens)
+        if self._is_training:
+            self._record(delivery, tokens)
         return delivery.rows, delivery.probs
+
+    def _record(self, delivery: Delivery, tokens: int) -> None:
+        """Note on the device what would have sufficed; nothing is read."""
+        pairs, padding = tokens * self._topk, self.num_groups * (self._alignment - 1)
+        part = _millionths((delivery.need - padding).clamp(min=0), pairs)
+        overflow = self._step_end.overflow
+        overflow.record_rows(part, delivery.dropped, self.role.counts)
+        if delivery.limit is not None:
+            most, cut = delivery.limit
+            overflow.record_wire(
+                _millionths(most, tokens), _millionths(cut, pairs), cut, self.role.counts
+            )
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy the tokens of this rank's experts into rows.
+        """Say where the groups are.
 
         Returns:
-            Rows ``[B, H]`` grouped by expert, int64 ``[G]`` rows of each group (on the device),
-            and the rows' probabilities ``[B]``.
+            The rows ``[B, H]``, int64 ``[G]`` rows of each group (on the device), and the rows'
+            probabilities ``[B]``.
         """
-        call = self._current()
-        if call.ends is not None:
-            return hidden_states, _lengths(call.ends), probs
-        # Those of ranks before this one wrap round, behind those of ranks after it.
-        first, everywhere = self.ep_rank * self.num_groups, self.ep_size * self.num_groups + 1
-        groups = (call.experts - first).remainder_(everywhere).clamp_(max=self.num_groups)
-        tokens = call.shape[:-1].numel()
-        layout = build_layout(groups, self.num_groups, self.buffer_rows(tokens), self._alignment)
-        self._call = replace(call, rows=layout.rows)
-        self._record_rows(layout.need, layout.dropped, tokens)
-        rows = tokens_to_rows(hidden_states, layout.rows)
-        return rows, _lengths(layout.ends), pairs_to_rows(probs, layout.rows)
-
-    def _record_rows(self, need: Tensor, dropped: Tensor, tokens: int) -> None:
-        if self._is_training:
-            padding = self.num_groups * (self._alignment - 1)
-            part = _millionths((need - padding).clamp(min=0), tokens * self._topk)
-            self._step_end.overflow.record_rows(part, dropped, self.role.counts)
+        ends = self._current().ends
+        assert ends is not None, "token_dispatch has not been called"
+        return hidden_states, _lengths(ends), probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum the experts' outputs ``[B, H]`` of each delivered token: ``[N, H]``, wide dtype."""
-        rows = self._current().rows
-        return hidden_states if rows is None else rows_to_tokens(hidden_states, rows)
+        """Nothing: the transport takes rows."""
+        return hidden_states
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Bring the sums back to the tokens' own ranks: ``[T, H]``, wide dtype."""
+        """Bring the experts' outputs ``[B, H]`` home and sum them: ``[T, H]``, wide dtype."""
         return self._transport.combine(hidden_states, self._current().receipt)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:

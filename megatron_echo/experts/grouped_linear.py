@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch import Tensor
@@ -141,21 +141,21 @@ class GroupedGemm(ABC):
 class TorchGemm(GroupedGemm):
     """torch's ``grouped_mm``: it wants one stack, and so a copy of the home experts in the pool."""
 
+    @override
     def stack_size(self, experts: int, slots: int) -> int:
-        """See :class:`GroupedGemm`."""
         return experts + slots
 
+    @override
     def product(
         self, rows: Tensor, weight: Tensor, stack: Tensor | None, ends: Tensor, *, transpose: bool
     ) -> Tensor:
-        """See :class:`GroupedGemm`."""
         if stack is not None:
             stack[: len(weight)].copy_(weight)
             weight = stack
         return grouped_product(rows, weight.mT if transpose else weight, ends)
 
+    @override
     def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """See :class:`GroupedGemm`."""
         if left.is_cpu:  # CUDA has no fast grouped product of fp32: there each part is rounded
             left, right = left.to(dtype), right.to(dtype)
         return grouped_outer(left, right, ends).to(dtype)

@@ -11,6 +11,8 @@ are the products of ``grouped_linear``, on the two parts put together; its refer
 kernels compute.
 """
 
+from typing import override
+
 import torch
 from torch import Tensor
 
@@ -88,14 +90,14 @@ def pointer_outer(
 class PointerGemm(GroupedGemm):
     """The products above: the pool holds clones only."""
 
+    @override
     def stack_size(self, experts: int, slots: int) -> int:
-        """See :class:`GroupedGemm`."""
         return slots
 
+    @override
     def product(
         self, rows: Tensor, weight: Tensor, stack: Tensor | None, ends: Tensor, *, transpose: bool
     ) -> Tensor:
-        """See :class:`GroupedGemm`."""
         return pointer_product(rows, weight, stack, ends, transpose=transpose)
 
     def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:

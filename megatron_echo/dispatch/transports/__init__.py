@@ -2,12 +2,7 @@
 
 from megatron_echo.dispatch.transports.all_gather import AllGatherTransport
 from megatron_echo.dispatch.transports.all_to_all import AllToAllTransport
-from megatron_echo.dispatch.transports.base import (
-    Delivery,
-    RowDelivery,
-    RowTransport,
-    TokenTransport,
-)
+from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.hybrid_ep import HybridEPBuffers, HybridEPTransport
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 from megatron_echo.dispatch.transports.symmetric_memory import SymmetricMemoryTransport
@@ -27,8 +22,6 @@ __all__ = [
     "HybridEPTransport",
     "PeerBuffers",
     "PeerToPeerWeights",
-    "RowDelivery",
-    "RowTransport",
     "SymmetricMemoryTransport",
     "SymmetricMemoryWeights",
     "TokenTransport",

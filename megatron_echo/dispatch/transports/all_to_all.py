@@ -6,6 +6,7 @@ less, and tokens beyond it are cut off and counted.
 """
 
 from dataclasses import dataclass
+from typing import override
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor
 from megatron_echo.collectives import all_to_all
 from megatron_echo.dispatch.layout import RowMap, share_of
 from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
-from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
+from megatron_echo.dispatch.transports.base import Arrival, WholeTokenTransport
 
 
 @dataclass(frozen=True)
@@ -23,35 +24,34 @@ class _Receipt:
     dtype: torch.dtype
 
 
-class AllToAllTransport(TokenTransport):
-    """``N = R * C`` rows. Results travel in the tokens' dtype and are added in the wide one."""
+class AllToAllTransport(WholeTokenTransport):
+    """``N = R * C`` tokens. Results travel in the tokens' dtype and are added in the wide one."""
 
     def __init__(
-        self, group: dist.ProcessGroup, experts_per_rank: int, peer_capacity: float = 1.0
-    ) -> None:
-        """Set the sizes.
+        self, group: dist.ProcessGroup, experts_per_rank: int, alignment: int = 1,
+        peer_capacity: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Set the sizes; see :class:`WholeTokenTransport`.
 
         Args:
             group: the expert-parallel group, R ranks.
-            experts_per_rank: G, physical experts on each rank.
+            experts_per_rank: G.
+            alignment: of groups of rows.
             peer_capacity: C as a part of T, in (0, 1].
         """
-        self._group = group
-        self._experts_per_rank = experts_per_rank
+        super().__init__(group, experts_per_rank, alignment)
         self._peer_capacity = peer_capacity
 
     def places(self, tokens: int) -> int:
         """C for T tokens."""
         return min(tokens, max(1, share_of(self._peer_capacity, tokens)))
 
-    def dispatch(
-        self, hidden: Tensor, experts: Tensor, probs: Tensor, is_limited: bool = True
-    ) -> Delivery:
-        """See :class:`TokenTransport`."""
+    @override
+    def send(self, hidden: Tensor, experts: Tensor, probs: Tensor, is_limited: bool) -> Arrival:
         tokens, ranks = hidden.shape[0], self._group.size()
         places = self.places(tokens) if is_limited else tokens
-        none = ranks * self._experts_per_rank
-        owner = (experts // self._experts_per_rank).to(torch.int64)  # R where there is no expert
+        none = ranks * self._groups
+        owner = (experts // self._groups).to(torch.int64)  # R where there is no expert
         wanted = owner.new_zeros(tokens, ranks + 1).scatter_(1, owner, 1)[:, :ranks]
         place = wanted.cumsum(0) - 1
         first = torch.arange(ranks, device=owner.device) * places
@@ -64,7 +64,7 @@ class AllToAllTransport(TokenTransport):
         padded = torch.cat((experts, experts.new_full((1, experts.shape[1]), none)))
         sent_experts = padded.index_select(0, send.row_src)
         at = torch.cat((row_of, row_of.new_zeros(tokens, 1)), dim=1).gather(1, owner)
-        return Delivery(
+        return Arrival(
             hidden=all_to_all(tokens_to_rows(hidden, send), self._group),
             experts=all_to_all(sent_experts, self._group),
             probs=all_to_all(tokens_to_rows(probs, send), self._group),
@@ -72,7 +72,7 @@ class AllToAllTransport(TokenTransport):
             limit=(wanted.sum(0).max(), (at == ranks * places).sum()),
         )
 
-    def combine(self, partial: Tensor, receipt: _Receipt) -> Tensor:
-        """See :class:`TokenTransport`."""
+    @override
+    def send_back(self, partial: Tensor, receipt: _Receipt) -> Tensor:
         back = all_to_all(partial.to(receipt.dtype), self._group)
         return rows_to_tokens(back, receipt.sent)

@@ -7,7 +7,7 @@ fp32. It is told the number of rows and asked not to block, and so nothing is re
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.collectives import reduce_scatter
 from megatron_echo.dispatch.layout import place_groups, wide_dtype
-from megatron_echo.dispatch.transports.base import RowDelivery, RowTransport
+from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.environment import find_hybrid_ep
 from megatron_echo.per_model import PerModel
 
@@ -114,7 +114,7 @@ class _Combine(torch.autograd.Function):
         return ctx.wire.dispatch(grad, ctx.handle)[0], None, None
 
 
-class HybridEPTransport(RowTransport):
+class HybridEPTransport(TokenTransport):
     """Dispatch and combine by HybridEP's kernels, over NVLink and between nodes."""
 
     def __init__(self, buffers: HybridEPBuffers, experts_per_rank: int, alignment: int = 1) -> None:
@@ -127,10 +127,10 @@ class HybridEPTransport(RowTransport):
         """
         self._buffers, self._groups, self._alignment = buffers, experts_per_rank, alignment
 
+    @override
     def dispatch(
-        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int
-    ) -> RowDelivery:
-        """See :class:`RowTransport`."""
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int, is_limited: bool = True
+    ) -> Delivery:
         physical = self._buffers.group.size() * self._groups
         index = experts.to(torch.int64)
         dense = probs.new_zeros(len(probs), physical + 1).scatter(1, index, probs)
@@ -141,7 +141,7 @@ class HybridEPTransport(RowTransport):
         rows, row_probs, counts, handle = _Dispatch.apply(hidden, dense, chosen, wire)
         need, dropped = self._need(chosen, num_rows)
         has_dropped = (handle[-1] != 0).sum()  # its own flag: nothing is dropped silently
-        return RowDelivery(
+        return Delivery(
             rows=rows,
             probs=row_probs.to(probs.dtype),
             ends=counts.cumsum(0).clamp(max=num_rows).int(),
@@ -150,8 +150,8 @@ class HybridEPTransport(RowTransport):
             receipt=(wire, handle),
         )
 
+    @override
     def combine(self, rows: Tensor, receipt: tuple[_Wire, Any]) -> Tensor:
-        """See :class:`RowTransport`."""
         return _Combine.apply(rows, *receipt).to(wide_dtype(rows.dtype))
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -113,8 +113,8 @@ class PlainMemory(PeerMemory):
     def __init__(self, ranks: int, device: torch.device) -> None:
         self._ranks, self._device = ranks, device
 
+    @override
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> PeerRows:
-        """See :class:`PeerMemory`."""
         everyone = torch.empty(self._ranks * rows, columns, dtype=dtype, device=self._device)
         if on_gpu(everyone):
             return PeerRows(everyone, None, torch.zeros(1, dtype=torch.int64, device=self._device))
@@ -134,8 +134,8 @@ class FileMemory(PeerMemory):
         self._path = folder / f"megatron_echo-{name}"
         self._flag = torch.zeros(1, dtype=torch.int32)
 
+    @override
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> PeerRows:
-        """See :class:`PeerMemory`."""
         ranks, rank = self._group.size(), self._group.rank()
         path = Path(f"{self._path}-{self._files}")
         self._files += 1
@@ -148,8 +148,8 @@ class FileMemory(PeerMemory):
         everyone = torch.empty(0, dtype=dtype).set_(storage).view(ranks * rows, columns)
         return PeerRows(everyone[rank * rows : (rank + 1) * rows], everyone)
 
+    @override
     def barrier(self) -> None:
-        """See :class:`PeerMemory`."""
         dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group)
 
 
@@ -170,8 +170,8 @@ class SymmetricMemory(PeerMemory):
         self._group, self._device = group, device
         self._handle: Any = None
 
+    @override
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> PeerRows:
-        """See :class:`PeerMemory`."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         own = symmetric_memory.empty(rows, columns, dtype=dtype, device=self._device)
@@ -182,8 +182,8 @@ class SymmetricMemory(PeerMemory):
         self._handle = self._handle or handle
         return PeerRows(own, None, torch.tensor(offsets, device=self._device))
 
+    @override
     def barrier(self) -> None:
-        """See :class:`PeerMemory`."""
         assert self._handle is not None
         self._handle.barrier()
 

@@ -8,7 +8,7 @@ there and rows back have their own, so that each movement takes one barrier. Tho
 ``2 (B + 1)`` rows on each rank, once for a model.
 """
 
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.dispatch.layout import PairPlaces, histogram, place_pairs
 from megatron_echo.dispatch.permute import take_rows
-from megatron_echo.dispatch.transports.base import RowDelivery, RowTransport
+from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 
 
@@ -63,7 +63,7 @@ class _Combine(torch.autograd.Function):
         return take_rows(rows, received, used), None, None, None, None
 
 
-class SymmetricMemoryTransport(RowTransport):
+class SymmetricMemoryTransport(TokenTransport):
     """Pushes rows and probabilities there, pulls results back; sums in the wide dtype, over k."""
 
     def __init__(self, buffers: PeerBuffers, experts_per_rank: int, alignment: int = 1) -> None:
@@ -76,19 +76,17 @@ class SymmetricMemoryTransport(RowTransport):
         """
         self._buffers, self._groups, self._alignment = buffers, experts_per_rank, alignment
 
+    @override
     def dispatch(
-        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int
-    ) -> RowDelivery:
-        """See :class:`RowTransport`."""
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int, is_limited: bool = True
+    ) -> Delivery:
         places = self._place(experts, num_rows)
         receipt = places.place, places.received, places.ends[-1:]
         rows, row_probs = _Dispatch.apply(hidden, probs, *receipt, self._buffers)
-        return RowDelivery(
-            rows, row_probs, places.ends, places.need, places.dropped, receipt=receipt
-        )
+        return Delivery(rows, row_probs, places.ends, places.need, places.dropped, receipt=receipt)
 
+    @override
     def combine(self, rows: Tensor, receipt: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """See :class:`RowTransport`."""
         return _Combine.apply(rows, *receipt, self._buffers)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ where its peers lay it open.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -92,8 +92,8 @@ class CollectiveWeights(WeightTransport):
             received = exchange(weight.index_select(0, wanted[slot]), self._group)
             slots[slot] = received.index_select(0, home).squeeze(0)
 
+    @override
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
-        """See :class:`WeightTransport`."""
         ranks, experts = self._group.size(), self._experts
         target = slot_expert - self._rank * experts
         target.masked_fill_((target < 0) | (target >= experts), experts)  # slot 0 is sent by then
@@ -121,8 +121,8 @@ class PeerToPeerWeights(WeightTransport):
         super().__init__(group, experts_per_rank)
         self.host_copies = 0
 
+    @override
     def announce(self, slot_expert: Tensor) -> HostCopy:
-        """See :class:`WeightTransport`."""
         self.host_copies += 1
         return HostCopy(slot_expert)
 
@@ -160,8 +160,8 @@ class PeerToPeerWeights(WeightTransport):
                 grads[local] += part
         return grads[: self._experts]
 
+    @override
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
-        """See :class:`WeightTransport`."""
         return int((slot_expert >= 0).sum()) * expert_bytes
 
     def _transfer(self, operation: Any, tensor: Tensor, peer: int) -> dist.P2POp:
@@ -196,8 +196,8 @@ class SymmetricMemoryWeights(WeightTransport):
         rows = weight.detach().flatten(0, 1)
         self._buffers.pull("weights", [(rows, places[:, None])], slots.view(-1, slots.shape[2]))
 
+    @override
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
-        """See :class:`WeightTransport`."""
         ranks, slots = slot_expert.shape
         home, parts = grads[: self._experts], grads[self._experts :]
         local = torch.arange(self._experts, device=grads.device) + self._rank * self._experts
@@ -226,8 +226,8 @@ class SymmetricMemoryWeights(WeightTransport):
         none = (self._rank + 1) * stride - 1
         return place.masked_fill_(matrix[:, None] < 0, none).flatten().int()
 
+    @override
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
-        """See :class:`WeightTransport`."""
         return int((slot_expert >= 0).sum()) * expert_bytes
 
 
