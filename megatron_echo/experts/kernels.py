@@ -189,7 +189,8 @@ def _tile(height: int, itemsize: int, shared_memory: int) -> tuple[dict[str, Any
 def _shared_memory(rows: Tensor) -> int:
     if not rows.is_cuda:  # in Triton's interpreter
         return _LARGE_TILES
-    return torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(rows.device)  # torch's types lack this one
+    return properties.shared_memory_per_block_optin
 
 
 def product(

@@ -399,20 +399,22 @@ def constants(
     """The kernel's compile-time arguments; one compilation a configuration."""
     per_rank = experts // ranks
     block_ranks = triton.next_power_of_2(ranks)
+    is_exact = num_slots >= per_rank
+    # The greedy's experts lie in registers as its ranks do: each row in the lanes of a warp.
+    columns = max(min(32, block_ranks), triton.next_power_of_2(per_rank))
     tile = 16384  # int64 cells of a two-dimensional tile: 128 KiB of the SM's shared memory
     return {
         "R": ranks,
         "E": experts,
         "S": num_slots,
         "M": per_rank,
-        "EXACT": num_slots >= per_rank,
+        "EXACT": is_exact,
         "RELAXED": relaxed,
         "BY_NODE": by_node,
         "STEPS": NUM_TARGETS,
         "BLOCK_V": triton.next_power_of_2(2 * NUM_TARGETS),
         "BLOCK_R": block_ranks,
-        # Not below a warp's lanes, as rows of ranks are: the two then lie alike in registers.
-        "BLOCK_M": max(min(32, block_ranks), triton.next_power_of_2(per_rank)),
+        "BLOCK_M": triton.next_power_of_2(per_rank) if is_exact else columns,
         "BLOCK_E": min(256, tile // block_ranks),
         "BLOCK_H": triton.next_power_of_2(per_rank * ranks),
         "BLOCK_Q": min(block_ranks, tile // block_ranks),
