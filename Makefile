@@ -57,6 +57,6 @@ gpu-check: $(READY)
 goldens: $(READY)
 	$(PYTHON) tests/functional_tests/record_goldens.py $(ARGS)
 
-# Measures the CPU backend's cost a step and writes it into README.md.
+# Measures the CPU backend's cost a step and writes it into docs/running.md.
 overhead: $(READY)
-	$(PYTHON) benchmarks/cpu_backend_overhead.py --write-readme
+	$(PYTHON) benchmarks/cpu_backend_overhead.py --write-docs

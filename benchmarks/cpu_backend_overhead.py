@@ -114,7 +114,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=200, help="steps of each way")
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="put the table into docs/running.md"
+    )
     default = ROOT / "benchmarks" / "results" / "cpu_backend_overhead.json"
     parser.add_argument("--output", type=Path, default=default)
     args = parser.parse_args()
@@ -131,10 +133,10 @@ def main() -> None:
     print(text)
     record = {"machine": machine, "rounds": args.rounds, "results": results}
     args.output.write_text(json.dumps(record, indent=2) + "\n")
-    if args.write_readme:
-        readme = ROOT / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    if args.write_docs:
+        page = ROOT / "docs" / "running.md"
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

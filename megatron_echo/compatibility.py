@@ -1,6 +1,7 @@
 """What the MoE layer of this package cannot work with, and what to do instead.
 
-``tests/functional_tests/flag_table.py`` tries each row and makes ``docs/flags.md`` of them.
+A test fires each row; ``tests/functional_tests/flag_table.py`` tries the flags of most in a run,
+and makes ``docs/flags.md`` of them.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Every flag of megatron_echo: its default, its help text and its validation, in one place.
+"""Every flag of the MoE layer: its default, its help text and its validation, in one place.
 
 The command line (:mod:`megatron_echo.arguments`) is generated from the fields below, so a flag,
 its default and the configuration cannot disagree. The fields live in a mixin with two bases,

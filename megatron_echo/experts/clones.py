@@ -53,7 +53,7 @@ class WeightPool(PerModel):
 
 
 def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
-    """The most that one rank keeps of clones with ``--no-moe-echo-recompute-expert-dispatch``.
+    """About what one rank keeps at most of clones with ``--no-moe-echo-recompute-expert-dispatch``.
 
     S x layers x microbatches in flight x the weights of an expert, on the first pipeline stage,
     where the schedules 1F1B and interleaved 1F1B have the most in flight.

@@ -1,7 +1,8 @@
 """What the layers of a model do once a step: checks, metrics and traces.
 
-Values are read from the device at the end of a step and nowhere else. One object of the model ends
-it, once, after the last backward pass and before the optimizer's first change:
+The layers of a model read values from the device at the end of a step; only weights by ``p2p``
+need each plan before (``host_copy.py``). One object of the model ends a step, once, after the last
+backward pass and before the optimizer's first change:
 
 * when ``config.finalize_model_grads_func`` is called, on every rank, while ours stands there;
 * at the latest when PyTorch calls its hook before an optimizer's step: a script may put another

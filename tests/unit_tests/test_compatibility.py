@@ -1,0 +1,84 @@
+"""Every row of the refusals fires for its setting, alone, and none for a plain one."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_echo import compatibility
+
+PLAIN = SimpleNamespace(
+    num_moe_experts=8, expert_model_parallel_size=2, moe_num_echo_experts=None,
+    moe_expert_capacity_factor=None, moe_expert_rank_capacity_factor=None,
+    expert_tensor_parallel_size=1, fp8=None, fp4=None, add_bias_linear=False, moe_latent_size=None,
+    moe_apply_probs_on_input=False, moe_router_padding_for_quantization=False,
+    moe_shared_expert_overlap=False, overlap_moe_expert_parallel_comm=False,
+    delay_wgrad_compute=False, overlap_dispatch_backward_with_experts_wgrad=False,
+    use_transformer_engine_op_fuser=False, moe_mlp_glu_interleave_size=None,
+    variable_seq_lengths=False, recompute_granularity=None, recompute_modules=["moe"],
+    cuda_graph_impl="none", cuda_graph_warmup_steps=3, experimental_attention_variant=None,
+    transformer_impl="local", use_cpu_initialization=False,
+    fine_grained_activation_offloading=False, moe_router_load_balancing_type="aux_loss",
+    use_torch_fsdp2=False, use_megatron_fsdp=False, moe_use_upcycling=False,
+    optimizer_cuda_graph=False, overlap_param_gather=False, fp16=False, rampup_batch_size=None,
+    step_batch_size_schedule=None, check_for_spiky_loss=False, timing_log_level=0,
+    log_straggler=False,
+)  # fmt: skip
+GRAPH = {"cuda_graph_impl": "full_iteration"}
+OF_CONFIG = (
+    {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
+    {"moe_expert_capacity_factor": 1.0},
+    {"moe_expert_rank_capacity_factor": 1.5}, {"expert_tensor_parallel_size": 2},
+    {"fp8": "hybrid"}, {"fp4": "e2m1"}, {"add_bias_linear": True}, {"moe_latent_size": 16},
+    {"moe_apply_probs_on_input": True}, {"moe_router_padding_for_quantization": True},
+    {"moe_shared_expert_overlap": True}, {"overlap_moe_expert_parallel_comm": True},
+    {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},
+    {"use_transformer_engine_op_fuser": True}, {"moe_mlp_glu_interleave_size": 32},
+    {"variable_seq_lengths": True},
+    {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"},
+    {**GRAPH, "cuda_graph_warmup_steps": 0}, {"experimental_attention_variant": "dsa"},
+    {"transformer_impl": "inference_optimized"}, {"use_cpu_initialization": True},
+    {"fine_grained_activation_offloading": True},
+    {"moe_router_load_balancing_type": ["sinkhorn"]},
+)  # fmt: skip
+OF_ARGUMENTS = (
+    {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True}, {"moe_use_upcycling": True},
+    {"delay_wgrad_compute": True}, {"fine_grained_activation_offloading": True},
+)  # fmt: skip
+OF_GRAPHS = (
+    {"optimizer_cuda_graph": True}, {"overlap_param_gather": True}, {"fp16": True},
+    {"rampup_batch_size": [2, 2, 8]}, {"step_batch_size_schedule": "0:8"},
+    {"check_for_spiky_loss": True}, {"timing_log_level": 1}, {"log_straggler": True},
+)  # fmt: skip
+
+
+def fired(table: tuple, setting: dict) -> set[int]:
+    namespace = SimpleNamespace(**vars(PLAIN) | setting)
+    return {number for number, (refuses, _) in enumerate(table) if refuses(namespace)}
+
+
+@pytest.mark.parametrize(
+    ("table", "settings"),
+    [
+        (compatibility._CONFIG, OF_CONFIG),
+        (compatibility._ARGUMENTS, OF_ARGUMENTS),
+        (compatibility._WHOLE_STEP_GRAPH, OF_GRAPHS),
+    ],
+    ids=["config", "arguments", "graphs"],
+)
+def test_every_row_fires(table: tuple, settings: tuple[dict, ...]) -> None:
+    assert fired(table, {}) == set()
+    rows = [fired(table, setting) for setting in settings]
+    assert all(len(row) == 1 for row in rows), list(zip(settings, rows, strict=True))
+    assert set.union(*rows) == set(range(len(table)))
+
+
+def test_the_message_is_that_of_the_row() -> None:
+    assert compatibility.config_refusal(PLAIN) is None
+    assert compatibility.argument_refusal(PLAIN) is None
+    changed = SimpleNamespace(**vars(PLAIN) | {"expert_tensor_parallel_size": 2})
+    assert "--expert-tensor-parallel-size is 2" in str(compatibility.config_refusal(changed))
+    graph = SimpleNamespace(**vars(PLAIN) | GRAPH | {"fp16": True})
+    assert "Use --bf16" in str(compatibility.argument_refusal(graph))
+    without_graph = SimpleNamespace(**vars(PLAIN) | {"fp16": True})
+    assert compatibility.argument_refusal(without_graph) is None
