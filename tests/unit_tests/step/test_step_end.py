@@ -228,6 +228,7 @@ def test_replayed_steps_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_hooks_keep_no_model_alive() -> None:
+    gc.collect()  # models of other tests
     hooks = len(torch_optimizer._global_optimizer_pre_hooks)
     model = Model(**BATCH_WISE)
     train(model, optimizers(model))
