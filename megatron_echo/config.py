@@ -40,6 +40,9 @@ def _check_num_echo_experts(value: int | None, config: Any) -> str | None:
     if value % ranks:
         choice = nearest_multiples(value, ranks)
         return f"is not divisible by the expert-parallel size {ranks}. Use {choice}."
+    experts = config.num_moe_experts
+    if experts is not None and value > experts * ranks:
+        return f"is above one slot a rank for each of {experts} experts. Use {experts} or fewer."
     return None
 
 
@@ -139,7 +142,13 @@ def _check_positive(value: int, config: Any) -> str | None:
     return None if value >= 1 else "is below 1. Use 1 or more."
 
 
+MAX_ROW_ALIGNMENT = 1024
+"""Kernels want 8 to 256 rows; each expert and slot of a rank may waste one less than this."""
+
+
 def _check_row_alignment(value: int, config: Any) -> str | None:
+    if value > MAX_ROW_ALIGNMENT:
+        return f"is above {MAX_ROW_ALIGNMENT}, more than any kernel wants. Use a smaller one."
     return None if value >= 1 else "is below 1. Use 1, or the multiple that a kernel wants."
 
 

@@ -124,7 +124,24 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     Raises:
         ValueError: a setting is out of range or does not fit another flag, and what to use.
     """
-    if not getattr(args, "echo_fine_grained_activation_offloading", False):
+    if args.offload_implementation == "megatron":
+        return None
+    for setting, name in _NUMBERS.items():
+        value = getattr(args, f"echo_{name}" if name in _MEGATRON else name)
+        problem = setting_refusal(setting, value)
+        if problem is not None:
+            raise ValueError(f"{flag_name(name)} {value} {problem}")
+    config = OffloadConfig(
+        modules=tuple(args.echo_offload_modules),
+        fraction=args.echo_activation_offload_fraction,
+        min_tensor_bytes=args.echo_min_offloaded_tensor_size * args.params_dtype.itemsize,
+        policy=args.offload_policy,
+        target_bytes=args.offload_target_bytes,
+        max_slowdown=args.offload_max_slowdown,
+        max_host_bytes=args.offload_host_bytes,
+        strict=args.offload_strict,
+    )
+    if not args.echo_fine_grained_activation_offloading:
         return None
     for refused, reason in (
         (not args.echo_offload_modules, "needs names. Give --offload-modules."),
@@ -150,21 +167,7 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     ):
         if refused:
             raise ValueError(f"--fine-grained-activation-offloading {reason}")
-    for setting, name in _NUMBERS.items():
-        value = getattr(args, f"echo_{name}" if name in _MEGATRON else name)
-        problem = setting_refusal(setting, value)
-        if problem is not None:
-            raise ValueError(f"{flag_name(name)} {value} {problem}")
-    return OffloadConfig(
-        modules=tuple(args.echo_offload_modules),
-        fraction=args.echo_activation_offload_fraction,
-        min_tensor_bytes=args.echo_min_offloaded_tensor_size * args.params_dtype.itemsize,
-        policy=args.offload_policy,
-        target_bytes=args.offload_target_bytes,
-        max_slowdown=args.offload_max_slowdown,
-        max_host_bytes=args.offload_host_bytes,
-        strict=args.offload_strict,
-    )
+    return config
 
 
 class OffloadedTraining(StepHook):

@@ -17,6 +17,34 @@ _UNSUPPORTED = (
     "dataloader_inter_document_masking",
     "logits_load_dir",
 )
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_vp_stage",
+    "num_distributed_optimizer_instances",
+    "micro_batch_size",
+    "global_batch_size",
+    "eval_micro_batch_size",
+    "eval_global_batch_size",
+    "seq_length",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "recompute_num_layers",
+)
+"""Megatron divides by most of these, or builds empty modules, before it looks at them."""
 _NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
 
 
@@ -32,6 +60,7 @@ def check_flags(args: Namespace) -> None:
     _check_numbers(args)
     _check_backend(args)
     _check_layout(args)
+    _check_batch(args)
     _check_unsupported(args)
     _check_packages(args)
 
@@ -99,6 +128,15 @@ def _check_numbers(args: Namespace) -> None:
             problem = number_refusal(number)
             if problem is not None:
                 raise ValueError(f"{flag_name(name)} {number} {problem}")
+    for name in _SIZES:
+        size = getattr(args, name)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{flag_name(name)} {size} is no size. Use 1 or more.")
+    if args.num_experts and args.moe_router_topk > args.num_experts:
+        raise ValueError(
+            f"--moe-router-topk {args.moe_router_topk} is above --num-experts {args.num_experts}. "
+            "Use fewer."
+        )
 
 
 def _check_backend(args: Namespace) -> None:
@@ -143,10 +181,36 @@ def _check_layout(args: Namespace) -> None:
             "--use-cpu-initialization gives every expert-parallel rank the same experts. "
             f"Leave it out with --expert-model-parallel-size {experts}."
         )
-    if experts > 1 and not args.num_experts and not args.use_checkpoint_args:
+    if not args.num_experts and not args.use_checkpoint_args:
+        groups = args.moe_router_group_topk or 0
+        for flag, value, least in (
+            ("--expert-model-parallel-size", experts, 2),
+            ("--moe-router-group-topk", groups, 1),
+        ):
+            if value >= least:
+                raise ValueError(
+                    f"{flag} {value} needs a mixture of experts. Give --num-experts, or leave it "
+                    "out."
+                )
+    tensor = args.tensor_model_parallel_size
+    if args.num_experts and tensor > 1 and not args.sequence_parallel:
         raise ValueError(
-            f"--expert-model-parallel-size {experts} needs a mixture of experts. "
-            "Give --num-experts, or leave it out."
+            f"--tensor-model-parallel-size {tensor} with experts needs --sequence-parallel. Add it."
+        )
+
+
+def _check_batch(args: Namespace) -> None:
+    """Megatron would blame the batch of evaluation, which takes the size of training."""
+    batch, micro_batch = args.global_batch_size, args.micro_batch_size
+    if not batch or not micro_batch or args.decrease_batch_size_if_needed:
+        return
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    ranks = args.world_size // (model * args.context_parallel_size)
+    samples = micro_batch * ranks
+    if batch % samples:
+        raise ValueError(
+            f"--global-batch-size {batch} is not divisible by --micro-batch-size {micro_batch} x "
+            f"{ranks} data-parallel ranks. Use {nearest_multiples(batch, samples)}."
         )
 
 

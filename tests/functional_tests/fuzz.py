@@ -111,6 +111,9 @@ def layout(dice: random.Random, ranks: int) -> dict[str, object]:
     }
     if virtual > 1:
         flags["num_virtual_stages_per_pipeline_rank"] = virtual
+    if dice.random() < 0.05:
+        sizes = [name for name, size in flags.items() if type(size) is int]
+        flags[dice.choice(sizes)] = dice.choice((-1, 0, 3, 5))
     return flags
 
 
@@ -132,12 +135,15 @@ SETTINGS: tuple[tuple[dict[str, object], ...], ...] = (
      {"recompute_granularity": "selective", "recompute_modules": "layernorm"}),
     ({"mtp_num_layers": 1}, {"mtp_num_layers": 2}),
     (MLA,),
-    ({"moe_layer_freq": 2}, {"moe_layer_freq": 2}, {"moe_layer_freq": 2}, {"num_experts": None}),
+    ({"moe_layer_freq": 2}, {"moe_layer_freq": 2}, {"moe_layer_freq": "[1,0,1]"},
+     {"num_experts": None}),
     ({"untie_embeddings_and_output_weights": True},),
     *(({"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": 0.01},)
       for kind in ("aux_loss", "seq_aux_loss", "global_aux_loss")),
     ({"moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"],
-      "moe_aux_loss_coeff": [0.01, 0.001]},),
+      "moe_aux_loss_coeff": [0.01, 0.001]},
+     {"moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"],
+      "moe_aux_loss_coeff": 0.01}),
     ({"moe_z_loss_coeff": 0.001}, {"moe_z_loss_coeff": 0.001}, {"moe_z_loss_coeff": 0},
      {"moe_z_loss_coeff": "inf"}, {"moe_aux_loss_coeff": "nan"}),
     ({"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
@@ -182,7 +188,7 @@ def sensible(name: str, dice: random.Random, flags: dict[str, object]) -> dict[s
     elif kind is float:
         value = dice.choice((0, 0.1, 0.5, 1.0))
     else:
-        value = dice.choice((1, 2, 4096))
+        value = dice.choice((1, 2, 16))
     return {name: value}
 
 
