@@ -30,11 +30,8 @@ class Placement:
         routed: highest load without clones.
         placed: highest load with them.
         clones: used slots.
-        most_sent: highest number of clones that one home rank sends.
-        most_received: highest number of clones on one rank.
         clones_inside: highest number that one rank sends or receives in its node.
         clones_across: the same to or from other nodes.
-        moved: share of rows computed by clones.
         leave_rank: share of rows computed on another rank than their token's, at the least.
         leave_node: share of rows computed on another node, at the least.
         rows_inside: highest number of rows that one rank gets from its node, without clones.
@@ -49,11 +46,8 @@ class Placement:
     routed: np.ndarray
     placed: np.ndarray
     clones: np.ndarray
-    most_sent: np.ndarray
-    most_received: np.ndarray
     clones_inside: np.ndarray
     clones_across: np.ndarray
-    moved: np.ndarray
     leave_rank: np.ndarray
     leave_node: np.ndarray
     rows_inside: np.ndarray
@@ -104,35 +98,30 @@ def place(
     parts = []
     for begin in range(0, len(counts), _BATCH):
         chunk = torch.from_numpy(np.ascontiguousarray(counts[begin : begin + _BATCH], np.int64))
-        parts.append(_figures(chunk, slots, tolerance, node, by_node))
+        told = node if by_node and node < counts.shape[1] else None
+        parts.append(_figures(chunk, _allocations(chunk, slots, tolerance, told), node))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     fullest = joined.pop("load").double().mean(0).max().item()
     arrays = {name: value.double().numpy() for name, value in joined.items()}
     return Placement(counts.shape[1], slots, tolerance, **arrays, fullest=fullest)
 
 
-def plans(counts: Tensor, slots: int, tolerance: float, node: int | None) -> tuple[Tensor, Tensor]:
-    """``slot_expert [C, R, S]`` and ``allocation [C, E, R]`` of layer calls ``[C, R, E]``."""
+def _allocations(counts: Tensor, slots: int, tolerance: float, node: int | None) -> Tensor:
+    """Rows of each expert on each rank, ``[C, E, R]``, of layer calls ``[C, R, E]``."""
     ranks, experts = counts.shape[1:]
     if slots == 0:
         home = torch.arange(experts) // (experts // ranks)
-        is_home = home[:, None] == torch.arange(ranks)
-        return counts.new_empty(len(counts), ranks, 0), counts.sum(1)[:, :, None] * is_home
-
-    def plan(each: Tensor) -> tuple[Tensor, Tensor]:
-        made = plan_clones(each, slots, tolerance, 0, node)
-        return made.slot_expert, made.allocation
-
+        return counts.sum(1)[:, :, None] * (home[:, None] == torch.arange(ranks))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # operators that vmap runs one by one
-        return torch.vmap(plan)(counts)
+        return torch.vmap(lambda each: plan_clones(each, slots, tolerance, 0, node).allocation)(
+            counts
+        )
 
 
-def _figures(
-    counts: Tensor, slots: int, tolerance: float, node: int, by_node: bool
-) -> dict[str, Tensor]:
+def _figures(counts: Tensor, allocation: Tensor, node: int) -> dict[str, Tensor]:
+    """The arrays of a :class:`Placement`, and the ranks' loads ``[C, R]``."""
     calls, ranks, experts = counts.shape
-    _, allocation = plans(counts, slots, tolerance, node if by_node and node < ranks else None)
     rank = torch.arange(ranks)
     home = torch.arange(experts) // (experts // ranks)
     together = rank[:, None] // node == rank // node
@@ -152,11 +141,8 @@ def _figures(
         "routed": wanted.sum(1).amax(1),
         "placed": allocation.sum(1).amax(1),
         "clones": sent.sum((1, 2)),
-        "most_sent": sent.sum(2).amax(1),
-        "most_received": sent.sum(1).amax(1),
         "clones_inside": torch.maximum(inside.sum(1), inside.sum(2)).amax(1),
         "clones_across": torch.maximum(across.sum(1), across.sum(2)).amax(1),
-        "moved": away.sum((1, 2)) / safe,
         "leave_rank": 1 - stay / safe,
         "leave_node": 1 - torch.minimum(supply, demand).sum((1, 2)) / safe,
         "rows_inside": (wanted * (together & apart)).sum(1).amax(1),
@@ -172,7 +158,7 @@ def fullest_part(counts: np.ndarray, placed: Placement) -> float:
     """
     most = 0
     chosen = torch.from_numpy(np.asarray(counts[:: max(1, len(counts) // PEER_CALLS)], np.int64))
-    _, allocations = plans(chosen, placed.slots, placed.tolerance, None)
+    allocations = _allocations(chosen, placed.slots, placed.tolerance, None)
     sources = range(0, placed.ranks, max(1, placed.ranks // PEER_SOURCES))
     for each, allocation in zip(chosen, allocations, strict=True):
         plan = ClonePlan(each, each, allocation, each, each, each)
