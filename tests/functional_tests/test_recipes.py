@@ -12,7 +12,7 @@ from megatron.training.arguments import parse_args
 
 from megatron_echo.arguments import add_echo_arguments
 from megatron_echo.observe.metrics import read_metrics
-from megatron_echo.observe.simulation.models import MODELS, Model
+from megatron_echo.observe.simulation.inputs import MODELS, Model
 
 NAMES = recipes.recipes()
 EXAMPLES = launch.ROOT / "examples"
