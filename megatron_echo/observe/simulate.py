@@ -114,8 +114,6 @@ def prepare(args: argparse.Namespace) -> tuple[Run, Search]:
     batch = args.global_batch_size or 8 * data * args.micro_batch_size
     powers = [2**n for n in range(1, 11)]
     sizes = args.ep or [n for n in powers if model.experts % n == 0 and n <= cluster.gpus]
-    if not sizes:
-        raise ValueError(f"No EP size divides {model.experts} experts. Give --ep 1.")
     search = Search(
         loads=load_workload(args.loads),
         experts=tuple(sizes),

@@ -31,27 +31,16 @@ IN_TRANSIT = 2
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step: of the slowest pipeline rank, then what comes on top.
+    """Seconds of a step: of the slowest pipeline rank, then what comes on top."""
 
-    Attributes:
-        compute: products of routed experts on the fullest rank.
-        tokens: their traffic.
-        clones: weights and gradients of clones, and planning.
-        rest: all other products.
-        shards: exchanges of tensor and context parallelism.
-        bubble: of the pipeline.
-        exposed: reduction of gradients and gathering of weights that nothing hides.
-        error: standard error of the total, from the layer calls that were looked at.
-    """
-
-    compute: float
-    tokens: float
-    clones: float
-    rest: float
-    shards: float
-    bubble: float
-    exposed: float
-    error: float
+    compute: float  # products of routed experts on the fullest rank
+    tokens: float  # their traffic
+    clones: float  # weights and gradients of clones, and planning
+    rest: float  # all other products
+    shards: float  # exchanges of tensor and context parallelism
+    bubble: float  # of the pipeline
+    exposed: float  # reduction of gradients and gathering of weights that nothing hides
+    error: float  # standard error of the total, from the layer calls that were looked at
 
     @property
     def total(self) -> float:
@@ -61,23 +50,14 @@ class StepTime(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """GiB of the fullest rank of the fullest pipeline stage.
+    """GiB of the fullest rank of the fullest pipeline stage."""
 
-    Attributes:
-        states: weights, gradients and optimizer.
-        activations: kept for backward, of all microbatches in flight.
-        clones: the pool of clones and the gradients that travel.
-        working: buffers of one layer call.
-        reserve: context, NCCL and fragmentation, assumed.
-        host: offloaded; on the host, not in the total.
-    """
-
-    states: float
-    activations: float
-    clones: float
-    working: float
-    reserve: float
-    host: float
+    states: float  # weights, gradients and optimizer
+    activations: float  # kept for backward, of all microbatches in flight
+    clones: float  # the pool of clones and the gradients that travel
+    working: float  # buffers of one layer call
+    reserve: float  # context, NCCL and fragmentation, assumed
+    host: float  # offloaded; on the host, not in the total
 
     @property
     def total(self) -> float:
@@ -86,21 +66,13 @@ class Memory(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """One layer, the embedding or the output, for one microbatch on the slowest rank.
+    """One layer, the embedding or the output, for one microbatch on the slowest rank."""
 
-    Attributes:
-        seconds: forward and backward.
-        kept: bytes on the device for backward.
-        gone: bytes kept on the host.
-        states: bytes of weights, gradients and optimizer.
-        working: bytes while it runs.
-    """
-
-    seconds: float
-    kept: float
-    gone: float
-    states: float
-    working: float
+    seconds: float  # forward and backward
+    kept: float  # bytes on the device for backward
+    states: float  # bytes of weights, gradients and optimizer
+    working: float  # bytes while it runs
+    gone: float  # bytes kept on the host for backward
 
 
 class Costs:
@@ -126,6 +98,9 @@ class Costs:
         self.run, self.layout, self.placed = run, layout, placed
         self.tokens = layout.tokens(run.work)
         self._rate = run.cluster.tflops * 1e12 * run.cluster.efficiency
+        reached = 1e9 * run.cluster.link_efficiency
+        self._nvlink = run.cluster.nvlink_gb_s * reached
+        self._network = run.cluster.network_gb_s * reached
         self._again = 1 + (1 - BACKWARD_SHARE) if layout.recompute else 1.0
         rows = placed.mean if layout.tokens_by == "balanced" else placed.placed
         experts = self._again * 6 * run.model.expert_parameters * rows / self._rate
@@ -133,7 +108,7 @@ class Costs:
         self.capacity = self._capacity()
         self.buffer_rows = self._buffer_rows()
         self.kinds = {kind: self._cost(kind) for kind in ("dense", "moe", "output")}
-        self.kinds["embedding"] = Cost(0.0, 0.0, 0.0, self.kinds["output"].states, 0.0)
+        self.kinds["embedding"] = Cost(0.0, 0.0, self.kinds["output"].states, 0.0, 0.0)
         stages, schedule = layout.stages(run.model), layout.schedule(run.work)
         self._ranks = [
             [stages[schedule.stage(rank, chunk)] for chunk in range(layout.virtual)]
@@ -194,14 +169,13 @@ class Costs:
 
     # Seconds.
 
-    def _link(self, inside: np.ndarray | float, across: np.ndarray | float) -> np.ndarray:
+    def _link(self, inside: np.ndarray, across: np.ndarray) -> np.ndarray:
         """Of bytes of one rank inside its node and to others, both links at work."""
-        cluster = self.run.cluster
-        rate = 1e9 * cluster.link_efficiency
-        return np.maximum(
-            np.asarray(inside, float) / (cluster.nvlink_gb_s * rate),
-            np.asarray(across, float) / (cluster.network_gb_s * rate),
-        )
+        return np.maximum(inside / self._nvlink, across / self._network)
+
+    def _link_of(self, ranks: int) -> float:
+        """Bytes a second of one rank within a group of consecutive ranks."""
+        return self._nvlink if ranks <= self.run.cluster.gpus_per_node else self._network
 
     def _row_traffic(self) -> np.ndarray:
         """Of layer calls: rows there and back, for backward too, and again if recomputed."""
@@ -267,27 +241,20 @@ class Costs:
         layout, model = self.layout, self.run.model
         if kind == "output":
             return 0.0
-        found = 0.0
+        found, latency = 0.0, self.run.cluster.exchange_us * 1e-6
         if layout.tensor > 1:
             has_mlp = kind == "dense" or model.shared_ffn > 0
             passes = (7 if layout.recompute else 5) * (1 + has_mlp)
             moved = 2 * self.tokens * (layout.tensor - 1) * model.hidden
-            found += passes * self._group_exchange(layout.tensor, moved)
+            found += passes * (moved / self._link_of(layout.tensor) + latency)
         if layout.context > 1:
             passes = 4 if layout.recompute else 3
             width = 2 * model.groups * model.head_dim
             if model.q_lora:
                 width = model.heads * (model.head_dim + model.rope_dim + model.value_width)
             moved = 2 * self.tokens * (layout.context - 1) * width
-            found += passes * self._group_exchange(layout.tensor * layout.context, moved)
+            found += passes * (moved / self._link_of(layout.tensor * layout.context) + latency)
         return found
-
-    def _group_exchange(self, size: int, nbytes: float) -> float:
-        """Of bytes of one rank within a group of consecutive ranks, and one exchange's latency."""
-        cluster = self.run.cluster
-        fits = size <= cluster.gpus_per_node
-        seconds = self._link(nbytes, 0) if fits else self._link(0, nbytes)
-        return float(seconds) + cluster.exchange_us * 1e-6
 
     def _exposed(self, chunks: list[list[str]], busy: float) -> float:
         """What the last backward pass does not hide of fp32 gradients and bf16 weights."""
@@ -295,11 +262,7 @@ class Costs:
         expert, dense = np.sum([self._parameters(kind) for kind in kinds], axis=0)
         copies, others = self.layout.expert_copies, self.layout.dense_copies
         moved = expert * (copies - 1) / copies + dense * (others - 1) / others
-        cluster = self.run.cluster
-        fits = self.layout.gpus <= cluster.gpus_per_node
-        link = cluster.nvlink_gb_s if fits else cluster.network_gb_s
-        rate = 1e9 * cluster.link_efficiency
-        return max(0.0, float(6 * moved / (link * rate)) - busy * BACKWARD_SHARE)
+        return max(0.0, float(6 * moved / self._link_of(self.layout.gpus)) - busy * BACKWARD_SHARE)
 
     # Bytes.
 
@@ -317,7 +280,7 @@ class Costs:
         # bf16 weights, fp32 gradients, and this rank's shard of main weights and moments.
         expert, dense = self._parameters(kind)
         states = expert * (6 + 12 / layout.expert_copies) + dense * (6 + 12 / layout.dense_copies)
-        return Cost(seconds, kept - gone, gone, states, working)
+        return Cost(seconds, kept - gone, states, working, gone)
 
     def _parameters(self, kind: str) -> tuple[float, float]:
         """Of a rank in a layer, the embedding or the output: routed experts, and all else."""

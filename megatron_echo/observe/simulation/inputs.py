@@ -21,41 +21,23 @@ def _check_numbers(given: "Cluster | Model") -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes and what is assumed of them; rates are of one GPU and one direction.
+    """Equal nodes and what is assumed of them; rates are of one GPU and one direction."""
 
-    Attributes:
-        name: for people.
-        gpus: of the whole cluster.
-        gpus_per_node: GPUs that NVLink (or its like) joins.
-        nvlink_gb_s: 10^9 bytes a second between GPUs of a node.
-        network_gb_s: 10^9 bytes a second to other nodes, this GPU's part of the network.
-        hbm_gib: memory of a GPU that programs can use, GiB.
-        tflops: peak of dense bf16 products, 10^12 a second.
-        host_gb_s: 10^9 bytes a second between a GPU and the memory of its host.
-        efficiency: assumed, as all that follows: products' rate over the peak.
-        link_efficiency: bandwidth reached over that of the data sheet.
-        exchange_us: latency of one collective, microseconds.
-        plan_us: planning of a layer call, microseconds.
-        reserve_gib: context, NCCL and fragmentation.
-        peer_margin: room in an all-to-all's parts, over the fullest that was seen.
-        capacity_margin: room in the receive buffer, over the fullest rank that was seen.
-    """
-
-    name: str
-    gpus: int
-    gpus_per_node: int
-    nvlink_gb_s: float
-    network_gb_s: float
-    hbm_gib: float
-    tflops: float
-    host_gb_s: float
-    efficiency: float = 0.5
-    link_efficiency: float = 0.8
-    exchange_us: float = 20.0
-    plan_us: float = 100.0
-    reserve_gib: float = 4.0
-    peer_margin: float = 1.25
-    capacity_margin: float = 1.05
+    name: str  # for people
+    gpus: int  # of the whole cluster
+    gpus_per_node: int  # GPUs that NVLink (or its like) joins
+    nvlink_gb_s: float  # 10^9 bytes a second between GPUs of a node
+    network_gb_s: float  # 10^9 bytes a second to other nodes, this GPU's part of the network
+    hbm_gib: float  # memory of a GPU that programs can use, GiB
+    tflops: float  # peak of dense bf16 products, 10^12 a second
+    host_gb_s: float  # 10^9 bytes a second between a GPU and the memory of its host
+    efficiency: float = 0.5  # assumed, as all that follows: products' rate over the peak
+    link_efficiency: float = 0.8  # bandwidth reached over that of the data sheet
+    exchange_us: float = 20.0  # latency of one collective, microseconds
+    plan_us: float = 100.0  # planning of a layer call, microseconds
+    reserve_gib: float = 4.0  # context, NCCL and fragmentation
+    peer_margin: float = 1.25  # room in an all-to-all's parts, over the fullest that was seen
+    capacity_margin: float = 1.05  # room in the receive buffer, over the fullest rank that was seen
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -77,45 +59,25 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder whose first layers are dense and whose others are mixtures of experts.
+    """A decoder whose first layers are dense and whose others are mixtures of experts."""
 
-    Attributes:
-        name: for people.
-        layers: all of them.
-        hidden: H.
-        heads: query heads.
-        groups: key-value heads; with MLA, ignored.
-        head_dim: width of a query and key head; with MLA, without the rotated part.
-        vocab: tokens of the vocabulary; input and output embeddings are not tied.
-        ffn: width of a dense layer.
-        moe_ffn: F, width of an expert.
-        experts: E.
-        topk: K.
-        dense_layers: how many come first.
-        shared_ffn: width of the shared experts together.
-        q_lora: MLA's query rank, 0 without MLA.
-        kv_lora: MLA's key-value rank.
-        rope_dim: MLA's rotated part of a head.
-        value_dim: width of a value head; 0: as ``head_dim``.
-    """
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head_dim: int
-    vocab: int
-    ffn: int
-    moe_ffn: int
-    experts: int
-    topk: int
-    dense_layers: int = 0
-    shared_ffn: int = 0
-    q_lora: int = 0
-    kv_lora: int = 0
-    rope_dim: int = 0
-    value_dim: int = 0
+    name: str  # for people
+    layers: int  # all of them
+    hidden: int  # H
+    heads: int  # query heads
+    groups: int  # key-value heads; with MLA, ignored
+    head_dim: int  # width of a query and key head; with MLA, without the rotated part
+    vocab: int  # tokens of the vocabulary; input and output embeddings are not tied
+    ffn: int  # width of a dense layer
+    moe_ffn: int  # F, width of an expert
+    experts: int  # E
+    topk: int  # K
+    dense_layers: int = 0  # how many come first
+    shared_ffn: int = 0  # width of the shared experts together
+    q_lora: int = 0  # MLA's query rank, 0 without MLA
+    kv_lora: int = 0  # MLA's key-value rank
+    rope_dim: int = 0  # MLA's rotated part of a head
+    value_dim: int = 0  # width of a value head; 0: as ``head_dim``
 
     def __post_init__(self) -> None:
         _check_numbers(self)

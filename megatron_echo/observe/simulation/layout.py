@@ -29,36 +29,24 @@ class Run(NamedTuple):
 class Layout:
     """How the run is spread and what moves tokens and weights.
 
-    Attributes:
-        gpus: all of them.
-        expert: EP, R ranks.
-        pipeline: PP, ranks of a pipeline.
-        virtual: VPP, model chunks of each of them.
-        tensor: TP, with sequence parallelism; experts are not split.
-        context: CP.
-        layers: decoder layers of each of the PP x VPP stages; None for Megatron's own split.
-        recompute: whether whole layers are recomputed in backward.
-        offload: share of what is kept for backward that may go to the host.
-        tokens_by: ``megatron`` (its all-to-all of just the rows that leave); of this package
-            ``all_gather``, ``all_to_all`` (equal parts) and, for just the rows that leave,
-            ``symmetric_memory`` inside a node and ``hybrid_ep``; or, what no program does,
-            ``balanced``, Megatron's with equal loads.
-        weights_by: ``collective`` or ``p2p``, of this package; empty without clones.
-        peer_capacity: of ``all_to_all``.
+    ``tokens_by`` is ``megatron`` (its all-to-all of just the rows that leave); of this package
+    ``all_gather``, ``all_to_all`` (equal parts) and, for just the rows that leave,
+    ``symmetric_memory`` inside a node and ``hybrid_ep``; or, what no program does, ``balanced``,
+    Megatron's with equal loads.
     """
 
-    gpus: int
-    expert: int
-    pipeline: int = 1
-    virtual: int = 1
-    tensor: int = 1
-    context: int = 1
-    layers: tuple[int, ...] | None = None
-    recompute: bool = False
-    offload: float = 0.0
+    gpus: int  # all of them
+    expert: int  # EP, R ranks
+    pipeline: int = 1  # PP, ranks of a pipeline
+    virtual: int = 1  # VPP, model chunks of each of them
+    tensor: int = 1  # TP, with sequence parallelism; experts are not split
+    context: int = 1  # CP
+    layers: tuple[int, ...] | None = None  # decoder layers of each stage; None: Megatron's split
+    recompute: bool = False  # whether whole layers are recomputed in backward
+    offload: float = 0.0  # share of what is kept for backward that may go to the host
     tokens_by: str = "megatron"
-    weights_by: str = ""
-    peer_capacity: float = 1.0
+    weights_by: str = ""  # collective or p2p, of this package; empty without clones
+    peer_capacity: float = 1.0  # of all_to_all
 
     @property
     def data(self) -> int:
@@ -84,11 +72,7 @@ class Layout:
         return work.global_batch // (work.micro_batch * self.data)
 
     def schedule(self, work: Work) -> Pipeline:
-        """The pipeline's order of passes.
-
-        Raises:
-            ValueError: microbatches that do not fit it.
-        """
+        """The pipeline's order of passes."""
         return Pipeline.make("interleaved", self.pipeline, self.virtual, self.microbatches(work))
 
     def counts(self, model: Model) -> tuple[int, ...]:
@@ -108,11 +92,12 @@ class Layout:
         return found
 
     def check(self, model: Model, work: Work) -> None:
-        """Refuse sizes that do not divide.
-
-        Raises:
-            ValueError: says which.
-        """
+        """Refuse sizes that do not divide by a ``ValueError`` that says which."""
+        if model.experts % self.expert:
+            raise ValueError(
+                f"EP={self.expert} does not divide {model.experts} experts. Use a divisor of "
+                f"{model.experts}."
+            )
         split = self.tensor * self.context
         for sizes, group in (
             (f"EP={self.expert} x PP={self.pipeline}", self.expert * self.pipeline),

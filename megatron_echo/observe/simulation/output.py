@@ -1,9 +1,11 @@
 """What the simulator prints: tables, the winner's flags, and what each figure rests on."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_echo.observe.simulation.inputs import Model
 from megatron_echo.observe.simulation.layout import Layout, Run
 from megatron_echo.observe.simulation.placement import place
 from megatron_echo.observe.simulation.search import (
@@ -26,29 +28,24 @@ def trace_lines(
 ) -> list[str]:
     """A trace's own figures, and whether planning its counts again gives them.
 
-    Args:
-        traces: of one run.
-        tolerance: ``--moe-echo-tolerance`` of that run.
-        gpus_per_node: None if that run had no ``--moe-echo-ranks-per-node``.
+    ``tolerance`` is that of the traced run, ``gpus_per_node`` None if its planner knew no nodes.
     """
     routed, placed, same = [], [], 0
     for trace in traces:
-        mean, ranks = trace.counts.sum((1, 2)) / trace.counts.shape[1], trace.counts.shape[1]
-        routed.append(trace.load_before.max(1) / mean)
-        placed.append(trace.load_after.max(1) / mean)
-        node = ranks if gpus_per_node is None else int(np.gcd(ranks, gpus_per_node))
-        again = place(
-            trace.counts, trace.slot_expert.shape[2], tolerance, node, gpus_per_node is not None
-        )
-        same += int((again.placed == trace.load_after.max(1)).sum())
-    before, after = np.concatenate(routed), np.concatenate(placed)
+        ranks, after = trace.counts.shape[1], trace.load_after.max(1)
+        mean = trace.counts.sum((1, 2)) / ranks
+        routed += list(trace.load_before.max(1) / mean)
+        placed += list(after / mean)
+        node = math.gcd(ranks, gpus_per_node or ranks)
+        slots, by_node = trace.slot_expert.shape[2], gpus_per_node is not None
+        same += int((place(trace.counts, slots, tolerance, node, by_node).placed == after).sum())
+    hint = "" if same == len(routed) else " Give the run's own --tolerance and --by-node."
     return [
-        f"Trace, {len(before)} layer calls, measured: max/mean load of ranks as routed "
-        f"{before.mean():.4f} (max {before.max():.4f}), as computed {after.mean():.4f} (max "
-        f"{after.max():.4f}).",
+        f"Trace, {len(routed)} layer calls, measured: max/mean load of ranks as routed "
+        f"{np.mean(routed):.4f} (max {max(routed):.4f}), as computed {np.mean(placed):.4f} (max "
+        f"{max(placed):.4f}).",
         f"Planned again at tolerance {tolerance:g}: the highest load is the recorded one in {same} "
-        f"of {len(before)} calls."
-        + ("" if same == len(before) else " Give the run's own --tolerance and --by-node."),
+        f"of {len(routed)} calls.{hint}",
     ]
 
 
@@ -82,10 +79,9 @@ def table(run: Run, found: Sequence[Candidate]) -> list[str]:
     return lines
 
 
-def _model_flags(run: Run) -> list[str]:
+def _model_flags(model: Model) -> list[str]:
     """Without the vocabulary's tokenizer."""
-    model = run.model
-    words = [
+    lines = [
         f"--num-layers {model.layers} --hidden-size {model.hidden}",
         f"--ffn-hidden-size {model.ffn} --num-attention-heads {model.heads}",
         f"--num-experts {model.experts} --moe-router-topk {model.topk}",
@@ -94,30 +90,29 @@ def _model_flags(run: Run) -> list[str]:
         "--position-embedding-type rope --untie-embeddings-and-output-weights",
     ]
     if model.dense_layers:
-        words.append(f"--moe-layer-freq '[0]*{model.dense_layers}+[1]*{model.moe_layers}'")
+        lines.append(f"--moe-layer-freq '[0]*{model.dense_layers}+[1]*{model.moe_layers}'")
     if model.shared_ffn:
-        words.append(f"--moe-shared-expert-intermediate-size {model.shared_ffn}")
-    if model.q_lora:
-        words.append(
-            f"--multi-latent-attention --q-lora-rank {model.q_lora} --kv-lora-rank "
-            f"{model.kv_lora} --qk-head-dim {model.head_dim} --qk-pos-emb-head-dim "
-            f"{model.rope_dim} --v-head-dim {model.value_width}"
-        )
-    else:
-        words.append(
-            f"--group-query-attention --num-query-groups {model.groups} "
-            f"--kv-channels {model.head_dim}"
-        )
-    return words
+        lines.append(f"--moe-shared-expert-intermediate-size {model.shared_ffn}")
+    mla = (
+        f"--multi-latent-attention --q-lora-rank {model.q_lora} --kv-lora-rank {model.kv_lora} "
+        f"--qk-head-dim {model.head_dim} --qk-pos-emb-head-dim {model.rope_dim} "
+        f"--v-head-dim {model.value_width}"
+    )
+    gqa = f"--group-query-attention --num-query-groups {model.groups} "
+    return [*lines, mla if model.q_lora else gqa + f"--kv-channels {model.head_dim}"]
 
 
 def _parallel_flags(run: Run, layout: Layout) -> str:
     """Sizes of the groups, and which layers are where."""
-    words = [f"--expert-model-parallel-size {layout.expert}"]
-    words.append(f"--pipeline-model-parallel-size {layout.pipeline}")
+    words = [
+        f"--expert-model-parallel-size {layout.expert}",
+        f"--pipeline-model-parallel-size {layout.pipeline}",
+    ]
     if layout.tensor > 1:
-        words.append(f"--tensor-model-parallel-size {layout.tensor} --sequence-parallel")
-        words.append("--expert-tensor-parallel-size 1")
+        words.append(
+            f"--tensor-model-parallel-size {layout.tensor} --sequence-parallel "
+            "--expert-tensor-parallel-size 1"
+        )
     if layout.context > 1:
         words.append(f"--context-parallel-size {layout.context}")
     counts = layout.counts(run.model)
@@ -135,7 +130,7 @@ def megatron_flags(run: Run, one: Candidate, by_node: bool = False) -> list[str]
     """A candidate as flags of ``pretrain_gpt_moe.py``, some to a line."""
     layout, work, placed = one.layout, run.work, one.placed
     lines = [
-        *_model_flags(run),
+        *_model_flags(run.model),
         f"--seq-length {work.sequence} --max-position-embeddings {work.sequence} "
         f"--micro-batch-size {work.micro_batch} --global-batch-size {work.global_batch}",
         "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
@@ -195,14 +190,12 @@ def best_lines(run: Run, search: Search, found: Sequence[Candidate]) -> list[str
             f"{other.name}) takes {other.time.total / best.time.total - 1:.1%} longer; the draw of "
             f"layer calls is good for +-{noise:.1%}."
         )
-    same_size = (one for one in found if one.layout.expert == best.layout.expert)
-    lines += [
-        f"  What if, at EP={one.layout.expert}: {one.name} would take "
-        f"{one.time.total:.3f} s (PP={one.layout.pipeline})."
-        for one in best_by_name((one for one in same_size if one.kind == "what if"), hbm)
-    ]
+    ideal = (one for one in found if one.kind == "what if")
+    (ideal_here,) = best_by_name((o for o in ideal if o.layout.expert == best.layout.expert), hbm)
     memory = best.memory
     lines += [
+        f"  What if, at EP={best.layout.expert}: {ideal_here.name} would take "
+        f"{ideal_here.time.total:.3f} s (PP={ideal_here.layout.pipeline}).",
         f"  Memory of the fullest rank: {memory.total:.1f} of {hbm:g} GiB (states "
         f"{memory.states:.1f}, activations {memory.activations:.1f}, clones {memory.clones:.1f}, "
         f"working {memory.working:.1f}, reserve {memory.reserve:.1f}); on the host "
@@ -216,6 +209,7 @@ def best_lines(run: Run, search: Search, found: Sequence[Candidate]) -> list[str
 def basis_lines(run: Run, search: Search) -> list[str]:
     """What is measured, what is arithmetic, what is assumed."""
     cluster = run.cluster
+    assumed = ", ".join(f"{name} {value:g}" for name, value in cluster.assumed.items())
     return [
         "What this rests on",
         f"  Loads: {search.loads.basis}. Balance and clones are the real planner's, exactly.",
@@ -224,9 +218,7 @@ def basis_lines(run: Run, search: Search) -> list[str]:
         f"  Data sheets: {cluster.name} {cluster.nvlink_gb_s:g} GB/s in a node, "
         f"{cluster.network_gb_s:g} GB/s a GPU to others, {cluster.host_gb_s:g} GB/s to its host, "
         f"{cluster.tflops:g} TFLOP/s.",
-        "  Assumed, not measured, to be set in a cluster's file: "
-        + ", ".join(f"{name} {value:g}" for name, value in cluster.assumed.items())
-        + ".",
+        f"  Assumed, not measured, to be set in a cluster's file: {assumed}.",
         "  Assumed: no transfer within a layer hides behind products; replicas of an expert-"
         "parallel group see equal loads; no contention between groups; what the host's link moves "
         "in a forward pass is offloaded, and hidden.",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from megatron_echo.planner import ClonePlan, plan_clones
-from megatron_echo.planner.balance import MAX_RANKS
 
 _BATCH = 32
 PEER_CALLS, PEER_SOURCES = 4, 16
@@ -20,39 +19,23 @@ class Placement:
     """Figures of C layer calls, each a float64 ``[C]``, for R ranks and S slots.
 
     A row is a token-expert pair. "Highest" is that of the busiest rank; "inside" and "across"
-    are traffic within a node and between nodes.
-
-    Attributes:
-        ranks: R.
-        slots: S.
-        tolerance: of the planner.
-        mean: rows of a rank, the mean.
-        routed: highest load without clones.
-        placed: highest load with them.
-        clones: used slots.
-        clones_inside: highest number that one rank sends or receives in its node.
-        clones_across: the same to or from other nodes.
-        leave_rank: share of rows computed on another rank than their token's, at the least.
-        leave_node: share of rows computed on another node, at the least.
-        rows_inside: highest number of rows that one rank gets from its node, without clones.
-        rows_across: the same from other nodes.
-        fullest: scalar, rows of the rank with the highest load over all calls, mean over calls.
+    are traffic within a node and between nodes; shares are the least that is possible.
     """
 
-    ranks: int
-    slots: int
-    tolerance: float
-    mean: np.ndarray
-    routed: np.ndarray
-    placed: np.ndarray
-    clones: np.ndarray
-    clones_inside: np.ndarray
-    clones_across: np.ndarray
-    leave_rank: np.ndarray
-    leave_node: np.ndarray
-    rows_inside: np.ndarray
-    rows_across: np.ndarray
-    fullest: float
+    ranks: int  # R
+    slots: int  # S
+    tolerance: float  # of the planner
+    mean: np.ndarray  # rows of a rank, the mean
+    routed: np.ndarray  # highest load without clones
+    placed: np.ndarray  # highest load with them
+    clones: np.ndarray  # used slots
+    clones_inside: np.ndarray  # highest number that one rank sends or receives in its node
+    clones_across: np.ndarray  # the same to or from other nodes
+    leave_rank: np.ndarray  # share of rows computed on another rank than their token's
+    leave_node: np.ndarray  # share of rows computed on another node
+    rows_inside: np.ndarray  # highest number that a rank gets from its node, without clones
+    rows_across: np.ndarray  # the same from other nodes
+    fullest: float  # scalar, mean over calls of the rank with the highest load over all
 
     @property
     def overload_routed(self) -> np.ndarray:
@@ -65,36 +48,13 @@ class Placement:
         return self.placed / self.mean
 
 
-def check_ranks(ranks: int, experts: int, slots: int) -> None:
-    """Refuse what the planner would refuse.
-
-    Raises:
-        ValueError: ranks that do not divide the experts, or too many of them for clones.
-    """
-    if ranks < 1 or experts % ranks:
-        raise ValueError(
-            f"EP={ranks} does not divide {experts} experts. Use a divisor of {experts}."
-        )
-    if slots and ranks > MAX_RANKS:
-        raise ValueError(f"The planner takes up to {MAX_RANKS} ranks, not {ranks}. Use fewer.")
-
-
 def place(
     counts: np.ndarray, slots: int, tolerance: float, node: int, by_node: bool = False
 ) -> Placement:
-    """Plan layer calls, several at a time; the plans are those of ``plan_clones``, bit for bit.
+    """Plan layer calls ``[C, R, E]`` of int64; plans are those of ``plan_clones``, bit for bit.
 
-    Args:
-        counts: int64 ``[C, R, E]``.
-        slots: S.
-        tolerance: of the planner.
-        node: ranks that share a node.
-        by_node: whether the planner is told of nodes.
-
-    Raises:
-        ValueError: as ``plan_clones``.
+    ``node`` ranks share a node; ``by_node`` says whether the planner is told.
     """
-    check_ranks(counts.shape[1], counts.shape[2], slots)
     parts = []
     for begin in range(0, len(counts), _BATCH):
         chunk = torch.from_numpy(np.ascontiguousarray(counts[begin : begin + _BATCH], np.int64))

@@ -95,15 +95,13 @@ def _by_size(panels: Any, best: Sequence[Candidate], hbm: float, experts: int) -
         time.plot(sizes, fits, label=name, **style)
         memory.plot(sizes, [one.memory.total for one in mine], label=name, **style)
     memory.axhline(hbm, color="black", linestyle="--", label="memory of a GPU")
-    sizes = sorted({one.layout.expert for one in best})
-    for axes in (time, memory):
+    for axes, unit, title in (
+        (time, "seconds", "Step time, fastest layout that fits (dotted: what if)"),
+        (memory, "GiB", "Memory of the fullest rank, same layouts"),
+    ):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_xlabel("EP")
+        axes.set(xlabel="EP", ylabel=unit, title=title, ylim=(0, None))
         axes.grid(alpha=0.3)
-    time.set(ylabel="seconds", title="Step time, fastest layout that fits (dotted: what if)")
-    time.set_ylim(bottom=0)
-    memory.set(ylabel="GiB", title="Memory of the fullest rank, same layouts")
     memory.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_echo.memory.pipeline_layout import LayerCost, even_split, plan_layout
 from megatron_echo.observe.simulation.cost_model import GIB, Costs, Memory, StepTime
 from megatron_echo.observe.simulation.layout import Layout, Run
-from megatron_echo.observe.simulation.placement import Placement, check_ranks, fullest_part, place
+from megatron_echo.observe.simulation.placement import Placement, fullest_part, place
 from megatron_echo.observe.simulation.workloads import Loads, layer_calls
 from megatron_echo.planner.balance import MAX_RANKS
 from megatron_echo.progress import track
@@ -20,21 +20,13 @@ TRANSPORTS = ("all_gather", "all_to_all", "symmetric_memory", "hybrid_ep")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with what it costs.
+    """A layout with what it costs."""
 
-    Attributes:
-        layout: sizes and transports.
-        placed: its loads.
-        capacity: ``--moe-received-token-capacity``, None for ``auto`` or without clones.
-        time: seconds of a step.
-        memory: GiB of the fullest rank.
-    """
-
-    layout: Layout
-    placed: Placement
-    capacity: float | None
-    time: StepTime
-    memory: Memory
+    layout: Layout  # sizes and transports
+    placed: Placement  # its loads
+    capacity: float | None  # ``--moe-received-token-capacity``, None for ``auto`` or without clones
+    time: StepTime  # seconds of a step
+    memory: Memory  # GiB of the fullest rank
 
     @classmethod
     def of(cls, run: Run, layout: Layout, placed: Placement) -> "Candidate":
@@ -59,35 +51,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried.
+    """What is tried; plain expert parallelism always is."""
 
-    Attributes:
-        loads: who wants which expert.
-        experts: EP sizes.
-        pipelines: PP sizes.
-        slots: clone slots of a rank, None for as many as it has experts; plain EP is always tried.
-        tolerances: of the planner.
-        calls: layer calls to look at for each EP size, 0 for all of a step.
-        by_node: whether the planner is told of nodes.
-        virtuals: VPP sizes, for PP above 1.
-        tensor: TP.
-        context: CP.
-        offloads: shares of what is kept that may go to the host.
-        transports: some of :data:`TRANSPORTS`.
-    """
-
-    loads: Loads
-    experts: tuple[int, ...]
-    pipelines: tuple[int, ...]
-    slots: tuple[int | None, ...]
-    tolerances: tuple[float, ...]
-    calls: int
-    by_node: bool = False
-    virtuals: tuple[int, ...] = (1, 2)
-    tensor: int = 1
-    context: int = 1
-    offloads: tuple[float, ...] = (0.0, 1.0)
-    transports: tuple[str, ...] = TRANSPORTS
+    loads: Loads  # who wants which expert
+    experts: tuple[int, ...]  # EP sizes
+    pipelines: tuple[int, ...]  # PP sizes
+    slots: tuple[int | None, ...]  # of a rank; None: as many as it has experts
+    tolerances: tuple[float, ...]  # of the planner
+    calls: int  # layer calls to look at for each EP size, 0 for all of a step
+    by_node: bool = False  # whether the planner is told of nodes
+    virtuals: tuple[int, ...] = (1, 2)  # VPP sizes, for PP above 1
+    tensor: int = 1  # TP
+    context: int = 1  # CP
+    offloads: tuple[float, ...] = (0.0, 1.0)  # shares of what is kept that may go to the host
+    transports: tuple[str, ...] = TRANSPORTS  # some of :data:`TRANSPORTS`
 
 
 def candidates(run: Run, search: Search) -> tuple[list[Candidate], list[str]]:
@@ -99,9 +76,11 @@ def candidates(run: Run, search: Search) -> tuple[list[Candidate], list[str]]:
     found: list[Candidate] = []
     left_out: list[str] = []
     for ranks in track(search.experts, "Expert-parallel sizes"):
+        layouts, refused = _layouts(run, search, ranks)
         try:
-            check_ranks(ranks, run.model.experts, 0)
-            found += _of_size(run, search, ranks, _layouts(run, search, ranks))
+            if not layouts:
+                raise refused[0]
+            found += _of_size(run, search, layouts)
         except ValueError as error:
             left_out.append(str(error))
         if ranks > MAX_RANKS:
@@ -109,29 +88,29 @@ def candidates(run: Run, search: Search) -> tuple[list[Candidate], list[str]]:
                 f"Clones at EP={ranks}: the planner takes up to {MAX_RANKS} ranks. Use fewer."
             )
     if not found:
-        raise ValueError(left_out[0] if left_out else "No expert-parallel size. Give one.")
+        nothing = f"No EP size divides {run.model.experts} experts. Give --ep 1."
+        raise ValueError(left_out[0] if left_out else nothing)
     return [*found, *_planned(run, found)], left_out
 
 
-def _layouts(run: Run, search: Search, ranks: int) -> list[Layout]:
+def _layouts(run: Run, search: Search, ranks: int) -> tuple[list[Layout], list[ValueError]]:
+    """Those of one EP size that can run, and what is wrong with the others."""
     layouts: list[Layout] = []
-    refused: ValueError | None = None
-    for pipeline in search.pipelines:
-        for virtual in search.virtuals if pipeline > 1 else (1,):
-            try:
-                layout = Layout(
-                    run.cluster.gpus, ranks, pipeline, virtual, search.tensor, search.context,
-                    _even_layers(run.model.layers, pipeline, virtual),
-                )  # fmt: skip
-                layout.check(run.model, run.work)
-            except ValueError as error:
-                refused = refused or error
-                continue
-            layouts += [replace(layout, offload=share) for share in search.offloads]
-            layouts.append(replace(layout, recompute=True))
-    if not layouts and refused is not None:
-        raise refused
-    return layouts
+    refused: list[ValueError] = []
+    sizes = product(search.pipelines, search.virtuals)
+    for pipeline, virtual in dict.fromkeys((p, v if p > 1 else 1) for p, v in sizes):
+        try:
+            layout = Layout(
+                run.cluster.gpus, ranks, pipeline, virtual, search.tensor, search.context,
+                _even_layers(run.model.layers, pipeline, virtual),
+            )  # fmt: skip
+            layout.check(run.model, run.work)
+        except ValueError as error:
+            refused.append(error)
+            continue
+        layouts += [replace(layout, offload=share) for share in search.offloads]
+        layouts.append(replace(layout, recompute=True))
+    return layouts, refused
 
 
 def _counts(cuts: Iterable[int]) -> tuple[int, ...]:
@@ -155,37 +134,32 @@ def _planned(run: Run, found: list[Candidate]) -> Iterator[Candidate]:
         if one.layout.pipeline > 1 and one.kind != "what if":
             key = one.kind, one.layout.pipeline, one.layout.virtual
             groups.setdefault(key, []).append(one)
+    model, hbm = run.model, run.cluster.hbm_gib
     for group in groups.values():
-        best = fastest(group, run.cluster.hbm_gib) or smallest(group)
-        layers = _plan(run, best)
-        if layers is not None and layers != best.layout.counts(run.model):
-            yield Candidate.of(run, replace(best.layout, layers=layers), best.placed)
+        best = fastest(group, hbm) or smallest(group)
+        layout, costs = best.layout, Costs(run, best.layout, best.placed).kinds
+        dense, moe = [("t", "dense")] * model.dense_layers, [("t", "moe")] * model.moe_layers
+        items = [
+            LayerCost(letter, *costs[kind][:4])
+            for letter, kind in [("E", "embedding"), *dense, *moe, ("L", "output")]
+        ]
+        budget = (hbm - (run.cluster.reserve_gib + best.memory.clones)) * GIB
+        microbatches = layout.microbatches(run.work)
+        try:
+            plan = plan_layout(
+                items, layout.pipeline, layout.virtual, None, microbatches, budget_bytes=budget
+            )
+        except ValueError:  # nothing fits
+            continue
+        layers = _counts(plan.cuts)
+        if layers != layout.counts(model):
+            yield Candidate.of(run, replace(layout, layers=layers), best.placed)
 
 
-def _plan(run: Run, one: Candidate) -> tuple[int, ...] | None:
-    """Layers of each stage by ``plan_layout``; None where no assignment fits."""
-    costs, layout, model = Costs(run, one.layout, one.placed), one.layout, run.model
-    letters = [("E", "embedding"), *[("t", "dense")] * model.dense_layers]
-    letters += [*[("t", "moe")] * model.moe_layers, ("L", "output")]
-    items = []
-    for letter, kind in letters:
-        cost = costs.kinds[kind]
-        items.append(LayerCost(letter, cost.seconds, cost.kept, cost.states, cost.working))
-    fixed = run.cluster.reserve_gib + one.memory.clones
-    schedule = layout.schedule(run.work)
-    try:
-        plan = plan_layout(
-            items, layout.pipeline, layout.virtual, schedule.schedule, schedule.microbatches,
-            budget_bytes=(run.cluster.hbm_gib - fixed) * GIB,
-        )  # fmt: skip
-    except ValueError:
-        return None
-    return _counts(plan.cuts)
-
-
-def _of_size(run: Run, search: Search, ranks: int, layouts: list[Layout]) -> list[Candidate]:
+def _of_size(run: Run, search: Search, layouts: list[Layout]) -> list[Candidate]:
     """All candidates of one EP size; plans do not depend on the rest of the layout."""
-    model, node = run.model, run.cluster.ranks_per_node(ranks)
+    model, ranks = run.model, layouts[0].expert
+    node = run.cluster.ranks_per_node(ranks)
     microbatches = max(layout.microbatches(run.work) for layout in layouts)
     calls = layer_calls(model.moe_layers, microbatches, search.calls)
     tokens = layouts[0].tokens(run.work)
@@ -203,16 +177,9 @@ def _of_size(run: Run, search: Search, ranks: int, layouts: list[Layout]) -> lis
         placed = place(counts, slots, tolerance, node, search.by_node)
         part = min(fullest_part(counts, placed), tokens) / tokens * run.cluster.peer_margin
         ways = transports(run, search, ranks, float(np.ceil(part * 1000) / 1000))
-        found += [
-            Candidate.of(
-                run,
-                replace(layout, tokens_by=tokens_by, weights_by=weights_by, peer_capacity=peer),
-                placed,
-            )
-            for layout, (tokens_by, peer), weights_by in product(
-                layouts, ways.items(), ("collective", "p2p")
-            )
-        ]
+        for layout, (way, peer), by in product(layouts, ways.items(), ("collective", "p2p")):
+            moved = replace(layout, tokens_by=way, weights_by=by, peer_capacity=peer)
+            found.append(Candidate.of(run, moved, placed))
     return found
 
 

@@ -41,19 +41,12 @@ call's own counts ``[R, E]``."""
 
 @dataclass(frozen=True)
 class Loads:
-    """Counts of layer calls for any number of ranks.
+    """Counts of layer calls for any number of ranks."""
 
-    Attributes:
-        name: for people.
-        basis: whether it is measured, published or synthetic, in a few words.
-        popularity: who is wanted.
-        traces: the trace, where it is one.
-    """
-
-    name: str
-    basis: str
-    popularity: Popularity
-    traces: tuple[StepTrace, ...] = ()
+    name: str  # for people
+    basis: str  # whether it is measured, published or synthetic, in a few words
+    popularity: Popularity  # who is wanted
+    traces: tuple[StepTrace, ...] = ()  # the trace, where it is one
 
     def counts(
         self, ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
