@@ -79,16 +79,14 @@ def _slots(word: str) -> int | None:
 
 
 def _check_values(args: argparse.Namespace) -> None:
-    sizes = {
-        "--seq-length": [args.seq_length],
-        "--micro-batch-size": [args.micro_batch_size],
-        "--global-batch-size": [] if args.global_batch_size is None else [args.global_batch_size],
-        **{"--tp": [args.tp], "--cp": [args.cp]},
-        **{"--ep": args.ep or [], "--pp": args.pp, "--vpp": args.vpp},
-    }
-    for flag, values in sizes.items():
+    batch = args.global_batch_size
+    for flag, values in (
+        ("seq-length", [args.seq_length]), ("micro-batch-size", [args.micro_batch_size]),
+        ("global-batch-size", [] if batch is None else [batch]), ("ep", args.ep or []),
+        ("pp", args.pp), ("vpp", args.vpp), ("tp", [args.tp]), ("cp", [args.cp]),
+    ):  # fmt: skip
         if min(values, default=1) < 1:
-            raise ValueError(f"{flag} {min(values)} is below 1. Use 1 or more.")
+            raise ValueError(f"--{flag} {min(values)} is below 1. Use 1 or more.")
     for value in args.tolerance:
         if not 0 <= value <= MAX_TOLERANCE:
             raise ValueError(f"--tolerance {value} is not between 0 and {MAX_TOLERANCE}. Use 0.02.")
@@ -115,19 +113,12 @@ def prepare(args: argparse.Namespace) -> tuple[Run, Search]:
     powers = [2**n for n in range(1, 11)]
     sizes = args.ep or [n for n in powers if model.experts % n == 0 and n <= cluster.gpus]
     search = Search(
-        loads=load_workload(args.loads),
-        experts=tuple(sizes),
-        pipelines=tuple(args.pp),
-        slots=tuple(map(_slots, args.slots)),
-        tolerances=tuple(args.tolerance),
-        calls=args.calls,
-        by_node=args.by_node,
-        virtuals=tuple(args.vpp),
-        tensor=args.tp,
-        context=args.cp,
+        loads=load_workload(args.loads), experts=tuple(sizes), pipelines=tuple(args.pp),
+        slots=tuple(map(_slots, args.slots)), tolerances=tuple(args.tolerance), calls=args.calls,
+        by_node=args.by_node, virtuals=tuple(args.vpp), tensor=args.tp, context=args.cp,
         offloads=tuple(dict.fromkeys(args.offload_fraction)),
         transports=tuple(args.token_transports),
-    )
+    )  # fmt: skip
     return Run(cluster, model, Work(args.seq_length, args.micro_batch_size, batch)), search
 
 

@@ -105,8 +105,7 @@ class Costs:
         rows = placed.mean if layout.tokens_by == "balanced" else placed.placed
         experts = self._again * 6 * run.model.expert_parameters * rows / self._rate
         self.calls = experts, self._row_traffic(), self._clone_traffic()
-        self.capacity = self._capacity()
-        self.buffer_rows = self._buffer_rows()
+        self.capacity, self.buffer_rows = self._buffer()
         self.kinds = {kind: self._cost(kind) for kind in ("dense", "moe", "output")}
         self.kinds["embedding"] = Cost(0.0, 0.0, self.kinds["output"].states, 0.0, 0.0)
         stages, schedule = layout.stages(run.model), layout.schedule(run.work)
@@ -313,24 +312,20 @@ class Costs:
             working += layout.expert * self._places() * model.hidden * 6
         return kept, working
 
-    def _capacity(self) -> float | None:
-        placed, cluster, model = self.placed, self.run.cluster, self.run.model
-        if not self.layout.weights_by or placed.slots * self.layout.expert >= model.experts:
-            return None
-        pairs = self.tokens * model.topk
-        return math.ceil(placed.placed.max() / pairs * cluster.capacity_margin * 100) / 100
-
-    def _buffer_rows(self) -> float:
-        """Without clones the mean of the fullest rank; with them the static buffer."""
+    def _buffer(self) -> tuple[float | None, float]:
+        """Capacity, and rows: without clones the fullest rank's mean, else the static buffer."""
         from megatron_echo.dispatch.layout import round_rows  # imports Megatron
 
-        layout, placed = self.layout, self.placed
+        layout, placed, run = self.layout, self.placed, self.run
         if not layout.weights_by:
-            return placed.fullest if layout.tokens_by == "megatron" else float(placed.mean.mean())
-        pairs = self.tokens * self.run.model.topk
-        if self.capacity is not None:
-            return round_rows(math.ceil(self.capacity * pairs))
-        return round_rows(balance_bound(pairs * layout.expert, layout.expert, placed.tolerance))
+            mean = float(placed.mean.mean())
+            return None, placed.fullest if layout.tokens_by == "megatron" else mean
+        pairs, ranks = self.tokens * run.model.topk, layout.expert
+        if placed.slots * ranks >= run.model.experts:
+            return None, round_rows(balance_bound(pairs * ranks, ranks, placed.tolerance))
+        fullest = placed.placed.max() / pairs * run.cluster.capacity_margin
+        capacity = math.ceil(fullest * 100) / 100
+        return capacity, round_rows(math.ceil(capacity * pairs))
 
     def _clone_bytes(self) -> float:
         """The pool (home experts are copied into it) and one projection's gradients, wide."""

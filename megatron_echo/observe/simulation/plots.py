@@ -60,15 +60,10 @@ def _gains(run: Run, search: Search, winner: Candidate) -> list[tuple[float, flo
     layout, points = winner.layout, []
     for overload in OVERLOADS:
         same = replace(
-            search,
-            loads=at_overload(f"overload {overload}", overload, "drawn"),
-            experts=(layout.expert,),
-            pipelines=(layout.pipeline,),
-            virtuals=(layout.virtual,),
-            slots=(winner.placed.slots,),
-            tolerances=(winner.placed.tolerance,),
-            calls=16,
-        )
+            search, loads=at_overload(f"overload {overload}", overload, "drawn"), calls=16,
+            experts=(layout.expert,), pipelines=(layout.pipeline,), virtuals=(layout.virtual,),
+            slots=(winner.placed.slots,), tolerances=(winner.placed.tolerance,),
+        )  # fmt: skip
         try:
             tried, _ = candidates(run, same)
         except ValueError:  # so much skew is not possible at this size

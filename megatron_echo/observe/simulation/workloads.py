@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -163,9 +164,21 @@ def traced(folder: str) -> Loads:
         ValueError: a file that is cut short, foreign, or does not fit the others.
         FileNotFoundError: no trace in the folder.
     """
-    traces = _checked_traces(folder)
+    try:
+        traces = read_traces(folder)
+    except TraceError as error:
+        raise ValueError(
+            f"{folder} holds a file that is cut short or not a routing trace: {error}"
+        ) from error
+    ranks, experts = traces[0].counts.shape[1:]
     calls: dict[tuple[int, int, int], np.ndarray] = {}
     for trace in traces:
+        fits = trace.counts.shape[1:] == (ranks, experts) and (trace.counts >= 0).all()
+        if not fits or (trace.load_after.sum(1) != trace.counts.sum((1, 2))).any():
+            raise ValueError(
+                f"{folder} holds a trace of iteration {trace.iteration} whose arrays do not fit "
+                "each other or the other files. Keep the traces of one run in one folder."
+            )
         keys = zip(trace.layer.tolist(), trace.microbatch.tolist(), trace.counts, strict=True)
         calls |= {(layer, trace.iteration, number): counts for layer, number, counts in keys}
     by_layer: dict[int, list[np.ndarray]] = {}
@@ -177,34 +190,11 @@ def traced(folder: str) -> Loads:
         recorded = layers[layer % len(layers)]
         return recorded[microbatch % len(recorded)]
 
-    ranks, experts = traces[0].counts.shape[1:]
     basis = (
         f"measured, a trace of EP={ranks} with {experts} experts; at another EP or number of "
         "tokens drawn from its shares"
     )
     return Loads(folder, basis, popularity, tuple(traces))
-
-
-def _checked_traces(folder: str) -> list[StepTrace]:
-    """Traces of one run, with loads that add up."""
-    try:
-        traces = read_traces(folder)
-    except TraceError as error:
-        raise ValueError(
-            f"{folder} holds a file that is cut short or not a routing trace: {error}"
-        ) from error
-    for trace in traces:
-        fits = (
-            trace.counts.shape[1:] == traces[0].counts.shape[1:]
-            and (trace.counts >= 0).all()
-            and np.array_equal(trace.load_after.sum(1), trace.counts.sum((1, 2)))
-        )
-        if not fits:
-            raise ValueError(
-                f"{folder} holds a trace of iteration {trace.iteration} whose arrays do not fit "
-                "each other or the other files. Keep the traces of one run in one folder."
-            )
-    return traces
 
 
 def load_workload(name: str) -> Loads:
@@ -221,7 +211,9 @@ def load_workload(name: str) -> Loads:
         return at_overload(name, PUBLISHED[name], basis)
     kind, _, figure = name.partition(" ")
     if kind == "overload":
-        return at_overload(name, _overload(figure), "assumed max/mean, lognormal, drawn")
+        if not re.fullmatch(r"[0-9]+([.][0-9]+)?", figure) or float(figure) < 1:
+            raise ValueError(f"{name} is not a number from 1 on. Use 2.0 for twice the mean.")
+        return at_overload(name, float(figure), "assumed max/mean, lognormal, drawn")
     if Path(name).is_dir():
         return traced(name)
     if Path(name).is_file():
@@ -233,16 +225,6 @@ def load_workload(name: str) -> Loads:
     raise ValueError(
         f"{name} is no workload, folder of traces or file of shares. Use one of: {names}."
     )
-
-
-def _overload(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 1 <= value < math.inf:
-        raise ValueError(f"overload {word} is not a number from 1 on. Use 2.0 for twice the mean.")
-    return value
 
 
 def _shares(path: Path) -> np.ndarray:
