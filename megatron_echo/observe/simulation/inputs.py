@@ -14,8 +14,8 @@ def _check_numbers(given: "Cluster | Model") -> None:
         good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not good or not (0 < value < math.inf or value == field.default == 0):
             raise ValueError(
-                f"The {type(given).__name__.lower()}'s {field.name} is {value!r}. Give a "
-                f"{'whole' if whole else 'positive'} number."
+                f"The {type(given).__name__.lower()}'s {field.name} is {value!r}. Give a positive "
+                f"{'whole ' * whole}number."
             )
 
 

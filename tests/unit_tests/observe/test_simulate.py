@@ -622,9 +622,18 @@ def test_clusters_and_models_from_files(tmp_path: Path, capsys: pytest.CaptureFi
         (json.dumps({**fields, "speed": 1}), "'speed'). Give name, gpus, "),
         ("[]", "does not describe a cluster"),
         ("{", "is not valid JSON"),
-        (json.dumps({**fields, "gpus": "many"}), "The cluster's gpus is 'many'. Give a whole"),
-        (json.dumps({**fields, "gpus": True}), "The cluster's gpus is True. Give a whole number."),
-        (json.dumps({**fields, "gpus": 0}), "The cluster's gpus is 0. Give a whole number."),
+        (
+            json.dumps({**fields, "gpus": "many"}),
+            "The cluster's gpus is 'many'. Give a positive whole",
+        ),
+        (
+            json.dumps({**fields, "gpus": True}),
+            "The cluster's gpus is True. Give a positive whole number.",
+        ),
+        (
+            json.dumps({**fields, "gpus": 0}),
+            "The cluster's gpus is 0. Give a positive whole number.",
+        ),
         (json.dumps({**fields, "tflops": float("nan")}), "tflops is nan. Give a positive number."),
         (json.dumps({**fields, "tflops": float("inf")}), "tflops is inf. Give a positive number."),
         (json.dumps({**fields, "efficiency": 0}), "efficiency is 0. Give a positive number."),
@@ -636,7 +645,10 @@ def test_clusters_and_models_from_files(tmp_path: Path, capsys: pytest.CaptureFi
         assert says in refusal(capsys, "--cluster", str(path)), text
     for fields, says in (
         ({"like": "deepseek-v3", "layers": 2}, "3 dense of 2 layers. Make both parts smaller."),
-        ({"like": "deepseek-v3", "layers": 2.5}, "The model's layers is 2.5. Give a whole number."),
+        (
+            {"like": "deepseek-v3", "layers": 2.5},
+            "The model's layers is 2.5. Give a positive whole number.",
+        ),
         ({"like": "h100-nvl8"}, "is like h100-nvl8, which is no model. Use mixtral-8x7b, "),
         ({"layers": 2}, "does not describe a model"),
     ):
