@@ -137,9 +137,9 @@ def simulated(name: str, command: str, loads: str) -> tuple[Candidate, Candidate
     has even pipeline stages; those of a recipe's own layout differ by a layer.
     """
     words = [*command.split(), "--loads", loads]
-    asked, (model, search) = settings_of(name), prepare(simulator_parser().parse_args(words))
+    asked, (run, search) = settings_of(name), prepare(simulator_parser().parse_args(words))
     is_recomputed = asked.recompute_granularity is not None
-    found = [one for one in candidates(model, search)[0] if one.layout.recompute == is_recomputed]
+    found = [one for one in candidates(run, search)[0] if one.layout.recompute == is_recomputed]
     way = asked.moe_echo_expert_dispatcher_type
     plain = next(one for one in found if one.kind == "plain")
     return plain, next(one for one in found if one.kind == "echo" and one.layout.weights_by == way)

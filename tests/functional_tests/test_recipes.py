@@ -11,7 +11,7 @@ from example_scripts import start, validate, words_of
 from megatron.training.arguments import parse_args
 
 from megatron_echo.arguments import add_echo_arguments
-from megatron_echo.observe.simulation.models import MODELS, Model
+from megatron_echo.observe.simulation.inputs import MODELS, Model
 from megatron_echo.record.metrics import read_metrics
 
 NAMES = recipes.recipes()

@@ -145,7 +145,6 @@ def test_every_flag_in_the_docs_exists() -> None:
     tools = [path for folder in folders for path in (launch.ROOT / folder).rglob("*.py")]
     for path in (*tools, launch.ROOT / "tests/functional_tests/record_goldens.py"):
         known |= set(re.findall(r'"(--[a-z][a-z-]+)"', path.read_text()))
-    known |= {"--gpus", "--tolerance"}  # the simulator makes these from dataclasses
     unknown = {
         (page.name, flag)
         for page in PAGES

@@ -16,17 +16,13 @@ pass, and no time.
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_echo.memory.schedules import BACKWARD_SHARE
-from megatron_echo.observe.simulation.cluster import Assumptions, Cluster
-from megatron_echo.observe.simulation.layout import Layout, Stage, Work, held, stages
-from megatron_echo.observe.simulation.models import Model
+from megatron_echo.observe.simulation.layout import Layout, Run, held
 from megatron_echo.observe.simulation.placement import Placement
-from megatron_echo.observe.simulation.traffic import Traffic
 from megatron_echo.planner import balance_bound
 
 GIB = 2**30
@@ -34,29 +30,17 @@ IN_TRANSIT = 2
 """Layers whose offloaded bytes are on the device at once, on their way."""
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of a step: of the slowest pipeline rank, then what comes on top.
+class StepTime(NamedTuple):
+    """Seconds of a step: of the slowest pipeline rank, then what comes on top."""
 
-    Attributes:
-        compute: products of routed experts on the fullest rank.
-        tokens: their traffic.
-        clones: weights and gradients of clones, and planning.
-        rest: all other products.
-        shards: exchanges of tensor and context parallelism.
-        bubble: of the pipeline.
-        exposed: reduction of gradients and gathering of weights that nothing hides.
-        error: standard error of the total, from the layer calls that were looked at.
-    """
-
-    compute: float
-    tokens: float
-    clones: float
-    rest: float
-    shards: float
-    bubble: float
-    exposed: float
-    error: float
+    compute: float  # products of routed experts on the fullest rank
+    tokens: float  # their traffic
+    clones: float  # weights and gradients of clones, and planning
+    rest: float  # all other products
+    shards: float  # exchanges of tensor and context parallelism
+    bubble: float  # of the pipeline
+    exposed: float  # reduction of gradients and gathering of weights that nothing hides
+    error: float  # standard error of the total, from the layer calls that were looked at
 
     @property
     def total(self) -> float:
@@ -65,25 +49,15 @@ class StepTime:
         return busy + self.bubble + self.exposed
 
 
-@dataclass(frozen=True)
-class Memory:
-    """GiB of the fullest rank of the fullest pipeline stage.
+class Memory(NamedTuple):
+    """GiB of the fullest rank of the fullest pipeline stage."""
 
-    Attributes:
-        states: weights, gradients and optimizer.
-        activations: kept for backward, of all microbatches in flight.
-        clones: the pool of clones and the gradients that travel.
-        working: buffers of one layer call.
-        reserve: context, NCCL and fragmentation, assumed.
-        host: offloaded; on the host, not in the total.
-    """
-
-    states: float
-    activations: float
-    clones: float
-    working: float
-    reserve: float
-    host: float = 0.0
+    states: float  # weights, gradients and optimizer
+    activations: float  # kept for backward, of all microbatches in flight
+    clones: float  # the pool of clones and the gradients that travel
+    working: float  # buffers of one layer call
+    reserve: float  # context, NCCL and fragmentation, assumed
+    host: float  # offloaded; on the host, not in the total
 
     @property
     def total(self) -> float:
@@ -91,252 +65,273 @@ class Memory:
         return self.states + self.activations + self.clones + self.working + self.reserve
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One layer, or the output, for one microbatch on the slowest rank.
+class Cost(NamedTuple):
+    """One layer, the embedding or the output, for one microbatch on the slowest rank."""
 
-    Attributes:
-        seconds: forward and backward.
-        kept: bytes on the device for backward.
-        gone: bytes kept on the host.
-        states: bytes of weights, gradients and optimizer.
-        working: bytes while it runs.
-    """
-
-    seconds: float
-    kept: float
-    gone: float
-    states: float
-    working: float
+    seconds: float  # forward and backward
+    kept: float  # bytes on the device for backward
+    states: float  # bytes of weights, gradients and optimizer
+    working: float  # bytes while it runs
+    gone: float  # bytes kept on the host for backward
 
 
 class Costs:
-    """What a layout's layers cost; ``dense``, ``moe`` and ``output`` in :attr:`layers`."""
+    """What a layout costs.
 
-    def __init__(self, model: "CostModel", layout: Layout, placed: Placement) -> None:
-        """Set the layout.
+    Attributes:
+        calls: seconds of each layer call on the slowest rank in experts' products, tokens' traffic
+            and clones, float64 ``[C]`` each.
+        capacity: ``--moe-received-token-capacity`` for the loads seen; None (``auto``) never
+            overflows.
+        buffer_rows: rows that one layer call keeps on the fullest rank.
+        kinds: the cost of each kind of layer: ``dense``, ``moe``, ``embedding``, ``output``.
+    """
+
+    def __init__(self, run: Run, layout: Layout, placed: Placement) -> None:
+        """Count.
 
         Args:
-            model: the cost model.
-            layout: sizes that fit (:meth:`Layout.check`).
+            run: the cluster, the model and the batch.
+            layout: sizes that fit (:meth:`.Layout.check`).
             placed: its layer calls, as many as one likes: their mean counts.
         """
-        self._of, self.layout, self.placed = model, layout, placed
-        self.tokens = layout.tokens(model.work)
+        self.run, self.layout, self.placed = run, layout, placed
+        self.tokens = layout.tokens(run.work)
+        self._rate = run.cluster.tflops * 1e12 * run.cluster.efficiency
+        reached = 1e9 * run.cluster.link_efficiency
+        self._nvlink = run.cluster.nvlink_gb_s * reached
+        self._network = run.cluster.network_gb_s * reached
         self._again = 1 + (1 - BACKWARD_SHARE) if layout.recompute else 1.0
         rows = placed.mean if layout.tokens_by == "balanced" else placed.placed
-        experts = self._again * 6 * model.model.expert_parameters * rows / model.flops
-        traffic = model.traffic
-        self.calls = experts, traffic.tokens(layout, placed), traffic.clones(layout, placed)
-        self.buffer_rows = model.buffer_rows(layout, placed, model.capacity(layout, placed))
-
-    def rest(self, layer: str) -> float:
-        """Seconds of a microbatch in a layer's products besides routed experts."""
-        model, work = self._of.model, self._of.work
-        if layer == "output":
-            return 6 * model.vocab * model.hidden * self.tokens / self._of.flops
-        return self._again * model.layer_flops(layer, self.tokens, work.sequence) / self._of.flops
-
-    def shards(self, layer: str) -> float:
-        """Seconds of a microbatch in exchanges of TP and CP."""
-        return 0.0 if layer == "output" else self._of.traffic.shards(self.layout, layer)
-
-    @cached_property
-    def layers(self) -> dict[str, Cost]:
-        """Of each kind."""
-        return {kind: self._layer(kind) for kind in ("dense", "moe", "output")}
-
-    def _layer(self, kind: str) -> Cost:
-        seconds = self.rest(kind) + self.shards(kind)
-        if kind == "moe":
-            seconds += sum(float(each.mean()) for each in self.calls)
-        kept, working = self._bytes(kind)
-        if self.layout.recompute and kind != "output":
-            working += kept
-            kept = 2.0 * self.tokens * self._of.model.hidden
-        cluster, assumed = self._of.cluster, self._of.assumed
-        link = 1e9 * cluster.host_gb_s * assumed.link_efficiency
-        gone = min(self.layout.offload * kept, link * seconds * (1 - BACKWARD_SHARE))
-        return Cost(seconds, kept - gone, gone, self._states(kind), working)
-
-    def _bytes(self, kind: str) -> tuple[float, float]:
-        """Kept for backward, and while it runs, for one microbatch."""
-        model, layout = self._of.model, self.layout
-        if kind == "output":
-            return 0.0, 6.0 * self.tokens * model.vocab
-        kept = float(model.kept_bytes(kind, self.tokens))
-        if kind == "dense":
-            return kept, 0.0
-        kept += self.buffer_rows * 2 * (model.hidden + 3 * model.moe_ffn)
-        working = self.buffer_rows * 4 * (model.hidden + 2 * model.moe_ffn)
-        if layout.tokens_by in ("all_gather", "all_to_all"):
-            working += layout.expert * self._of.traffic.places(layout) * model.hidden * 6
-        return kept, working
-
-    def _states(self, kind: str) -> float:
-        """bf16 weights, fp32 gradients, and this rank's shard of main weights and moments."""
-        expert, dense = self._of.parameters(self.layout, kind)
-        layout = self.layout
-        experts = expert * (6 + 12 / layout.expert_copies)
-        return experts + dense * (6 + 12 / layout.dense_copies)
-
-    def of_stage(self, stage: Stage) -> list[Cost]:
-        """Its layers, the embedding's states among the first."""
-        found = [self.layers["dense"]] * stage.dense + [self.layers["moe"]] * stage.moe
-        if stage.first:
-            found.append(Cost(0.0, 0.0, 0.0, self.layers["output"].states, 0.0))
-        return [*found, self.layers["output"]] if stage.last else found
-
-
-class CostModel:
-    """Time and memory of layouts of one model on one cluster."""
-
-    def __init__(
-        self, cluster: Cluster, model: Model, work: Work, assumed: Assumptions | None = None
-    ) -> None:
-        """Set what does not change between layouts.
-
-        Args:
-            cluster: the machines.
-            model: the model.
-            work: batch and sequence.
-            assumed: by default :class:`Assumptions` as they are.
-        """
-        self.cluster, self.model, self.work = cluster, model, work
-        self.assumed = assumed or Assumptions()
-        self.flops = cluster.tflops * 1e12 * self.assumed.efficiency
-        self.traffic = Traffic(cluster, model, work, self.assumed)
-
-    def _ranks(self, layout: Layout) -> list[list[Stage]]:
-        """The stages of each pipeline rank."""
-        found, schedule = stages(self.model, layout), layout.schedule(self.work)
-        return [
-            [found[schedule.stage(rank, chunk)] for chunk in range(layout.virtual)]
+        experts = self._again * 6 * run.model.expert_parameters * rows / self._rate
+        self.calls = experts, self._row_traffic(), self._clone_traffic()
+        self.capacity, self.buffer_rows = self._buffer()
+        self.kinds = {kind: self._cost(kind) for kind in ("dense", "moe", "output")}
+        self.kinds["embedding"] = Cost(0.0, 0.0, self.kinds["output"].states, 0.0, 0.0)
+        stages, schedule = layout.stages(run.model), layout.schedule(run.work)
+        self._ranks = [
+            [stages[schedule.stage(rank, chunk)] for chunk in range(layout.virtual)]
             for rank in range(layout.pipeline)
         ]
 
-    def step_time(self, layout: Layout, placed: Placement) -> StepTime:
-        """Seconds of a step; the arguments are those of :class:`Costs`."""
-        costs, microbatches = Costs(self, layout, placed), layout.microbatches(self.work)
-        ranks = self._ranks(layout)
+    def step_time(self) -> StepTime:
+        """Seconds of a step."""
+        microbatches = self.layout.microbatches(self.run.work)
         busy = [
-            sum(cost.seconds for stage in chunks for cost in costs.of_stage(stage))
-            for chunks in ranks
+            sum(self.kinds[kind].seconds for stage in chunks for kind in stage)
+            for chunks in self._ranks
         ]
         slowest = busy.index(max(busy))
-        layers = {
-            "dense": sum(stage.dense for stage in ranks[slowest]),
-            "moe": sum(stage.moe for stage in ranks[slowest]),
-            "output": sum(stage.last for stage in ranks[slowest]),
-        }
+        here = [kind for stage in self._ranks[slowest] for kind in stage]
+        layers = {kind: here.count(kind) for kind in ("dense", "moe", "output")}
         calls = layers["moe"] * microbatches
-        experts, tokens, clones = (float(each.mean()) * calls for each in costs.calls)
-        whole = np.sum(costs.calls, axis=0)
+        experts, tokens, clones = (float(each.mean()) * calls for each in self.calls)
+        whole = np.sum(self.calls, axis=0)
         deviation = float(whole.std(ddof=1)) if len(whole) > 1 else 0.0
-        bubble = (sum(busy) - busy[slowest]) / layout.virtual
+        bubble = (sum(busy) - busy[slowest]) / self.layout.virtual
         stretch = 1 + bubble / (busy[slowest] * microbatches)
         return StepTime(
             compute=experts,
             tokens=tokens,
             clones=clones,
-            rest=sum(costs.rest(kind) * n for kind, n in layers.items()) * microbatches,
-            shards=sum(costs.shards(kind) * n for kind, n in layers.items()) * microbatches,
+            rest=sum(self._rest(kind) * n for kind, n in layers.items()) * microbatches,
+            shards=sum(self._shards(kind) * n for kind, n in layers.items()) * microbatches,
             bubble=bubble,
-            exposed=max(map(self._exposed, [layout] * len(ranks), ranks, busy)),
+            exposed=max(map(self._exposed, self._ranks, busy)),
             error=stretch * calls * deviation / math.sqrt(len(whole)),
         )
 
-    def _exposed(self, layout: Layout, chunks: list[Stage], busy: float) -> float:
-        """What the last backward pass does not hide of fp32 gradients and bf16 weights."""
-        kinds = [
-            kind
-            for stage in chunks
-            for kind, number in (
-                ("dense", stage.dense),
-                ("moe", stage.moe),
-                ("output", stage.first + stage.last),
-            )
-            for _ in range(number)
-        ]
-        expert, dense = np.sum([self.parameters(layout, kind) for kind in kinds], axis=0)
-        copies, others = layout.expert_copies, layout.dense_copies
-        moved = expert * (copies - 1) / copies + dense * (others - 1) / others
-        rate = 1e9 * self.assumed.link_efficiency
-        fits = layout.gpus <= self.cluster.gpus_per_node
-        link = self.cluster.nvlink_gb_s if fits else self.cluster.network_gb_s
-        return max(0.0, float(6 * moved / (link * rate)) - busy * BACKWARD_SHARE)
+    def memory(self) -> Memory:
+        """GiB of the fullest rank."""
+        moments = held(self.layout.schedule(self.run.work))
+        found = map(self._memory_of, self._ranks, moments)
+        return max(found, key=lambda memory: memory.total)
 
-    def parameters(self, layout: Layout, kind: str) -> tuple[float, float]:
-        """Of a rank in a layer or the output: routed experts, and all else."""
-        model = self.model
+    def _memory_of(self, chunks: list[list[str]], moments: list[tuple[int, ...]]) -> Memory:
+        """One pipeline rank."""
+        costs = [[self.kinds[kind] for kind in stage] for stage in chunks]
+
+        def highest(sizes: list[float]) -> float:
+            return max(sum(n * size for n, size in zip(m, sizes, strict=True)) for m in moments)
+
+        layers = [cost for chunk in costs for cost in chunk]
+        in_transit = sum(sorted((cost.gone for cost in layers), reverse=True)[:IN_TRANSIT])
+        kept = highest([sum(cost.kept for cost in chunk) for chunk in costs])
+        return Memory(
+            states=sum(cost.states for cost in layers) / GIB,
+            activations=(kept + in_transit) / GIB,
+            clones=self._clone_bytes() / GIB,
+            working=max(cost.working for cost in layers) / GIB,
+            reserve=self.run.cluster.reserve_gib,
+            host=highest([sum(cost.gone for cost in chunk) for chunk in costs]) / GIB,
+        )
+
+    # Seconds.
+
+    def _link(self, inside: np.ndarray, across: np.ndarray) -> np.ndarray:
+        """Of bytes of one rank inside its node and to others, both links at work."""
+        return np.maximum(inside / self._nvlink, across / self._network)
+
+    def _link_of(self, ranks: int) -> float:
+        """Bytes a second of one rank within a group of consecutive ranks."""
+        return self._nvlink if ranks <= self.run.cluster.gpus_per_node else self._network
+
+    def _row_traffic(self) -> np.ndarray:
+        """Of layer calls: rows there and back, for backward too, and again if recomputed."""
+        layout, placed, cluster = self.layout, self.placed, self.run.cluster
+        ranks, width = layout.expert, 2 * self.run.model.hidden
+        node = cluster.ranks_per_node(ranks)
+        passes = (6 if layout.recompute else 4) if ranks > 1 else 0
+        if layout.tokens_by == "megatron":
+            inside, across = placed.rows_inside * width, placed.rows_across * width
+        elif layout.tokens_by in ("symmetric_memory", "hybrid_ep"):
+            inside = placed.placed * (placed.leave_rank - placed.leave_node) * width
+            across = placed.placed * placed.leave_node * width
+        else:
+            if layout.tokens_by == "balanced":
+                part = placed.mean * width / ranks
+            else:
+                part = np.full_like(placed.mean, self._places() * width)
+            # An all-gather's results travel in fp32 (2 of 4 passes): 1.5 times the bytes.
+            part *= 1.5 if layout.tokens_by == "all_gather" else 1.0
+            inside, across = (node - 1) * part, (ranks - node) * part
+        return passes * (self._link(inside, across) + cluster.exchange_us * 1e-6)
+
+    def _places(self) -> int:
+        """Tokens that each rank sends to each rank, by ``all_gather`` or ``all_to_all``."""
+        if self.layout.tokens_by == "all_gather":
+            return self.tokens
+        return math.ceil(self.layout.peer_capacity * self.tokens)
+
+    def _clone_traffic(self) -> np.ndarray:
+        """Of layer calls: bf16 weights forward, again for backward, fp32 gradients home."""
+        layout, placed, cluster = self.layout, self.placed, self.run.cluster
+        if not layout.weights_by:
+            return np.zeros_like(placed.mean)
+        pushes = 3 if layout.recompute else 2
+        size = self.run.model.expert_parameters * (2 * pushes + 4)
+        inside, across = placed.clones_inside, placed.clones_across
+        exchanges = 2.0 * (pushes + 1)  # two projections
+        if layout.weights_by == "collective":
+            node = cluster.ranks_per_node(layout.expert)
+            inside = np.full_like(placed.mean, placed.slots * (node - 1))
+            across = np.full_like(placed.mean, placed.slots * (layout.expert - node))
+            exchanges *= placed.slots
+        fixed = exchanges * cluster.exchange_us + cluster.plan_us
+        return self._link(inside * size, across * size) + fixed * 1e-6
+
+    def _rest(self, kind: str) -> float:
+        """Of a microbatch in products besides routed experts; attention is causal."""
+        model = self.run.model
         if kind == "output":
+            return 6 * model.vocab * model.hidden * self.tokens / self._rate
+        width = model.head_dim + model.rope_dim + model.value_width
+        scores = 3 * self.run.work.sequence * model.heads * width
+        flops = self.tokens * (6 * model.dense_parameters(kind) + scores)
+        return self._again * flops / self._rate
+
+    def _shards(self, kind: str) -> float:
+        """Of a microbatch in exchanges of TP and CP.
+
+        TP with sequence parallelism: around attention and around a dense MLP the rows are gathered
+        and reduced, twice forward, three times backward, twice more if recomputed. CP: keys and
+        values go round once forward and, with their gradients, twice backward.
+        """
+        layout, model = self.layout, self.run.model
+        if kind == "output":
+            return 0.0
+        found, latency = 0.0, self.run.cluster.exchange_us * 1e-6
+        if layout.tensor > 1:
+            has_mlp = kind == "dense" or model.shared_ffn > 0
+            passes = (7 if layout.recompute else 5) * (1 + has_mlp)
+            moved = 2 * self.tokens * (layout.tensor - 1) * model.hidden
+            found += passes * (moved / self._link_of(layout.tensor) + latency)
+        if layout.context > 1:
+            passes = 4 if layout.recompute else 3
+            width = 2 * model.groups * model.head_dim
+            if model.q_lora:
+                width = model.heads * (model.head_dim + model.rope_dim + model.value_width)
+            moved = 2 * self.tokens * (layout.context - 1) * width
+            found += passes * (moved / self._link_of(layout.tensor * layout.context) + latency)
+        return found
+
+    def _exposed(self, chunks: list[list[str]], busy: float) -> float:
+        """What the last backward pass does not hide of fp32 gradients and bf16 weights."""
+        kinds = [kind for stage in chunks for kind in stage]
+        expert, dense = np.sum([self._parameters(kind) for kind in kinds], axis=0)
+        copies, others = self.layout.expert_copies, self.layout.dense_copies
+        moved = expert * (copies - 1) / copies + dense * (others - 1) / others
+        return max(0.0, float(6 * moved / self._link_of(self.layout.gpus)) - busy * BACKWARD_SHARE)
+
+    # Bytes.
+
+    def _cost(self, kind: str) -> Cost:
+        seconds = self._rest(kind) + self._shards(kind)
+        if kind == "moe":
+            seconds += sum(float(each.mean()) for each in self.calls)
+        kept, working = self._activations(kind)
+        if self.layout.recompute and kind != "output":
+            working += kept
+            kept = 2.0 * self.tokens * self.run.model.hidden
+        cluster, layout = self.run.cluster, self.layout
+        link = 1e9 * cluster.host_gb_s * cluster.link_efficiency
+        gone = min(layout.offload * kept, link * seconds * (1 - BACKWARD_SHARE))
+        # bf16 weights, fp32 gradients, and this rank's shard of main weights and moments.
+        expert, dense = self._parameters(kind)
+        states = expert * (6 + 12 / layout.expert_copies) + dense * (6 + 12 / layout.dense_copies)
+        return Cost(seconds, kept - gone, states, working, gone)
+
+    def _parameters(self, kind: str) -> tuple[float, float]:
+        """Of a rank in a layer, the embedding or the output: routed experts, and all else."""
+        model, layout = self.run.model, self.layout
+        if kind in ("embedding", "output"):
             return 0.0, model.vocab * model.hidden / layout.tensor
         expert = model.experts / layout.expert * model.expert_parameters if kind == "moe" else 0.0
         return expert, model.dense_parameters(kind) / layout.tensor
 
-    def buffer_rows(self, layout: Layout, placed: Placement, capacity: float | None) -> float:
-        """Rows that one layer call keeps on the fullest rank.
+    def _activations(self, kind: str) -> tuple[float, float]:
+        """Kept for backward, and while it runs, for one microbatch.
 
-        Without clones the mean of the fullest rank; with them the static buffer.
-
-        Args:
-            layout: whose.
-            placed: its layer calls.
-            capacity: ``--moe-received-token-capacity``, None for ``auto``.
+        In bf16 two norms' inputs and outputs, queries, keys, values, attention's output (scores
+        are not kept: flash attention), a dense or shared MLP's two products and their activation.
         """
+        model, layout, rows = self.run.model, self.layout, self.buffer_rows
+        if kind == "output":
+            return 0.0, 6.0 * self.tokens * model.vocab
+        heads = 2 * (model.heads + model.groups) * model.head_dim
+        if model.q_lora:
+            width = 2 * (model.head_dim + model.rope_dim) + 2 * model.value_width
+            heads = model.heads * width + model.q_lora + model.kv_lora
+        mlp = model.ffn if kind == "dense" else model.shared_ffn
+        kept = float(2 * self.tokens * (4 * model.hidden + heads + 3 * mlp))
+        if kind == "dense":
+            return kept, 0.0
+        kept += rows * 2 * (model.hidden + 3 * model.moe_ffn)
+        working = rows * 4 * (model.hidden + 2 * model.moe_ffn)
+        if layout.tokens_by in ("all_gather", "all_to_all"):
+            working += layout.expert * self._places() * model.hidden * 6
+        return kept, working
+
+    def _buffer(self) -> tuple[float | None, float]:
+        """Capacity, and rows: without clones the fullest rank's mean, else the static buffer."""
         from megatron_echo.dispatch.layout import round_rows  # imports Megatron
 
+        layout, placed, run = self.layout, self.placed, self.run
         if not layout.weights_by:
-            return placed.fullest if layout.tokens_by == "megatron" else float(placed.mean.mean())
-        pairs = layout.tokens(self.work) * self.model.topk
-        if capacity is None:
-            return round_rows(balance_bound(pairs * layout.expert, layout.expert, placed.tolerance))
-        return round_rows(math.ceil(capacity * pairs))
+            mean = float(placed.mean.mean())
+            return None, placed.fullest if layout.tokens_by == "megatron" else mean
+        pairs, ranks = self.tokens * run.model.topk, layout.expert
+        if placed.slots * ranks >= run.model.experts:
+            return None, round_rows(balance_bound(pairs * ranks, ranks, placed.tolerance))
+        fullest = placed.placed.max() / pairs * run.cluster.capacity_margin
+        capacity = math.ceil(fullest * 100) / 100
+        return capacity, round_rows(math.ceil(capacity * pairs))
 
-    def capacity(self, layout: Layout, placed: Placement) -> float | None:
-        """``--moe-received-token-capacity`` for the loads seen; None (``auto``) never overflows."""
-        if not layout.weights_by or placed.slots * layout.expert >= self.model.experts:
-            return None
-        pairs = layout.tokens(self.work) * self.model.topk
-        return math.ceil(placed.placed.max() / pairs * self.assumed.capacity_margin * 100) / 100
-
-    def memory(self, layout: Layout, placed: Placement) -> Memory:
-        """GiB of the fullest rank; the arguments are those of :class:`Costs`."""
-        costs = Costs(self, layout, placed)
-        clones = self.clone_bytes(layout, placed.slots) / GIB
-        found = [
-            self._memory_of([costs.of_stage(stage) for stage in chunks], moments, clones)
-            for chunks, moments in zip(
-                self._ranks(layout), held(layout.schedule(self.work)), strict=True
-            )
-        ]
-        return max(found, key=lambda memory: memory.total)
-
-    def _memory_of(
-        self, chunks: list[list[Cost]], moments: list[tuple[int, ...]], clones: float
-    ) -> Memory:
-        """One pipeline rank."""
-
-        def highest(name: str) -> float:
-            sizes = [sum(getattr(cost, name) for cost in chunk) for chunk in chunks]
-            return max(sum(n * size for n, size in zip(m, sizes, strict=True)) for m in moments)
-
-        layers = [cost for chunk in chunks for cost in chunk]
-        in_transit = sum(sorted((cost.gone for cost in layers), reverse=True)[:IN_TRANSIT])
-        return Memory(
-            states=sum(cost.states for cost in layers) / GIB,
-            activations=(highest("kept") + in_transit) / GIB,
-            clones=clones,
-            working=max(cost.working for cost in layers) / GIB,
-            reserve=self.assumed.reserve_gib,
-            host=highest("gone") / GIB,
-        )
-
-    def clone_bytes(self, layout: Layout, slots: int) -> float:
+    def _clone_bytes(self) -> float:
         """The pool (home experts are copied into it) and one projection's gradients, wide."""
+        layout, model, slots = self.layout, self.run.model, self.placed.slots
         if not layout.weights_by:
             return 0.0
-        model = self.model
         pool = model.experts // layout.expert + slots
         projection = 2 * model.hidden * model.moe_ffn
         buffers = 2 * 4 * layout.expert if layout.weights_by == "collective" else 2 * slots * 4

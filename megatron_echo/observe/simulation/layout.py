@@ -3,60 +3,50 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from megatron_echo.memory.schedules import Pipeline
-from megatron_echo.observe.simulation.models import Model
+from megatron_echo.observe.simulation.inputs import Cluster, Model
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is trained, besides the model.
-
-    Attributes:
-        sequence: tokens of a sequence.
-        micro_batch: sequences of a microbatch.
-        global_batch: sequences of a step.
-    """
+class Work(NamedTuple):
+    """A step's tokens: of a sequence; its sequences: of a microbatch, and of all."""
 
     sequence: int
     micro_batch: int
     global_batch: int
 
 
+class Run(NamedTuple):
+    """What does not change between layouts: where, what, and how much of it a step."""
+
+    cluster: Cluster
+    model: Model
+    work: Work
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the run is spread and what moves tokens and weights.
 
-    Attributes:
-        gpus: all of them.
-        expert: EP, R ranks.
-        pipeline: PP, ranks of a pipeline.
-        virtual: VPP, model chunks of each of them.
-        tensor: TP, with sequence parallelism; experts are not split.
-        context: CP.
-        layers: decoder layers of each of the PP x VPP stages; None for Megatron's own split.
-        recompute: whether whole layers are recomputed in backward.
-        offload: share of what is kept for backward that may go to the host.
-        tokens_by: ``megatron`` (its all-to-all of just the rows that leave); of this package
-            ``all_gather``, ``all_to_all`` (equal parts) and, for just the rows that leave,
-            ``symmetric_memory`` inside a node and ``hybrid_ep``; or, what no program does,
-            ``balanced``, Megatron's with equal loads.
-        weights_by: ``collective`` or ``p2p``, of this package; empty without clones.
-        peer_capacity: of ``all_to_all``.
+    ``tokens_by`` is ``megatron`` (its all-to-all of just the rows that leave); of this package
+    ``all_gather``, ``all_to_all`` (equal parts) and, for just the rows that leave,
+    ``symmetric_memory`` inside a node and ``hybrid_ep``; or, what no program does, ``balanced``,
+    Megatron's with equal loads.
     """
 
-    gpus: int
-    expert: int
-    pipeline: int = 1
-    virtual: int = 1
-    tensor: int = 1
-    context: int = 1
-    layers: tuple[int, ...] | None = None
-    recompute: bool = False
-    offload: float = 0.0
+    gpus: int  # all of them
+    expert: int  # EP, R ranks
+    pipeline: int = 1  # PP, ranks of a pipeline
+    virtual: int = 1  # VPP, model chunks of each of them
+    tensor: int = 1  # TP, with sequence parallelism; experts are not split
+    context: int = 1  # CP
+    layers: tuple[int, ...] | None = None  # decoder layers of each stage; None: Megatron's split
+    recompute: bool = False  # whether whole layers are recomputed in backward
+    offload: float = 0.0  # share of what is kept for backward that may go to the host
     tokens_by: str = "megatron"
-    weights_by: str = ""
-    peer_capacity: float = 1.0
+    weights_by: str = ""  # collective or p2p, of this package; empty without clones
+    peer_capacity: float = 1.0  # of all_to_all
 
     @property
     def data(self) -> int:
@@ -82,20 +72,32 @@ class Layout:
         return work.global_batch // (work.micro_batch * self.data)
 
     def schedule(self, work: Work) -> Pipeline:
-        """The pipeline's order of passes.
+        """The pipeline's order of passes."""
+        return Pipeline.make("interleaved", self.pipeline, self.virtual, self.microbatches(work))
 
-        Raises:
-            ValueError: microbatches that do not fit it.
-        """
-        name = "1f1b" if self.virtual == 1 else "interleaved"
-        return Pipeline.make(name, self.pipeline, self.virtual, self.microbatches(work))
+    def counts(self, model: Model) -> tuple[int, ...]:
+        """Decoder layers of each stage; without a plan all have as many, the last what is left."""
+        if self.layers is not None:
+            return self.layers
+        number = self.pipeline * self.virtual
+        size = math.ceil(model.layers / number)
+        return (*[size] * (number - 1), model.layers - size * (number - 1))
+
+    def stages(self, model: Model) -> list[list[str]]:
+        """What each of the PP x VPP stages has, in no order: kinds of :class:`.Costs`."""
+        kinds = ["dense"] * model.dense_layers + ["moe"] * model.moe_layers
+        found = [[kinds.pop(0) for _ in range(count)] for count in self.counts(model)]
+        found[0].append("embedding")
+        found[-1].append("output")
+        return found
 
     def check(self, model: Model, work: Work) -> None:
-        """Refuse sizes that do not divide.
-
-        Raises:
-            ValueError: says which.
-        """
+        """Refuse sizes that do not divide by a ``ValueError`` that says which."""
+        if model.experts % self.expert:
+            raise ValueError(
+                f"EP={self.expert} does not divide {model.experts} experts. Use a divisor of "
+                f"{model.experts}."
+            )
         split = self.tensor * self.context
         for sizes, group in (
             (f"EP={self.expert} x PP={self.pipeline}", self.expert * self.pipeline),
@@ -117,51 +119,13 @@ class Layout:
                 f"{work.micro_batch} x data-parallel size {self.data}. Use a multiple of "
                 f"{work.micro_batch * self.data}."
             )
-        if min(stage_layers(model, self)[1:-1], default=1) < 1 or (
-            self.layers is None and min(stage_layers(model, self)) < 1
-        ):
+        counts = self.counts(model)
+        if min(counts[1:-1] if self.layers else counts, default=1) < 1:
             raise ValueError(
                 f"PP={self.pipeline} x VPP={self.virtual} leaves a stage without layers of "
                 f"{model.layers}. Use fewer."
             )
         self.schedule(work)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A pipeline stage.
-
-    Attributes:
-        dense: its dense layers.
-        moe: its layers with experts.
-        first: whether it has the embedding.
-        last: whether it has the output.
-    """
-
-    dense: int
-    moe: int
-    first: bool
-    last: bool
-
-
-def stage_layers(model: Model, layout: Layout) -> tuple[int, ...]:
-    """Decoder layers of each stage; without a plan all have as many, the last what is left."""
-    if layout.layers is not None:
-        return layout.layers
-    number = layout.pipeline * layout.virtual
-    size = math.ceil(model.layers / number)
-    return (*[size] * (number - 1), model.layers - size * (number - 1))
-
-
-def stages(model: Model, layout: Layout) -> list[Stage]:
-    """All PP x VPP stages of a layout, in the order of the model."""
-    found, begin = [], 0
-    counts = stage_layers(model, layout)
-    for number, count in enumerate(counts):
-        dense = max(0, min(begin + count, model.dense_layers) - begin)
-        found.append(Stage(dense, count - dense, number == 0, number == len(counts) - 1))
-        begin += count
-    return found
 
 
 @cache

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from megatron_echo.planner import ClonePlan, plan_clones
-from megatron_echo.planner.bound import MAX_RANKS
 
 _BATCH = 32
 PEER_CALLS, PEER_SOURCES = 4, 16
@@ -20,45 +19,23 @@ class Placement:
     """Figures of C layer calls, each a float64 ``[C]``, for R ranks and S slots.
 
     A row is a token-expert pair. "Highest" is that of the busiest rank; "inside" and "across"
-    are traffic within a node and between nodes.
-
-    Attributes:
-        ranks: R.
-        slots: S.
-        tolerance: of the planner.
-        mean: rows of a rank, the mean.
-        routed: highest load without clones.
-        placed: highest load with them.
-        clones: used slots.
-        most_sent: highest number of clones that one home rank sends.
-        most_received: highest number of clones on one rank.
-        clones_inside: highest number that one rank sends or receives in its node.
-        clones_across: the same to or from other nodes.
-        moved: share of rows computed by clones.
-        leave_rank: share of rows computed on another rank than their token's, at the least.
-        leave_node: share of rows computed on another node, at the least.
-        rows_inside: highest number of rows that one rank gets from its node, without clones.
-        rows_across: the same from other nodes.
-        fullest: scalar, rows of the rank with the highest load over all calls, mean over calls.
+    are traffic within a node and between nodes; shares are the least that is possible.
     """
 
-    ranks: int
-    slots: int
-    tolerance: float
-    mean: np.ndarray
-    routed: np.ndarray
-    placed: np.ndarray
-    clones: np.ndarray
-    most_sent: np.ndarray
-    most_received: np.ndarray
-    clones_inside: np.ndarray
-    clones_across: np.ndarray
-    moved: np.ndarray
-    leave_rank: np.ndarray
-    leave_node: np.ndarray
-    rows_inside: np.ndarray
-    rows_across: np.ndarray
-    fullest: float
+    ranks: int  # R
+    slots: int  # S
+    tolerance: float  # of the planner
+    mean: np.ndarray  # rows of a rank, the mean
+    routed: np.ndarray  # highest load without clones
+    placed: np.ndarray  # highest load with them
+    clones: np.ndarray  # used slots
+    clones_inside: np.ndarray  # highest number that one rank sends or receives in its node
+    clones_across: np.ndarray  # the same to or from other nodes
+    leave_rank: np.ndarray  # share of rows computed on another rank than their token's
+    leave_node: np.ndarray  # share of rows computed on another node
+    rows_inside: np.ndarray  # highest number that a rank gets from its node, without clones
+    rows_across: np.ndarray  # the same from other nodes
+    fullest: float  # scalar, mean over calls of the rank with the highest load over all
 
     @property
     def overload_routed(self) -> np.ndarray:
@@ -71,68 +48,40 @@ class Placement:
         return self.placed / self.mean
 
 
-def check_ranks(ranks: int, experts: int, slots: int) -> None:
-    """Refuse what the planner would refuse.
-
-    Raises:
-        ValueError: ranks that do not divide the experts, or too many of them for clones.
-    """
-    if ranks < 1 or experts % ranks:
-        raise ValueError(
-            f"EP={ranks} does not divide {experts} experts. Use a divisor of {experts}."
-        )
-    if slots and ranks > MAX_RANKS:
-        raise ValueError(f"The planner takes up to {MAX_RANKS} ranks, not {ranks}. Use fewer.")
-
-
 def place(
     counts: np.ndarray, slots: int, tolerance: float, node: int, by_node: bool = False
 ) -> Placement:
-    """Plan layer calls, several at a time; the plans are those of ``plan_clones``, bit for bit.
+    """Plan layer calls ``[C, R, E]`` of int64; plans are those of ``plan_clones``, bit for bit.
 
-    Args:
-        counts: int64 ``[C, R, E]``.
-        slots: S.
-        tolerance: of the planner.
-        node: ranks that share a node.
-        by_node: whether the planner is told of nodes.
-
-    Raises:
-        ValueError: as ``plan_clones``.
+    ``node`` ranks share a node; ``by_node`` says whether the planner is told.
     """
-    check_ranks(counts.shape[1], counts.shape[2], slots)
     parts = []
     for begin in range(0, len(counts), _BATCH):
         chunk = torch.from_numpy(np.ascontiguousarray(counts[begin : begin + _BATCH], np.int64))
-        parts.append(_figures(chunk, slots, tolerance, node, by_node))
+        told = node if by_node and node < counts.shape[1] else None
+        parts.append(_figures(chunk, _allocations(chunk, slots, tolerance, told), node))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     fullest = joined.pop("load").double().mean(0).max().item()
     arrays = {name: value.double().numpy() for name, value in joined.items()}
     return Placement(counts.shape[1], slots, tolerance, **arrays, fullest=fullest)
 
 
-def plans(counts: Tensor, slots: int, tolerance: float, node: int | None) -> tuple[Tensor, Tensor]:
-    """``slot_expert [C, R, S]`` and ``allocation [C, E, R]`` of layer calls ``[C, R, E]``."""
+def _allocations(counts: Tensor, slots: int, tolerance: float, node: int | None) -> Tensor:
+    """Rows of each expert on each rank, ``[C, E, R]``, of layer calls ``[C, R, E]``."""
     ranks, experts = counts.shape[1:]
     if slots == 0:
         home = torch.arange(experts) // (experts // ranks)
-        is_home = home[:, None] == torch.arange(ranks)
-        return counts.new_empty(len(counts), ranks, 0), counts.sum(1)[:, :, None] * is_home
-
-    def plan(each: Tensor) -> tuple[Tensor, Tensor]:
-        made = plan_clones(each, slots, tolerance, 0, node)
-        return made.slot_expert, made.allocation
-
+        return counts.sum(1)[:, :, None] * (home[:, None] == torch.arange(ranks))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # operators that vmap runs one by one
-        return torch.vmap(plan)(counts)
+        return torch.vmap(lambda each: plan_clones(each, slots, tolerance, 0, node).allocation)(
+            counts
+        )
 
 
-def _figures(
-    counts: Tensor, slots: int, tolerance: float, node: int, by_node: bool
-) -> dict[str, Tensor]:
+def _figures(counts: Tensor, allocation: Tensor, node: int) -> dict[str, Tensor]:
+    """The arrays of a :class:`Placement`, and the ranks' loads ``[C, R]``."""
     calls, ranks, experts = counts.shape
-    _, allocation = plans(counts, slots, tolerance, node if by_node and node < ranks else None)
     rank = torch.arange(ranks)
     home = torch.arange(experts) // (experts // ranks)
     together = rank[:, None] // node == rank // node
@@ -152,11 +101,8 @@ def _figures(
         "routed": wanted.sum(1).amax(1),
         "placed": allocation.sum(1).amax(1),
         "clones": sent.sum((1, 2)),
-        "most_sent": sent.sum(2).amax(1),
-        "most_received": sent.sum(1).amax(1),
         "clones_inside": torch.maximum(inside.sum(1), inside.sum(2)).amax(1),
         "clones_across": torch.maximum(across.sum(1), across.sum(2)).amax(1),
-        "moved": away.sum((1, 2)) / safe,
         "leave_rank": 1 - stay / safe,
         "leave_node": 1 - torch.minimum(supply, demand).sum((1, 2)) / safe,
         "rows_inside": (wanted * (together & apart)).sum(1).amax(1),
@@ -172,7 +118,7 @@ def fullest_part(counts: np.ndarray, placed: Placement) -> float:
     """
     most = 0
     chosen = torch.from_numpy(np.asarray(counts[:: max(1, len(counts) // PEER_CALLS)], np.int64))
-    _, allocations = plans(chosen, placed.slots, placed.tolerance, None)
+    allocations = _allocations(chosen, placed.slots, placed.tolerance, None)
     sources = range(0, placed.ranks, max(1, placed.ranks // PEER_SOURCES))
     for each, allocation in zip(chosen, allocations, strict=True):
         plan = ClonePlan(each, each, allocation, each, each, each)

@@ -1,63 +1,56 @@
-"""Pictures of a sweep."""
+"""A picture of a sweep."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_echo.observe.simulation.cost_model import CostModel
-from megatron_echo.observe.simulation.search import Candidate, best_by_name, fastest
+from megatron_echo.observe.simulation.layout import Run
+from megatron_echo.observe.simulation.search import (
+    Candidate,
+    Search,
+    best_by_name,
+    candidates,
+    fastest,
+)
+from megatron_echo.observe.simulation.workloads import at_overload
 
-PARTS = {
-    "compute": ("experts", "tab:blue"),
-    "tokens": ("tokens' traffic", "tab:orange"),
-    "clones": ("clones", "tab:red"),
-    "rest": ("other products", "tab:gray"),
-    "shards": ("TP and CP", "tab:brown"),
-    "bubble": ("bubble", "lightgray"),
-    "exposed": ("gradients", "tab:purple"),
-}
-"""Fields of a step's time: name and colour."""
+OVERLOADS = (1.1, 1.5, 2.0, 3.0, 4.0)
+"""Skews of the last panel."""
 
 
-def save_plot(
-    model: CostModel,
-    found: Sequence[Candidate],
-    gains: Sequence[tuple[float, float]],
-    loads: str,
-    path: Path,
-) -> None:
-    """Step time and memory by EP, where the time goes, and the gain by skew.
-
-    Args:
-        model: the cost model.
-        found: candidates.
-        gains: pairs of max/mean as routed and the gain of clones over plain EP, 0.1 for 10 %.
-        loads: their name.
-        path: the ``.png``.
-    """
+def save_plot(run: Run, search: Search, found: Sequence[Candidate], path: Path) -> None:
+    """Step time and memory by EP, and the gain of clones by skew, as a ``.png``."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(15, 10), layout="constrained")
-    best = best_by_name(found, model.cluster.hbm_gib)
-    _by_size(panels[0], best, model.cluster.hbm_gib, model.model.experts)
-    _breakdown(panels[1, 0], found, model.cluster.hbm_gib)
-    _gains(panels[1, 1], gains)
+    figure, (time, memory, gain) = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    _by_size(time, memory, best_by_name(found, run.cluster.hbm_gib), run)
+    points = _gains(run, search, found)
+    gain.axhline(0, color="black", linewidth=0.8)
+    gain.plot([x for x, _ in points], [100 * y for _, y in points], "o-", color="tab:green")
+    gain.set(
+        xlabel="max/mean load of ranks as routed (lognormal popularity)",
+        ylabel="plain EP takes longer, %",
+        title="When clones pay, at the sizes of the fastest with clones",
+    )
+    for axes in (time, memory, gain):
+        axes.grid(alpha=0.3)
     figure.suptitle(
-        f"{model.model.name} on {found[0].layout.gpus:,} GPUs of {model.cluster.name}, loads: "
-        f"{loads}\nplanned exactly; times and memory by arithmetic, not measured"
+        f"{run.model.name} on {run.cluster.gpus:,} GPUs of {run.cluster.name}, loads: "
+        f"{search.loads.name}\nplanned exactly; times and memory by arithmetic, not measured"
     )
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
-def _by_size(panels: Any, best: Sequence[Candidate], hbm: float, experts: int) -> None:
-    time, memory = panels
+def _by_size(time: Any, memory: Any, best: Sequence[Candidate], run: Run) -> None:
+    hbm = run.cluster.hbm_gib
     series: dict[str, list[Candidate]] = {}
     for one in best:
-        full = one.name.replace(f"S={experts // one.layout.expert},", "S=E/R,")
+        full = one.name.replace(f"S={run.model.experts // one.layout.expert},", "S=E/R,")
         series.setdefault(full, []).append(one)
     for number, (name, mine) in enumerate(series.items()):
         line = ":" if mine[0].kind == "what if" else "-"
@@ -68,41 +61,36 @@ def _by_size(panels: Any, best: Sequence[Candidate], hbm: float, experts: int) -
         memory.plot(sizes, [one.memory.total for one in mine], label=name, **style)
     memory.axhline(hbm, color="black", linestyle="--", label="memory of a GPU")
     sizes = sorted({one.layout.expert for one in best})
-    for axes in (time, memory):
+    for axes, unit, title in (
+        (time, "seconds", "Step time, fastest layout that fits (dotted: what if)"),
+        (memory, "GiB", "Memory of the fullest rank, same layouts"),
+    ):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_xlabel("EP")
-        axes.grid(alpha=0.3)
-    time.set(ylabel="seconds", title="Step time, fastest layout that fits (dotted: what if)")
+        axes.set(xlabel="EP", ylabel=unit, title=title)
     time.set_ylim(bottom=0)
-    memory.set(ylabel="GiB", title="Memory of the fullest rank, same layouts")
-    memory.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    memory.legend(fontsize=8)
 
 
-def _breakdown(axes: Any, found: Sequence[Candidate], hbm: float) -> None:
-    winners = {}
-    for kind in ("plain", "echo", "what if"):
-        one = fastest((c for c in found if c.kind == kind), hbm)
-        if one is not None:
-            winners[f"{one.name}\nEP={one.layout.expert} PP={one.layout.pipeline}"] = one
-    below = [0.0] * len(winners)
-    for part, (name, colour) in PARTS.items():
-        heights = [getattr(one.time, part) for one in winners.values()]
-        if not any(heights):
+def _gains(run: Run, search: Search, found: Sequence[Candidate]) -> list[tuple[float, float]]:
+    """How much longer plain EP takes than clones, by max/mean as routed, at the winner's sizes."""
+    hbm = run.cluster.hbm_gib
+    winner = fastest((one for one in found if one.kind == "echo"), hbm)
+    if winner is None:
+        return []
+    layout, points = winner.layout, []
+    for overload in OVERLOADS:
+        same = replace(
+            search, loads=at_overload(f"overload {overload}", overload, "drawn"), calls=16,
+            experts=(layout.expert,), pipelines=(layout.pipeline,), virtuals=(layout.virtual,),
+            slots=(winner.placed.slots,), tolerances=(winner.placed.tolerance,),
+        )  # fmt: skip
+        try:
+            tried, _ = candidates(run, same)
+        except ValueError:  # so much skew is not possible at this size
             continue
-        axes.bar(list(winners), heights, bottom=below, label=name, color=colour, width=0.6)
-        below = [a + b for a, b in zip(below, heights, strict=True)]
-    axes.set(ylabel="seconds of a step", title="Where the time goes, fastest of each kind")
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _gains(axes: Any, gains: Sequence[tuple[float, float]]) -> None:
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.plot([x for x, _ in gains], [100 * y for _, y in gains], "o-", color="tab:green")
-    axes.set(
-        xlabel="max/mean load of ranks as routed (lognormal popularity)",
-        ylabel="plain EP takes longer, %",
-        title="When clones pay, at the sizes of the fastest with clones",
-    )
-    axes.grid(alpha=0.3)
+        plain, echo = (fastest((c for c in tried if c.kind == k), hbm) for k in ("plain", "echo"))
+        if plain and echo:
+            routed = float(plain.placed.overload_routed.mean())
+            points.append((routed, plain.time.total / echo.time.total - 1))
+    return points

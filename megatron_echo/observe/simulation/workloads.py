@@ -2,9 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +35,48 @@ PUBLISHED = {"ultraep-low": 1.30, "ultraep-high": 4.01}
 The shape is not published: lognormal is assumed, at the spread that gives the figure."""
 
 
+Popularity = Callable[[int, int, int, int], np.ndarray]
+"""Of R, E, a layer and a microbatch: shares of the experts ``[E]``, not normalised, or a recorded
+call's own counts ``[R, E]``."""
+
+
 @dataclass(frozen=True)
 class Loads:
-    """Counts of layer calls for any number of ranks.
+    """Counts of layer calls for any number of ranks."""
 
-    Attributes:
-        name: for people.
-        basis: whether it is measured, published or synthetic, in a few words.
-        counts: ``counts(ranks, experts, topk, tokens, layer, microbatch)`` gives int64 ``[R, E]``,
-            pairs of each source rank (with ``tokens`` tokens) for each expert.
-        traces: the trace, where it is one.
-    """
+    name: str  # for people
+    basis: str  # whether it is measured, published or synthetic, in a few words
+    popularity: Popularity  # who is wanted
+    traces: tuple[StepTrace, ...] = ()  # the trace, where it is one
 
-    name: str
-    basis: str
-    counts: Callable[[int, int, int, int, int, int], np.ndarray]
-    traces: tuple[StepTrace, ...] = ()
+    def counts(
+        self, ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
+    ) -> np.ndarray:
+        """Pairs of each source rank, with ``tokens`` tokens, for each expert: int64 ``[R, E]``.
+
+        A recorded call gives its own where it has this size; all else is drawn.
+
+        Raises:
+            ValueError: shares or a trace of another number of experts.
+        """
+        share, pairs = self.popularity(ranks, experts, layer, microbatch), tokens * topk
+        if share.shape[-1] != experts:
+            raise ValueError(
+                f"{self.name} has {share.shape[-1]} experts, the model {experts}. Use a model "
+                "with as many."
+            )
+        if share.ndim == 2:
+            if len(share) == ranks and (share.sum(1) == pairs).all():
+                return share.astype(np.int64)
+            share = share.sum(0) + 1e-9
+        seed = [layer, ranks, experts, topk]
+        if microbatch or self.name not in WORKLOADS:  # the planner's benchmark has no microbatches
+            seed.append(microbatch)
+        generator = np.random.default_rng(seed)
+        budget = np.full(ranks, pairs)
+        if self.name == "ragged sources":
+            budget = (budget * generator.uniform(0.1, 1.9, ranks)).astype(np.int64)
+        return np.stack([generator.multinomial(n, share / share.sum()) for n in budget])
 
     def draw(
         self, ranks: int, experts: int, topk: int, tokens: int, calls: list[tuple[int, int]]
@@ -66,9 +93,10 @@ def layer_calls(layers: int, microbatches: int, most: int) -> list[tuple[int, in
     return [(i % layers, i // layers) for i in chosen if i < total]
 
 
-def _popularity(workload: str, ranks: int, experts: int, draw: int) -> np.ndarray:
-    """Share of each expert ``[E]``, not normalised."""
-    generator = np.random.default_rng([draw, experts, WORKLOADS.index(workload)])
+def _popularity(
+    workload: str, ranks: int, experts: int, layer: int, _microbatch: int
+) -> np.ndarray:
+    generator = np.random.default_rng([layer, experts, WORKLOADS.index(workload)])
     per_rank = experts // ranks
     kind, _, parameter = workload.partition(" ")
     if kind == "lognormal":
@@ -87,33 +115,15 @@ def _popularity(workload: str, ranks: int, experts: int, draw: int) -> np.ndarra
         share[generator.random(experts) < 0.3] = 0
         share[: per_rank * max(1, ranks // 8)] = 0
     elif workload == "rotating hotspot":
-        share[(draw * per_rank) % experts : (draw * per_rank) % experts + 2] *= 12
+        share[(layer * per_rank) % experts : (layer * per_rank) % experts + 2] *= 12
     elif workload == "burst":
         share *= np.where(generator.random(experts) < 0.05, 10, 1)
     return share
 
 
-def _draw(
-    share: np.ndarray, ranks: int, pairs: int, seed: list[int], ragged: bool = False
-) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    budget = np.full(ranks, pairs)
-    if ragged:
-        budget = (budget * generator.uniform(0.1, 1.9, ranks)).astype(np.int64)
-    return np.stack([generator.multinomial(n, share / share.sum()) for n in budget])
-
-
 def synthetic(workload: str) -> Loads:
     """A named workload: an expert's popularity belongs to the layer, microbatches are draws."""
-
-    def counts(
-        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
-    ) -> np.ndarray:
-        share = _popularity(workload, ranks, experts, layer)
-        seed = [layer, ranks, experts, topk, *([microbatch] if microbatch else [])]
-        return _draw(share, ranks, tokens * topk, seed, workload == "ragged sources")
-
-    return Loads(workload, "synthetic, drawn", counts)
+    return Loads(workload, "synthetic, drawn", partial(_popularity, workload))
 
 
 @cache
@@ -140,91 +150,51 @@ def _spread_for(overload: float, ranks: int, experts: int) -> float:
 def at_overload(name: str, overload: float, basis: str) -> Loads:
     """Lognormal popularity at a given mean max/mean load of ranks before planning."""
 
-    def counts(
-        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
-    ) -> np.ndarray:
+    def popularity(ranks: int, experts: int, layer: int, _microbatch: int) -> np.ndarray:
         sigma = _spread_for(overload, ranks, experts)
-        share = np.random.default_rng([layer, experts]).lognormal(0.0, sigma, experts)
-        return _draw(share, ranks, tokens * topk, [layer, ranks, experts, topk, microbatch])
+        return np.random.default_rng([layer, experts]).lognormal(0.0, sigma, experts)
 
-    return Loads(name, basis, counts)
-
-
-def shared_out(name: str, shares: np.ndarray, basis: str) -> Loads:
-    """Given shares of experts ``[L, E]``; layers beyond the last begin again at the first."""
-
-    def counts(
-        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
-    ) -> np.ndarray:
-        if shares.shape[1] != experts:
-            raise ValueError(
-                f"{name} has {shares.shape[1]} experts, the model {experts}. Use a model with as "
-                "many."
-            )
-        share = shares[layer % len(shares)]
-        return _draw(share, ranks, tokens * topk, [layer, ranks, experts, topk, microbatch])
-
-    return Loads(name, basis, counts)
+    return Loads(name, basis, popularity)
 
 
-def traced(folder: str | Path) -> Loads:
+def traced(folder: str) -> Loads:
     """A run's routing trace: its own counts at its own size, elsewhere its shares, drawn again.
 
     Raises:
         ValueError: a file that is cut short, foreign, or does not fit the others.
         FileNotFoundError: no trace in the folder.
     """
-    traces = checked_traces(folder)
-    shape = traces[0].counts.shape[1:]
-    calls: dict[tuple[int, int], np.ndarray] = {}
-    for trace in traces:
-        keys = zip(trace.layer.tolist(), trace.microbatch.tolist(), strict=True)
-        for (layer, microbatch), call in zip(keys, trace.counts, strict=True):
-            calls[layer, trace.iteration * 10**6 + microbatch] = call
-    layers = sorted({layer for layer, _ in calls})
-    by_layer = {layer: [calls[key] for key in sorted(calls) if key[0] == layer] for layer in layers}
-
-    def counts(
-        ranks: int, experts: int, topk: int, tokens: int, layer: int, microbatch: int
-    ) -> np.ndarray:
-        recorded = by_layer[layers[layer % len(layers)]]
-        found = recorded[microbatch % len(recorded)].astype(np.int64)
-        if found.shape[1] != experts:
-            raise ValueError(
-                f"{folder} has {found.shape[1]} experts, the model {experts}. Use its own model."
-            )
-        if found.shape[0] == ranks and (found.sum(1) == tokens * topk).all():
-            return found
-        seed = [layer, ranks, experts, topk, microbatch]
-        return _draw(found.sum(0) + 1e-9, ranks, tokens * topk, seed)
-
-    basis = (
-        f"measured, a trace of EP={shape[0]} with {shape[1]} experts; at another EP or number of "
-        "tokens drawn from its shares"
-    )
-    return Loads(str(folder), basis, counts, tuple(traces))
-
-
-def checked_traces(folder: str | Path) -> list[StepTrace]:
-    """``read_traces``, of one run and with loads that add up."""
     try:
         traces = read_traces(folder)
     except TraceError as error:
         raise ValueError(
             f"{folder} holds a file that is cut short or not a routing trace: {error}"
         ) from error
+    ranks, experts = traces[0].counts.shape[1:]
+    calls: dict[tuple[int, int, int], np.ndarray] = {}
     for trace in traces:
-        fits = (
-            trace.counts.shape[1:] == traces[0].counts.shape[1:]
-            and (trace.counts >= 0).all()
-            and np.array_equal(trace.load_after.sum(1), trace.counts.sum((1, 2)))
-        )
-        if not fits:
+        fits = trace.counts.shape[1:] == (ranks, experts) and (trace.counts >= 0).all()
+        if not fits or (trace.load_after.sum(1) != trace.counts.sum((1, 2))).any():
             raise ValueError(
                 f"{folder} holds a trace of iteration {trace.iteration} whose arrays do not fit "
                 "each other or the other files. Keep the traces of one run in one folder."
             )
-    return traces
+        keys = zip(trace.layer.tolist(), trace.microbatch.tolist(), trace.counts, strict=True)
+        calls |= {(layer, trace.iteration, number): counts for layer, number, counts in keys}
+    by_layer: dict[int, list[np.ndarray]] = {}
+    for key in sorted(calls):
+        by_layer.setdefault(key[0], []).append(calls[key])
+    layers = list(by_layer.values())
+
+    def popularity(_ranks: int, _experts: int, layer: int, microbatch: int) -> np.ndarray:
+        recorded = layers[layer % len(layers)]
+        return recorded[microbatch % len(recorded)]
+
+    basis = (
+        f"measured, a trace of EP={ranks} with {experts} experts; at another EP or number of "
+        "tokens drawn from its shares"
+    )
+    return Loads(folder, basis, popularity, tuple(traces))
 
 
 def load_workload(name: str) -> Loads:
@@ -241,25 +211,20 @@ def load_workload(name: str) -> Loads:
         return at_overload(name, PUBLISHED[name], basis)
     kind, _, figure = name.partition(" ")
     if kind == "overload":
-        return at_overload(name, _overload(figure), "assumed max/mean, lognormal, drawn")
+        if not re.fullmatch(r"[0-9]+([.][0-9]+)?", figure) or float(figure) < 1:
+            raise ValueError(f"{name} is not a number from 1 on. Use 2.0 for twice the mean.")
+        return at_overload(name, float(figure), "assumed max/mean, lognormal, drawn")
     if Path(name).is_dir():
         return traced(name)
     if Path(name).is_file():
-        return shared_out(name, _shares(Path(name)), "shares from a file, drawn")
+        shares = _shares(Path(name))  # of layers beyond the last they begin again at the first
+        return Loads(
+            name, "shares from a file, drawn", lambda _r, _e, layer, _m: shares[layer % len(shares)]
+        )
     names = ", ".join((*WORKLOADS, *PUBLISHED, "overload X"))
     raise ValueError(
         f"{name} is no workload, folder of traces or file of shares. Use one of: {names}."
     )
-
-
-def _overload(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 1 <= value < math.inf:
-        raise ValueError(f"overload {word} is not a number from 1 on. Use 2.0 for twice the mean.")
-    return value
 
 
 def _shares(path: Path) -> np.ndarray:
