@@ -229,7 +229,7 @@ def _process_of(ranks: int, pipeline_rank: int, argv: Sequence[str]) -> Iterator
         mock.patch("megatron.core.optimizer.optimizer.get_grad_norm_fp32", return_value=0.0),
         mock.patch("megatron_echo.dispatch.dispatcher.planner_backend", return_value=no_plan),
         mock.patch("megatron_echo.experts.grouped_linear.grouped_outer", outer_product),
-        mock.patch("megatron_echo.dispatch.transports.weights.HostCopy.read", one_slot_in_use),
+        mock.patch("megatron_echo.host_copy.HostCopy.read", one_slot_in_use),
         mock.patch.object(torch.nn.Module, "bfloat16", to_bfloat16),
         mock.patch.object(torch.nn.Module, "half", to_half),
     ):

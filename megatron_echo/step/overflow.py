@@ -11,6 +11,7 @@ import zlib
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _BOUND = 1 << 62
 
@@ -109,7 +110,7 @@ class OverflowCheck:
         if self._seen is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._seen = torch.zeros(5, dtype=torch.int64, device=device)
-        if self._seen.is_meta:
+        if self._seen.is_meta or isinstance(self._seen, FakeTensor):
             return  # shapes only: there is nothing to read
         total = torch.cat((self._uneven(self._seen.device), self._seen))
         if dist.is_initialized():

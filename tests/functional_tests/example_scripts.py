@@ -28,14 +28,15 @@ FAKES = {
 VALIDATE = """
 import os
 import pretrain_gpt_moe as script
+from megatron_echo import preflight
 from megatron.training.arguments import validate_args
 
 if __name__ == "__main__":
     os.environ["WORLD_SIZE"] = os.environ["EXAMPLE_WORLD_SIZE"]
     args = script.parse_args(script.extra_args_provider)
-    script.check_command_line(args)
+    preflight.check_command_line(args)
     validate_args(args)
-    script.check_schedule(args)
+    preflight.check_schedule(args)
     config = script.echo_config_from_args(args)
     script.offload_config(args)
     assert config.num_moe_experts == args.num_experts

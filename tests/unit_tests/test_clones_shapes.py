@@ -31,6 +31,7 @@ from unit_tests.test_moe_layer_shapes import (
     values_of,
 )
 
+from megatron_echo.call_roles import Role
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.step.step_end import StepEnd
@@ -79,7 +80,7 @@ def test_rows_of_auto(ranks: int, slots: int | None) -> None:
     dispatcher = build(ranks, "all_gather", torch.float32, slots).token_dispatcher
     share = 1.02 if slots is None else 1.25
     assert 4096 * TOPK <= dispatcher.buffer_rows(4096) <= 1.04 * share * 4096 * TOPK
-    dispatcher.training = False
+    dispatcher.role = Role.UNRECORDED
     if slots is not None:
         assert dispatcher.buffer_rows(4096) >= ranks * 4096 * TOPK
 

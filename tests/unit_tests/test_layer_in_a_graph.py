@@ -5,7 +5,7 @@ from pathlib import Path
 import launch
 import pytest
 
-WORKER = Path(__file__).resolve().parent.parent / "workers" / "layer_graph.py"
+WORKER = Path(__file__).resolve().parent / "workers" / "layer_graph.py"
 SLOW = pytest.mark.slow
 
 

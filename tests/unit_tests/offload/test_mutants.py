@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from unit_tests.offload import test_manager, test_simulator
-from unit_tests.offload.test_simulator import Module, Simulation, pipeline
+from unit_tests.offload import test_manager
+from unit_tests.testing import test_simulated_device as test_simulator
+from unit_tests.testing.test_simulated_device import Module, Simulation, pipeline
 
 from megatron_echo.copy_lanes import Lane
 from megatron_echo.offload import manager

@@ -670,7 +670,7 @@ def check_peer_to_peer_reads_the_host_once() -> None:
     with no_host_sync("record") as sync:
         run_quietly(layer, case)
     assert [hit.kind for hit in sync.hits] == ["Tensor.tolist"]
-    assert "weights.py" in sync.hits[0].where
+    assert "host_copy.py" in sync.hits[0].where
 
 
 def check_one_expert_each() -> None:
