@@ -41,8 +41,8 @@ def _check_num_echo_experts(value: int | None, config: Any) -> str | None:
         choice = nearest_multiples(value, ranks)
         return f"is not divisible by the expert-parallel size {ranks}. Use {choice}."
     experts = config.num_moe_experts
-    if experts is not None and value > experts * ranks:
-        return f"is above one slot a rank for each of {experts} experts. Use {experts} or fewer."
+    if experts is not None and value > (most := experts * ranks):
+        return f"is above one slot a rank for each of {experts} experts. Use {most} or fewer."
     return None
 
 

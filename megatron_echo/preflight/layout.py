@@ -25,7 +25,6 @@ _SIZES = (
     "expert_tensor_parallel_size",
     "num_virtual_stages_per_pipeline_rank",
     "num_layers_per_virtual_pipeline_stage",
-    "microbatch_group_size_per_vp_stage",
     "num_distributed_optimizer_instances",
     "micro_batch_size",
     "global_batch_size",
@@ -182,18 +181,17 @@ def _check_layout(args: Namespace) -> None:
             f"Leave it out with --expert-model-parallel-size {experts}."
         )
     if not args.num_experts and not args.use_checkpoint_args:
-        groups = args.moe_router_group_topk or 0
-        for flag, value, least in (
-            ("--expert-model-parallel-size", experts, 2),
-            ("--moe-router-group-topk", groups, 1),
+        for name, is_given in (
+            ("expert_model_parallel_size", experts > 1),
+            ("moe_router_group_topk", args.moe_router_group_topk),
         ):
-            if value >= least:
+            if is_given:
                 raise ValueError(
-                    f"{flag} {value} needs a mixture of experts. Give --num-experts, or leave it "
-                    "out."
+                    f"{flag_name(name)} {getattr(args, name)} needs a mixture of experts. Give "
+                    "--num-experts, or leave it out."
                 )
     tensor = args.tensor_model_parallel_size
-    if args.num_experts and tensor > 1 and not args.sequence_parallel:
+    if args.num_experts and tensor > 1 and not (args.sequence_parallel or args.skip_train):
         raise ValueError(
             f"--tensor-model-parallel-size {tensor} with experts needs --sequence-parallel. Add it."
         )

@@ -38,7 +38,7 @@ HOSTILE = {
     int: (-1, 0, 1, 3, *LARGE, -(2**63) - 1, 1.5, "many"),
     float: (-1, 0, 1e-300, 1.0, 1e300, *LARGE, "nan", "inf", "-inf", "much"),
     bool: ("yes",),
-    str: ("/proc/nope", "/dev/null/below", "", "x" * 300, "{folder}/a/b", "wrong"),
+    str: ("/proc/nope", "/dev/null/below", "", "x" * 300, "{folder}/a/b", "{folder}/wrong"),
 }
 """By type: values at and beyond the borders, words of another type, paths nobody can write."""
 

@@ -9,7 +9,7 @@ import launch
 import pytest
 
 SEEDS = 300
-FAST = (2, 3, 6, 10, 14, 28, 29, 31, 32, 42, 57)
+FAST = (1, 2, 4, 8, 10, 18, 22, 31, 34, 35, 42, 57, 69, 91, 183)
 """Seeds that ``make test`` runs: a third of them train."""
 OVERFLOW = "had no row in a MoE layer's receive buffer"
 
@@ -25,7 +25,7 @@ def test_it_trains_or_says_why_not(seed: int, tmp_path: Path) -> None:
     """Two steps with code 0, or one sentence and code 2 on every rank; never a traceback."""
     case = fuzz.draw(seed)
     argv = case.argv(tmp_path)
-    result = launch.run(argv, case.ranks, timeout=180)
+    result = launch.run(argv, case.ranks, env={"TRITON_INTERPRET": "0"}, timeout=180)
     command = f"{shlex.join(argv)}\nseed {seed}, exit codes {result.codes}"
     if any(result.codes) and OVERFLOW in result.output:
         return  # in the middle of a step, as --moe-echo-overflow raise promises

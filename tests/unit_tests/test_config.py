@@ -62,6 +62,7 @@ def test_auto_has_a_bound_where_nothing_is_promised(
         ("moe_echo_peer_capacity", 0.5, "belongs to --moe-echo-token-transport all_to_all"),
         ("moe_echo_overflow", "ignore", "Use raise or drop."),
         ("moe_echo_row_alignment", 0, "is below 1"),
+        ("moe_echo_row_alignment", 1025, "is above 1024, more than any kernel wants"),
         ("moe_echo_tolerance", -0.1, "between 0 and 100"),
         ("moe_echo_min_tokens_per_clone", -1, "is negative"),
         ("moe_echo_ranks_per_node", 3, "does not divide the expert-parallel size 4"),
@@ -84,7 +85,14 @@ def test_symmetric_memory_needs_one_machine(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("value", "advice"), [(30, "Use 28 or 32."), (3, "Use 4."), (-4, "negative")]
+    ("value", "advice"),
+    [
+        (30, "Use 28 or 32."),
+        (3, "Use 4."),
+        (-4, "negative"),
+        (36, "is above one slot a rank for each of 8 experts. Use 32 or fewer."),
+        (2**31, "Use 32 or fewer."),
+    ],
 )
 def test_a_bad_number_of_slots_names_flag_value_and_choice(value: int, advice: str) -> None:
     with pytest.raises(ValueError, match="--moe-num-echo-experts") as error:

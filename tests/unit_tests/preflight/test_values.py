@@ -33,6 +33,14 @@ LOSSES = {
         ("--wandb-project x", "--wandb-project x has no folder to write to"),
         ("--wandb-project x --wandb-save-dir y", "needs a name for the run"),
         ("--full-validation", "--full-validation needs --multiple-validation-sets"),
+        ("--pipeline-model-parallel-size 0", "--pipeline-model-parallel-size 0 is no size. Use 1"),
+        ("--num-attention-heads=-1", "--num-attention-heads -1 is no size"),
+        (
+            "--global-batch-size 3 --micro-batch-size 2",
+            "size 3 is not divisible by --micro-batch-size 2 x 1 data-parallel ranks. Use 2 or 4",
+        ),
+        ("--moe-router-group-topk 1", "--moe-router-group-topk 1 needs a mixture of experts"),
+        ("--num-experts 2 --moe-router-topk 3", "--moe-router-topk 3 is above --num-experts 2"),
     ],
 )
 def test_what_no_run_could_use(parsed, flags: str, message: str) -> None:
@@ -40,7 +48,22 @@ def test_what_no_run_could_use(parsed, flags: str, message: str) -> None:
         preflight.check_flags(parsed("--mock-data", *flags.split()))
 
 
-@pytest.mark.parametrize("flags", ["--clip-grad inf", f"--train-iters {2**63 - 1}"])
+def test_experts_want_sequence_parallelism(parsed) -> None:
+    words = ["--mock-data", "--num-experts", "8", "--tensor-model-parallel-size", "2"]
+    with pytest.raises(ValueError, match="size 2 with experts needs --sequence-parallel"):
+        preflight.check_flags(parsed(*words, world_size=2))
+    preflight.check_flags(parsed(*words, "--sequence-parallel", world_size=2))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--clip-grad inf",
+        f"--train-iters {2**63 - 1}",
+        "--global-batch-size 3 --micro-batch-size 2 --decrease-batch-size-if-needed",
+        "--tensor-model-parallel-size 1 --num-experts 2 --moe-router-topk 2",
+    ],
+)
 def test_what_a_run_may_use(parsed, flags: str) -> None:
     preflight.check_flags(parsed("--mock-data", *flags.split()))
 
@@ -144,9 +167,12 @@ def test_offloading_names_the_flag(flags: dict, message: str) -> None:
         echo_delta_offload_bytes_across_pp_ranks=0, cuda_graph_impl="none",
         overlap_moe_expert_parallel_comm=False, cpu_offloading_num_layers=0,
         offload_target_bytes=None, offload_max_slowdown=0.0, offload_host_bytes=None,
-        offload_policy="auto", offload_implementation="echo", offload_strict=False, params_dtype=torch.float32,
+        offload_policy="auto", offload_implementation="echo", offload_strict=False,
+        params_dtype=torch.float32,
     )  # fmt: skip
     assert offload_config(args) is not None
     vars(args).update(flags)
-    with pytest.raises(ValueError, match=message):
-        offload_config(args)
+    for is_on in (True, False):
+        args.echo_fine_grained_activation_offloading = is_on
+        with pytest.raises(ValueError, match=message):
+            offload_config(args)
