@@ -20,7 +20,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1    # Megatron asks for it with tensor or co
 SIZES=(
     --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --moe-ffn-hidden-size 64
     --num-attention-heads 4 --num-query-groups 2 --kv-channels 16
-    --num-experts 16 --seq-length 64 --max-position-embeddings 64
+    --num-experts 16 --moe-num-echo-experts 16 --seq-length 64 --max-position-embeddings 64
     --padded-vocab-size 256 --vocab-size 255
 )
 # In place of PARALLEL: two ranks, experts over both.

@@ -81,6 +81,8 @@ WAYS = (
         run="bash examples/cpu.sh --train-iters 2 --run-dir {tmp} --tensorboard-dir {tmp}"),
     Way(r"(python|torchrun .*) -m megatron_echo\.cpu_backend pretrain_gpt\.py FLAGS",
         test=OTHER_SCRIPTS),
+    Way(r"torchrun \.\.\. pretrain_gpt_moe\.py YOUR FLAGS .*",
+        test=f"{FUNCTIONAL}/test_production.py::test_watching_changes_nothing"),
     Way(r"torchrun .* --spec megatron_echo\.layer_specs gpt_moe_block_spec", test=OTHER_SCRIPTS),
     Way(r"python -m megatron_echo\.observe\.report .*",
         test=f"{UNIT}/observe/test_report.py::test_two_runs"),
