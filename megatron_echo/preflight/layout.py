@@ -59,6 +59,7 @@ def check_flags(args: Namespace) -> None:
     _check_numbers(args)
     _check_backend(args)
     _check_layout(args)
+    _check_choices(args)
     _check_batch(args)
     _check_unsupported(args)
     _check_packages(args)
@@ -131,11 +132,6 @@ def _check_numbers(args: Namespace) -> None:
         size = getattr(args, name)
         if isinstance(size, int) and size < 1:
             raise ValueError(f"{flag_name(name)} {size} is no size. Use 1 or more.")
-    if args.num_experts and args.moe_router_topk > args.num_experts:
-        raise ValueError(
-            f"--moe-router-topk {args.moe_router_topk} is above --num-experts {args.num_experts}. "
-            "Use fewer."
-        )
 
 
 def _check_backend(args: Namespace) -> None:
@@ -194,6 +190,18 @@ def _check_layout(args: Namespace) -> None:
     if args.num_experts and tensor > 1 and not (args.sequence_parallel or args.skip_train):
         raise ValueError(
             f"--tensor-model-parallel-size {tensor} with experts needs --sequence-parallel. Add it."
+        )
+
+
+def _check_choices(args: Namespace) -> None:
+    """A token may choose among the experts of the groups that it has chosen."""
+    groups = args.moe_router_num_groups or 1
+    chosen = min(args.moe_router_group_topk or groups, groups)
+    most = (args.num_experts or 0) // groups * chosen
+    if args.num_experts and args.moe_router_topk > most:
+        raise ValueError(
+            f"--moe-router-topk {args.moe_router_topk} is above the {most} experts that "
+            "--num-experts and --moe-router-group-topk leave a token. Use fewer."
         )
 
 

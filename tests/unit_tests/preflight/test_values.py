@@ -40,7 +40,12 @@ LOSSES = {
             "size 3 is not divisible by --micro-batch-size 2 x 1 data-parallel ranks. Use 2 or 4",
         ),
         ("--moe-router-group-topk 1", "--moe-router-group-topk 1 needs a mixture of experts"),
-        ("--num-experts 2 --moe-router-topk 3", "--moe-router-topk 3 is above --num-experts 2"),
+        ("--num-experts 2 --moe-router-topk 3", "--moe-router-topk 3 is above the 2 experts"),
+        (
+            "--num-experts 8 --moe-router-topk 5 --moe-router-num-groups 4 "
+            "--moe-router-group-topk 2",
+            "--moe-router-topk 5 is above the 4 experts that",
+        ),
     ],
 )
 def test_what_no_run_could_use(parsed, flags: str, message: str) -> None:
@@ -61,7 +66,7 @@ def test_experts_want_sequence_parallelism(parsed) -> None:
         "--clip-grad inf",
         f"--train-iters {2**63 - 1}",
         "--global-batch-size 3 --micro-batch-size 2 --decrease-batch-size-if-needed",
-        "--tensor-model-parallel-size 1 --num-experts 2 --moe-router-topk 2",
+        "--num-experts 8 --moe-router-topk 4 --moe-router-num-groups 4 --moe-router-group-topk 2",
     ],
 )
 def test_what_a_run_may_use(parsed, flags: str) -> None:
