@@ -53,7 +53,7 @@ class Case:
 
     def argv(self, folder: Path) -> list[str]:
         """The words, with files in ``folder``."""
-        words = launch.tiny_model(**self.flags, run_dir="{folder}/run") + self.words
+        words = launch.tiny_model(**self.flags, train_iters=2, run_dir="{folder}/run") + self.words
         return [word.replace("{folder}", str(folder)) for word in words]
 
 
@@ -93,7 +93,6 @@ def layout(dice: random.Random, ranks: int) -> dict[str, object]:
     virtual = dice.choice((1, 1, 2)) if pipeline > 1 else 1
     micro, microbatches = dice.choice((1, 2)), pipeline * dice.choice((1, 2))
     flags: dict[str, object] = {
-        "train_iters": 2,
         "seq_length": 32,
         "hidden_size": 32,
         "num_layers": pipeline * virtual * dice.choice((1, 2)),
