@@ -11,6 +11,7 @@ import dataclasses
 import random
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -194,4 +195,6 @@ def sensible(name: str, dice: random.Random, flags: dict[str, object]) -> dict[s
 if __name__ == "__main__":
     for word in sys.argv[1:]:
         case = draw(int(word))
-        print(f"# seed {word}, {case.ranks} ranks\n{shlex.join(case.argv(Path('/tmp/fuzz')))}")
+        print(
+            f"# seed {word}, {case.ranks} ranks\n{shlex.join(case.argv(Path(tempfile.gettempdir(), 'fuzz')))}"
+        )
