@@ -193,8 +193,7 @@ def sensible(name: str, dice: random.Random, flags: dict[str, object]) -> dict[s
 
 
 if __name__ == "__main__":
+    folder = Path(tempfile.gettempdir(), "fuzz")
     for word in sys.argv[1:]:
         case = draw(int(word))
-        print(
-            f"# seed {word}, {case.ranks} ranks\n{shlex.join(case.argv(Path(tempfile.gettempdir(), 'fuzz')))}"
-        )
+        print(f"# seed {word}, {case.ranks} ranks\n{shlex.join(case.argv(folder))}")
