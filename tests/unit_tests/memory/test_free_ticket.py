@@ -296,7 +296,7 @@ y.backward()
 @pytest.mark.parametrize("mode", ["off", "poison", "free"])
 @pytest.mark.parametrize("kind", ["random", "no tokens", "padding"])
 def test_our_layer(single_rank, mode, kind):
-    """The experts' output is freed once ``combine_preprocess`` has summed it."""
+    """The experts' output is freed once ``token_combine`` has summed it."""
     results = []
     for this_mode in ("off", mode):
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
@@ -316,12 +316,12 @@ def test_our_layer(single_rank, mode, kind):
         kept.free()
         ticket = queue.ticket(output)
         with ticket.consumer():
-            summed = dispatcher.combine_preprocess(output)
+            summed = dispatcher.token_combine(dispatcher.combine_preprocess(output))
         ticket.free()
         if this_mode != "off":
             assert kept.refusal == "a consumer saves it for backward"
             assert ticket.freed_bytes == rows.shape[0] * HIDDEN * 4
-        combined = dispatcher.combine_postprocess(dispatcher.token_combine(summed))
+        combined = dispatcher.combine_postprocess(summed)
         combined.square().sum().backward()
         results.append([hidden.grad, probs.grad, *(p.grad for p in layer.experts.parameters())])
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
