@@ -1,8 +1,8 @@
 """Where copies run: on CUDA's side streams, or at once.
 
 Three lanes of work: the compute stream, and one lane of copies in each direction. A backend only
-copies, records and waits; which order is needed is decided by its one caller, ``transfers.py``,
-so that what the simulated backend proves holds on a device too.
+copies, records and waits; which order is needed is decided by its callers, for activations only in
+``offload/transfers.py``, so that what the simulated backend proves holds on a device too.
 """
 
 import enum
