@@ -7,11 +7,13 @@ JSON job a line on standard input and answers with one JSON line::
      "timeout": 300, "world_size": 2}   ->   {"codes": [0, 0]}
 
 Every rank is a forked process with torchrun's environment variables; if one fails, the others get
-ten seconds to end by themselves. See ``launch.py`` for the side that tests use.
+ten seconds to end by themselves; then their stacks go to the log. See ``launch.py`` for the side
+that tests use.
 """
 
 import atexit
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -42,6 +44,7 @@ def run_rank(job: dict, rank: int, port: int) -> None:
     output = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
     os.environ.update(job["env"])
     size = str(job["world_size"])
     os.environ.update(
@@ -85,6 +88,9 @@ def run_job(job: dict) -> list[int]:
             if code:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
+            for other in pids:
+                os.kill(other, signal.SIGUSR1)  # says where it hangs
+            time.sleep(0.2)
             for other in pids:
                 os.killpg(other, signal.SIGKILL)
         if pid == 0:
