@@ -388,13 +388,9 @@ def main() -> None:
     with ranks.end_together():
         check_files(args)
         ranks.wait_for_first()
-    with one_sentence():
         args = parse_and_validate_args(extra_args_provider)
         check_schedule(args)
-        model_config = model_config_from_args(args)
-        offloading = offload_config(args)
-    with ranks.end_together():
-        train(args, model_config, offloading, command, ranks)
+        train(args, model_config_from_args(args), offload_config(args), command, ranks)
 
 
 if __name__ == "__main__":

@@ -90,13 +90,14 @@ class Ranks:
     def _tell(self, code: int) -> tuple[bool, int]:
         """Tell the others; whether this rank is the first to do so, and the first one's code."""
         if self._store is None:
-            return True, code
+            return os.environ.get("LOCAL_RANK", "0") == "0", code
         try:
             is_first = self._store.add(_SPEAKERS, 1) == 1
             if is_first:
                 self._store.set(_FAILED, str(code))
-            self._store.add(_ENDED, 1)
-            return is_first, int(self._store.get(_FAILED))
+            code = int(self._store.get(_FAILED))
+            self._store.set(f"{_ENDED}/{self._args.rank}", "")
+            return is_first, code
         except DistError:  # rank 0 is gone: better said twice than never
             return True, code
 
@@ -105,7 +106,8 @@ class Ranks:
         if self._store is None or self._args.rank != 0:
             return
         deadline = time.monotonic() + _LINGER_SECONDS
-        while time.monotonic() < deadline and self._store.add(_ENDED, 0) < self._args.world_size:
+        others = [f"{_ENDED}/{rank}" for rank in range(1, self._args.world_size)]
+        while time.monotonic() < deadline and not self._store.check(others):
             time.sleep(_POLL_SECONDS)
 
     def _watch(self, store: Store, stop: threading.Event) -> None:
@@ -115,7 +117,7 @@ class Ranks:
                 if not store.check([_FAILED]):
                     continue
                 code = int(store.get(_FAILED))
-                store.add(_ENDED, 1)
+                store.set(f"{_ENDED}/{self._args.rank}", "")
                 if _is_served():
                     time.sleep(_BEHIND_SECONDS)
                 self._linger()

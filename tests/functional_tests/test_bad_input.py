@@ -102,6 +102,14 @@ def test_both_ranks_end_with_code_2(flags: dict, message: str) -> None:
     assert result.codes == (2, 2)
 
 
+def test_a_rank_that_comes_late_hears_of_the_fault() -> None:
+    """Rank 0 serves the store, so it may not leave before the others have met it there."""
+    script = Path(__file__).with_name("late_rank.py")
+    result = launch.run(launch.tiny_model(pipeline_model_parallel_size=2, num_layers=3), 2, script)
+    assert "Number of layers should be divisible" in error_of(result)
+    assert result.codes == (2, 2)
+
+
 def test_another_schedule_than_in_the_checkpoint(checkpoint: Path) -> None:
     """Found when the checkpoint is read, by both ranks."""
     result = launch.run(launch.tiny_model(train_iters=3, load=checkpoint), 2)
