@@ -4,7 +4,6 @@ import os
 import time
 
 import pretrain_gpt_moe
-
 from megatron_echo.preflight import ranks
 
 if os.environ["RANK"] == "1":
