@@ -69,6 +69,7 @@ from megatron_echo.arguments import (  # noqa: E402
     echo_config_from_args,
     repair_help,
 )
+from megatron_echo.compatibility import settings_taken_over  # noqa: E402
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
 from megatron_echo.offload.config import OffloadConfig  # noqa: E402
@@ -313,9 +314,13 @@ def model_config_from_args(args: Any) -> GPTModelConfig:
     return config
 
 
-def announce_kept_clones(args: Any, config: Any) -> None:
-    """Say what clones cost that are kept from forward to backward."""
-    if args.rank or not args.moe_enable_echo or config.moe_echo_recompute_expert_dispatch:
+def announce(args: Any, config: Any) -> None:
+    """Say what clones cost that are kept until backward, and which settings are taken over."""
+    if args.rank or not args.moe_enable_echo:
+        return
+    for note in settings_taken_over(config):
+        print(f"[megatron_echo] {note}", flush=True)
+    if config.moe_echo_recompute_expert_dispatch:
         return
     samples = args.micro_batch_size * args.data_parallel_size
     batch = args.global_batch_size  # None with --step-batch-size-schedule
@@ -343,7 +348,7 @@ def train(
         command: the command line as the user gave it, for the record.
         ranks: told when the first step begins.
     """
-    announce_kept_clones(args, model_config.transformer)
+    announce(args, model_config.transformer)
     offloaded = None
     if offloading is not None:
         offloaded = OffloadedTraining(offloading, model_config)

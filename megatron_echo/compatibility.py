@@ -34,11 +34,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "{config.moe_expert_rank_capacity_factor}. Use --moe-received-token-capacity.",
     ),
     (
-        lambda c: c.expert_tensor_parallel_size > 1,
-        "keeps whole experts on a rank, but --expert-tensor-parallel-size is "
-        "{config.expert_tensor_parallel_size}. Use --expert-tensor-parallel-size 1.",
-    ),
-    (
         lambda c: c.fp8 or c.fp4,
         "computes experts in bf16, fp16 or fp32. Leave --fp8-format and --fp4-format out.",
     ),
@@ -55,16 +50,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "applies probabilities inside the activation. Leave --moe-apply-probs-on-input out.",
     ),
     (
-        lambda c: c.moe_router_padding_for_quantization,
-        "pads rows by itself. Leave --moe-router-padding-for-quantization out and use "
-        "--moe-echo-row-alignment.",
-    ),
-    (
-        lambda c: c.moe_shared_expert_overlap,
-        "does not overlap the shared expert with communication. Leave "
-        "--moe-shared-expert-overlap out.",
-    ),
-    (
         lambda c: c.overlap_moe_expert_parallel_comm,
         "keeps one dispatch in flight. Leave --overlap-moe-expert-parallel-comm out.",
     ),
@@ -74,10 +59,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "--overlap-dispatch-backward-with-experts-wgrad out.",
     ),
     (
-        lambda c: c.use_transformer_engine_op_fuser,
-        "has its own experts. Leave --use-transformer-engine-op-fuser out.",
-    ),
-    (
         lambda c: c.moe_mlp_glu_interleave_size is not None,
         "keeps gate and up projections apart. Leave --moe-mlp-glu-interleave-size out.",
     ),
@@ -85,10 +66,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         lambda c: c.variable_seq_lengths,
         "has static shapes, but the sequence length varies between microbatches. Leave "
         "variable_seq_lengths False.",
-    ),
-    (
-        lambda c: c.recompute_granularity == "selective" and "moe_act" in c.recompute_modules,
-        "recomputes the activation in backward anyway. Take moe_act out of --recompute-modules.",
     ),
     (
         lambda c: c.cuda_graph_impl in ("local", "transformer_engine"),
@@ -109,7 +86,10 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "is a training layer. Use --transformer-impl transformer_engine or local.",
     ),
     (
-        lambda c: c.use_cpu_initialization and c.expert_model_parallel_size > 1,
+        lambda c: (
+            c.use_cpu_initialization
+            and (c.expert_model_parallel_size > 1 or c.expert_tensor_parallel_size > 1)
+        ),
         "needs different experts on each rank, but --use-cpu-initialization makes them the same. "
         "Leave it out.",
     ),
@@ -118,11 +98,34 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "is unknown to Megatron's offloading manager. Leave --offload-implementation megatron out.",
     ),
     (
-        lambda c: "sinkhorn" in c.moe_router_load_balancing_type,
-        "never reads the device, but sinkhorn routing does so in a loop. Use another "
-        "--moe-router-load-balancing-type.",
+        lambda c: c.cuda_graph_impl != "none" and _is_sinkhorn(c),
+        "never reads the device, but sinkhorn routing does so in a loop, which a CUDA graph "
+        "cannot. Use another --moe-router-load-balancing-type, or --cuda-graph-impl none.",
     ),
 )
+
+_TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda c: c.recompute_granularity == "selective" and "moe_act" in c.recompute_modules,
+        "--recompute-modules moe_act: the activation of our experts is recomputed in any case",
+    ),
+    (
+        lambda c: c.moe_router_padding_for_quantization,
+        "--moe-router-padding-for-quantization: rows are padded by --moe-echo-row-alignment",
+    ),
+    (
+        lambda c: c.use_transformer_engine_op_fuser,
+        "--use-transformer-engine-op-fuser: for dense layers and the shared expert, not for our "
+        "experts",
+    ),
+    (
+        lambda c: _is_sinkhorn(c),
+        "--moe-router-load-balancing-type sinkhorn: Megatron's routing reads the device, so that "
+        "the step is not free of host synchronisation",
+    ),
+)
+"""Settings that ask for what the layer does anyway, or in its own way."""
+
 
 _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
@@ -183,6 +186,15 @@ _WHOLE_STEP_GRAPH: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
 )
 """With ``--cuda-graph-impl full_iteration``."""
+
+
+def _is_sinkhorn(config: Any) -> bool:
+    return "sinkhorn" in config.moe_router_load_balancing_type
+
+
+def settings_taken_over(config: Any) -> list[str]:
+    """What a user should know about accepted settings, a line each."""
+    return [note for applies, note in _TAKEN_OVER if applies(config)]
 
 
 def config_refusal(config: Any) -> str | None:

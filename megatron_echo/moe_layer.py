@@ -77,6 +77,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         super().__init__(without_packages, submodules, layer_number, groups, is_mtp_layer, name)
         self._groups = groups
         self.token_dispatcher = EchoTokenDispatcher(config, groups)
+        if self.shared_expert_overlap and self.shared_experts is not None:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._step_end = StepEnd.of(config)
         self._self_check = self._step_end.self_check
         self._place = self._self_check.register()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role
-from megatron_echo.collectives import all_gather
+from megatron_echo.collectives import all_gather, reduce_scatter
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.layout import histogram, round_rows, share_of
 from megatron_echo.dispatch.reroute import Clones, physical_experts
@@ -105,6 +105,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     routing can bring: neither overflows. Between them it is ``token_capacity``. Evaluation, and a
     pass that trains nothing, take the most too, whatever was given: nothing is kept there.
 
+    Ranks of an expert-tensor-parallel group hold slices of the same experts. They gather their
+    tokens before everything else, so that T counts those of the group, make the same plan, and
+    sum their parts of the result in the end; a clone's slice comes from the same slice of its home.
+
+    With ``--moe-shared-expert-overlap`` the layer hands its shared expert over
+    (``set_shared_experts``): its stages run on a side stream beside dispatch and combine, in the
+    places that Megatron's dispatchers give them.
+
     Attributes:
         num_groups: experts and clone slots of a rank.
         role: of the calls to come, UNRECORDED in evaluation.
@@ -121,8 +129,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
 
         Args:
             config: with the fields of this package, or a plain one for their defaults.
-            pg_collection: ``ep``, ``expt_dp``, ``pp`` and ``expt_tp`` are used; the last must have
-                one rank.
+            pg_collection: ``ep``, ``expt_dp``, ``pp`` and ``expt_tp`` are used.
             num_slots: S, by default that of the configuration.
         """
         super().__init__(config=config, pg_collection=pg_collection)
@@ -140,7 +147,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._transport = self._make_transport()
         self._weights = self._make_weight_transport()
         self._step_end = StepEnd.of(config)
-        self._is_traced = self.ep_rank == 0 and get_pg_rank(pg_collection.expt_dp) == 0
+        places = (self.ep_rank, self.tp_rank, get_pg_rank(pg_collection.expt_dp))
+        self._is_traced = places == (0, 0, 0)
         self._stage = get_pg_rank(pg_collection.pp)
         self._call: _Call | None = None
         self.role = Role.RECORDED
@@ -192,7 +200,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         Returns:
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
         """
-        experts = compact_routing(routing_map, self._topk)
+        own = compact_routing(routing_map, self._topk)
+        experts = all_gather(own, self.tp_group)
         self._step_end.overflow.record_tokens(len(experts), self.ep_group)
         plan, clones, physical = None, None, experts
         if self._slots > 0:
@@ -203,9 +212,11 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if self.role.counts:
             self._observe(plan, experts)
         self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan, clones)
-        weights = _CompactProbs.apply(probs, experts)
+        weights = _CompactProbs.apply(probs, own)
         if self.role.counts:
-            self._step_end.record_routing(self.layer_number, experts, weights)
+            self._step_end.record_routing(self.layer_number, own, weights)
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
         return hidden_states.reshape(-1, hidden_states.shape[-1]), weights
 
     @property
@@ -243,13 +254,19 @@ class EchoTokenDispatcher(MoETokenDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert."""
-        call, tokens = self._current(), hidden_states.shape[0]
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        hidden_states = all_gather(hidden_states, self.tp_group)
+        probs = all_gather(probs, self.tp_group)
+        call, tokens = self._current(), len(hidden_states)
         delivery = self._transport.dispatch(
             hidden_states, call.experts, probs, self.buffer_rows(tokens), self._is_training
         )
         self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends)
         if self._is_training:
             self._record(delivery, tokens)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(delivery.rows)
         return delivery.rows, delivery.probs
 
     def _record(self, delivery: Delivery, tokens: int) -> None:
@@ -283,13 +300,21 @@ class EchoTokenDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Bring the experts' outputs ``[B, H]`` home and sum them: ``[T, H]``, wide dtype."""
-        return self._transport.combine(hidden_states, self._current().receipt)
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        total = self._transport.combine(hidden_states, self._current().receipt)
+        total = reduce_scatter(total, self.tp_group)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc2_forward(total)
+            self.shared_experts.post_forward_comm()
+        return total
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """The layer's output in the dtype and shape of its input."""
         call = self._current()
         self._call = None
-        return hidden_states.to(call.dtype).view(call.shape)
+        output = hidden_states.to(call.dtype).view(call.shape)
+        return output if self.shared_experts is None else output + self.shared_experts.get_output()
 
     def _current(self) -> _Call:
         assert self._call is not None, "dispatch_preprocess has not been called"

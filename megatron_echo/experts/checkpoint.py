@@ -1,5 +1,6 @@
 """A stack of expert weights in a distributed checkpoint, as Megatron's own experts are in it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,43 +16,67 @@ from torch import Tensor
 Offsets = tuple[tuple[int, int, int], ...]
 
 
+@dataclass(frozen=True)
+class ShardPlace:
+    """Which of all experts a rank holds, and which part of each.
+
+    Attributes:
+        expert_rank: this rank's place in the expert-parallel group.
+        expert_ranks: ranks in that group.
+        tensor_rank: its place in the expert-tensor-parallel group, whose ranks share out F.
+        tensor_ranks: ranks in that group.
+    """
+
+    expert_rank: int
+    expert_ranks: int
+    tensor_rank: int = 0
+    tensor_ranks: int = 1
+
+
 def sharded_stack(
-    weight: Tensor, key: str, ep_rank: int, ep_size: int, replica_id: ReplicaId,
-    sharded_offsets: Offsets = (), *, gated: bool = False, separate: bool = False,
+    weight: Tensor, key: str, place: ShardPlace, replica_id: ReplicaId,
+    sharded_offsets: Offsets = (), *, is_fc1: bool, gated: bool = False, separate: bool = False,
 ) -> ShardedTensor | ShardedTensorFactory:  # fmt: skip
     """One object for the whole stack, so that the optimizer finds its moments by the parameter.
 
     Args:
         weight: the parameter ``[m, out, in]``.
         key: ``...experts.linear_fc1.weight``, or with ``separate`` a name with ``{expert}`` in it.
-        ep_rank: this rank's place in the expert-parallel group.
-        ep_size: ranks in that group.
+        place: what of the experts this rank holds.
         replica_id: which copy this rank holds.
         sharded_offsets: axes in front, those of the layers.
-        gated: gate and up are two halves of ``out`` and are stored as two parts.
+        is_fc1: F is ``out``, else ``in``.
+        gated: gate and up are two halves of fc1's ``out`` and are stored as two parts.
         separate: a key for each expert (``singleton_local_shards``) in place of one global tensor.
     """
     axes, local = len(sharded_offsets), weight.shape[0]
+    rank, ranks = place.tensor_rank, place.tensor_ranks
+    gated = gated and is_fc1
 
     def parts(name: str, tensor: Tensor, is_stack: bool) -> list[ShardedTensor]:
         # The stack is one shard of the expert axis; a single expert has no such axis.
-        front = (*sharded_offsets, (axes, ep_rank, ep_size)) if is_stack else sharded_offsets
-        rows = axes + is_stack
-        names = [name] if not gated else [name, name] if is_stack else [f"{name}_w", f"{name}_v"]
+        experts = (axes, place.expert_rank, place.expert_ranks)
+        front = (*sharded_offsets, experts) if is_stack else sharded_offsets
+        axis = axes + is_stack + (not is_fc1)
+        if not gated:
+            named = [(name, (axis, rank, ranks))]
+        elif is_stack:
+            named = [(name, (axis, half * ranks + rank, 2 * ranks)) for half in (0, 1)]
+        else:
+            named = [(f"{name}_{half}", (axis, rank, ranks)) for half in "wv"]
         pieces = tensor.chunk(2, dim=-2) if gated else (tensor,)  # the parameter itself, not a view
-        halves = [((rows, index, 2),) if gated and is_stack else () for index in range(len(names))]
         return [
             ShardedTensor.from_rank_offsets(
-                part, piece, *front, *half, replica_id=replica_id, prepend_axis_num=axes
+                part, piece, *front, offset, replica_id=replica_id, prepend_axis_num=axes
             )
-            for part, piece, half in zip(names, pieces, halves, strict=True)
+            for (part, offset), piece in zip(named, pieces, strict=True)
         ]
 
     @torch.no_grad()
     def build(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: Any) -> list:
         if not separate:
             return parts(key, tensor, True)
-        first = ep_rank * local
+        first = place.expert_rank * local
         return [
             part
             for i in range(local)
@@ -73,7 +98,7 @@ def sharded_stack(
 
 
 def empty_extra_states(
-    key: str, local_key: str, ep_rank: int, experts: int, ep_size: int, replica_id: ReplicaId,
+    key: str, local_key: str, experts: int, place: ShardPlace, replica_id: ReplicaId,
     sharded_offsets: Offsets = (), *, separate: bool = False,
 ) -> ShardedStateDict:  # fmt: skip
     """The empty objects that Megatron's linear layers keep in a checkpoint and ask for.
@@ -81,17 +106,16 @@ def empty_extra_states(
     Args:
         key: ``...experts.linear_fc1._extra_state``, as in :func:`sharded_stack`.
         local_key: prefix of the keys in this rank's dictionary; the expert's number is appended.
-        ep_rank: this rank's place in the expert-parallel group.
         experts: m, experts on a rank.
-        ep_size: ranks in that group.
+        place: what of the experts this rank holds.
         replica_id: which copy this rank holds.
         sharded_offsets: axes in front.
         separate: as in :func:`sharded_stack`.
     """
     states: ShardedStateDict = {}
     for i in range(experts):
-        expert = ep_rank * experts + i
-        axis = () if separate else ((len(sharded_offsets), expert, ep_size * experts),)
+        expert = place.expert_rank * experts + i
+        axis = () if separate else ((len(sharded_offsets), expert, place.expert_ranks * experts),)
         states[f"{local_key}{i}"] = make_sharded_object_for_checkpoint(
             None, key.format(expert=expert), (*sharded_offsets, *axis), replica_id
         )

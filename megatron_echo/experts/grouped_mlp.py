@@ -18,7 +18,7 @@ from megatron_echo.config import echo_setting
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.activation import expert_activation, weighted_activation
-from megatron_echo.experts.checkpoint import empty_extra_states, sharded_stack
+from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, cloned_linear
 from megatron_echo.experts.grouped_linear import (
     GroupedGemm,
@@ -138,16 +138,21 @@ class EchoGroupedMLP(MegatronModule):
             num_local_experts: m.
             config: the transformer's configuration.
             submodules: accepted for the sake of specs written for Megatron's experts; not used.
-            pg_collection: ``ep`` and ``expt_dp`` are used.
+            pg_collection: ``ep``, ``expt_tp`` and ``expt_dp`` are used. The ranks of ``expt_tp``
+                share out F, of the gate and of the up projection alike.
             name: not used.
         """
         super().__init__(config=config)
         assert pg_collection is not None
         self.num_local_experts = num_local_experts
-        self._ep_rank = get_pg_rank(pg_collection.ep)
-        self._ep_size = get_pg_size(pg_collection.ep)
+        self._place = ShardPlace(
+            get_pg_rank(pg_collection.ep),
+            get_pg_size(pg_collection.ep),
+            get_pg_rank(pg_collection.expt_tp),
+            get_pg_size(pg_collection.expt_tp),
+        )
         self._data_parallel_rank = get_pg_rank(pg_collection.expt_dp)
-        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
+        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size // self._place.tensor_ranks
         widths = ffn * 2 if config.gated_linear_unit else ffn
         self.linear_fc1 = GroupedLinear(num_local_experts, hidden, widths, config)
         self.activation = WeightedActivation(config)
@@ -208,19 +213,18 @@ class EchoGroupedMLP(MegatronModule):
     ) -> dict[str, Any]:
         """The state as Megatron's SequentialMLP describes it to a distributed checkpoint."""
         separate = (metadata or {}).get("singleton_local_shards", False)
-        replica_id = (0, 0, self._data_parallel_rank)
         state: dict[str, Any] = {}
         for name in ("linear_fc1", "linear_fc2"):
             key = f"{prefix}experts.{'{expert}.' if separate else ''}{name}."
             state[f"{prefix}{name}.weight"] = sharded_stack(
-                getattr(self, name).weight, f"{key}weight", self._ep_rank, self._ep_size,
-                replica_id, sharded_offsets, separate=separate,
-                gated=name == "linear_fc1" and self.config.gated_linear_unit,
+                getattr(self, name).weight, f"{key}weight", self._place,
+                (0, 0, self._data_parallel_rank), sharded_offsets, separate=separate,
+                is_fc1=name == "linear_fc1", gated=self.config.gated_linear_unit,
             )  # fmt: skip
             state |= empty_extra_states(
-                f"{key}_extra_state", f"{prefix}{name}._extra_state", self._ep_rank,
-                self.num_local_experts, self._ep_size, replica_id, sharded_offsets,
-                separate=separate,
+                f"{key}_extra_state", f"{prefix}{name}._extra_state", self.num_local_experts,
+                self._place, (0, self._place.tensor_rank, self._data_parallel_rank),
+                sharded_offsets, separate=separate,
             )  # fmt: skip
         return state
 

@@ -65,13 +65,34 @@ def test_a_run_goes_on_with_the_other_layer(first: str, tmp_path: Path, text_fla
     assert stock == other
 
 
-def test_the_same_initial_weights(tmp_path: Path, text_flags: dict) -> None:
-    """Before the first step, with two EP ranks: the same keys, shapes and bits."""
+SHARED_EXPERTS = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+"""Megatron then gives each rank a slice of every expert (expert tensor parallelism)."""
+
+
+def test_slices_of_experts(tmp_path: Path, text_flags: dict) -> None:
+    """Two ranks share each expert: ours goes on from stock's third step as stock does."""
+    flags = {**text_flags, **SHARED_EXPERTS, "train_iters": 6, "save_interval": 3}
+    stock = train(flags, 2, tmp_path / "stock")
+    load = tmp_path / "stock" / "ckpt"
+    ours = train(flags, 2, tmp_path / "ours", load, ckpt_step=3, **LAYERS["ours"])
+    assert [line["iteration"] for line in ours] == [4, 5, 6]
+    for theirs, line in zip(stock[3:], ours, strict=True):
+        for name in ("lm loss", "grad-norm"):
+            assert line[name] == pytest.approx(theirs[name], rel=1e-5)
+    stock_keys, our_keys = (keys_and_shapes(tmp_path / name / "ckpt", 6) for name in LAYERS)
+    assert stock_keys == our_keys
+
+
+@pytest.mark.parametrize(
+    "layout", [{"expert_model_parallel_size": 2}, SHARED_EXPERTS], ids=["experts", "slices"]
+)
+def test_the_same_initial_weights(layout: dict, tmp_path: Path, text_flags: dict) -> None:
+    """Before the first step, on two ranks: the same keys, shapes and bits."""
     tensors = {}
     for name, layer in LAYERS.items():
         folder = tmp_path / name
         flags = {**text_flags, "lr": 0.0, "weight_decay": 0.0, "save_interval": 1}
-        train(flags, 2, folder, expert_model_parallel_size=2, train_iters=1, **layer)
+        train(flags, 2, folder, train_iters=1, **layout, **layer)
         content = dist_checkpointing.load_plain_tensors(str(folder / "ckpt" / "iter_0000001"))
         tensors[name] = {key: value for key, value in content.items() if key.startswith("decoder")}
     assert tensors["stock"].keys() == tensors["ours"].keys()

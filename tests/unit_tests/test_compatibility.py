@@ -27,18 +27,22 @@ GRAPH = {"cuda_graph_impl": "full_iteration"}
 OF_CONFIG = (
     {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
     {"moe_expert_capacity_factor": 1.0},
-    {"moe_expert_rank_capacity_factor": 1.5}, {"expert_tensor_parallel_size": 2},
+    {"moe_expert_rank_capacity_factor": 1.5},
     {"fp8": "hybrid"}, {"fp4": "e2m1"}, {"add_bias_linear": True}, {"moe_latent_size": 16},
-    {"moe_apply_probs_on_input": True}, {"moe_router_padding_for_quantization": True},
-    {"moe_shared_expert_overlap": True}, {"overlap_moe_expert_parallel_comm": True},
+    {"moe_apply_probs_on_input": True},
+    {"overlap_moe_expert_parallel_comm": True},
     {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},
-    {"use_transformer_engine_op_fuser": True}, {"moe_mlp_glu_interleave_size": 32},
+    {"moe_mlp_glu_interleave_size": 32},
     {"variable_seq_lengths": True},
-    {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"},
     {**GRAPH, "cuda_graph_warmup_steps": 0}, {"experimental_attention_variant": "dsa"},
     {"transformer_impl": "inference_optimized"}, {"use_cpu_initialization": True},
     {"fine_grained_activation_offloading": True},
+    {**GRAPH, "moe_router_load_balancing_type": ["sinkhorn"]},
+)  # fmt: skip
+TAKEN_OVER = (
+    {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    {"moe_router_padding_for_quantization": True}, {"use_transformer_engine_op_fuser": True},
     {"moe_router_load_balancing_type": ["sinkhorn"]},
 )  # fmt: skip
 OF_ARGUMENTS = (
@@ -61,10 +65,11 @@ def fired(table: tuple, setting: dict) -> set[int]:
     ("table", "settings"),
     [
         (compatibility._CONFIG, OF_CONFIG),
+        (compatibility._TAKEN_OVER, TAKEN_OVER),
         (compatibility._ARGUMENTS, OF_ARGUMENTS),
         (compatibility._WHOLE_STEP_GRAPH, OF_GRAPHS),
     ],
-    ids=["config", "arguments", "graphs"],
+    ids=["config", "taken over", "arguments", "graphs"],
 )
 def test_every_row_fires(table: tuple, settings: tuple[dict, ...]) -> None:
     assert fired(table, {}) == set()
@@ -76,8 +81,8 @@ def test_every_row_fires(table: tuple, settings: tuple[dict, ...]) -> None:
 def test_the_message_is_that_of_the_row() -> None:
     assert compatibility.config_refusal(PLAIN) is None
     assert compatibility.argument_refusal(PLAIN) is None
-    changed = SimpleNamespace(**vars(PLAIN) | {"expert_tensor_parallel_size": 2})
-    assert "--expert-tensor-parallel-size is 2" in str(compatibility.config_refusal(changed))
+    changed = SimpleNamespace(**vars(PLAIN) | {"moe_expert_capacity_factor": 1.5})
+    assert "--moe-expert-capacity-factor 1.5 drops" in str(compatibility.config_refusal(changed))
     graph = SimpleNamespace(**vars(PLAIN) | GRAPH | {"fp16": True})
     assert "Use --bf16" in str(compatibility.argument_refusal(graph))
     without_graph = SimpleNamespace(**vars(PLAIN) | {"fp16": True})

@@ -31,6 +31,7 @@ from megatron_echo.model_builder import EchoGPTModelBuilder, EchoGPTModelConfig,
 from megatron_echo.moe_layer import EchoMoELayer
 
 pytestmark = pytest.mark.usefixtures("single_rank")
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 
 
 def model_config(**fields: object) -> EchoGPTModelConfig:
@@ -190,6 +191,38 @@ def test_megatrons_own_dispatcher_is_not_built(kind: type, backend: str) -> None
     output, _ = layer(torch.ones(2, 1, 8, requires_grad=True))
     output.sum().backward()
     assert layer.experts.linear_fc1.weight.grad.any()
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_shared_expert_gate": True}, RECOMPUTED])
+def test_an_overlapped_shared_expert_has_the_same_bits(changes: dict) -> None:
+    """Beside dispatch and combine: forward, backward, evaluation, and two calls in flight.
+
+    The input's gradient is summed over the layer's branches in another order.
+    """
+    results = []
+    for overlap in (False, True):
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        torch.manual_seed(1)  # the gate's weight is drawn outside the tracker
+        config = EchoTransformerConfig(
+            num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=4,
+            moe_shared_expert_intermediate_size=8, moe_ffn_hidden_size=8, add_bias_linear=False,
+            transformer_impl="local", normalization="RMSNorm", moe_token_dispatcher_type="alltoall",
+            moe_shared_expert_overlap=overlap, **changes,
+        )  # fmt: skip
+        layer = moe_module_spec(config)(config=config)
+        layer.set_layer_number(1)
+        assert (layer.token_dispatcher.shared_experts is not None) == overlap
+        inputs = [torch.randn(6, 2, 8, requires_grad=True) for _ in range(3)]
+        outputs = [layer(tokens)[0] for tokens in inputs[:2]]
+        for output in reversed(outputs):
+            output.square().sum().backward()
+        layer.eval()
+        outputs.append(layer(inputs[2])[0])
+        grads = [tensor.grad for tensor in (*inputs[:2], *layer.parameters())]
+        assert all(grad.any() for grad in grads)
+        results.append([*grads, *outputs])
+    for place, (alone, beside) in enumerate(zip(*results, strict=True)):
+        assert torch.allclose(alone, beside, rtol=1e-5) if place < 2 else torch.equal(alone, beside)
 
 
 def test_what_a_spec_would_drop_silently_is_refused() -> None:

@@ -30,6 +30,12 @@ def test_dense_with_other_topk(ranks: int) -> None:
     run("dense_topk", ranks)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_expert_tensor_parallelism(ranks: int) -> None:
+    """Two ranks share each expert, over one or two expert-parallel ranks."""
+    run("expert_tensor_parallelism", ranks)
+
+
 @every_size
 def test_balance(ranks: int) -> None:
     """No rank computes more than the bound, the buffer is that size, and nothing is dropped."""

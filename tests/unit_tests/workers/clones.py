@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -144,6 +145,35 @@ def against(
             StepEnd.of(layer.config).overflow.check()
     assert most_clones >= dist.get_world_size() - 1
     report(f"worst errors in {dtype}", {name: f"{value:.1e}" for name, value in worst.items()})
+
+
+def check_expert_tensor_parallelism() -> None:
+    """Slices of experts on two ranks each, with clones of slices and without them."""
+    slices = 2
+    ranks = dist.get_world_size() // slices
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=slices,
+        expert_model_parallel_size=ranks,
+        expert_tensor_parallel_size=slices,
+    )
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    experts = experts_for(ranks)
+    for kind, slots, wire in itertools.product(("hot", "random", "padding"), (0, 2), TRANSPORTS):
+        layer = EchoMoELayer(
+            layer_config(
+                ranks, 2, torch.float64, tensor_model_parallel_size=slices, sequence_parallel=True,
+                expert_tensor_parallel_size=slices, num_attention_heads=2,
+                moe_num_echo_experts=slots * ranks, moe_echo_token_transport=wire,
+                moe_received_token_capacity=float(ranks * slices),
+            )
+        )  # fmt: skip
+        case = problem(kind, 2, torch.float64, experts=experts)
+        if kind == "hot" and slots and ranks > 1:
+            assert with_clones_somewhere(layer, case).any()
+        found = errors(run(layer, case), dense(layer, case, slices))
+        assert max(found.values()) <= 1e-12, (kind, slots, wire, found)
+        StepEnd.of(layer.config).overflow.check()
 
 
 def check_dense_fp64() -> None:

@@ -112,12 +112,30 @@ def gathered(tensor: Tensor) -> Tensor:
     return whole
 
 
-def dense(layer: EchoMoELayer, case: Problem) -> dict[str, Tensor]:
+def whole(weight: Tensor, slices: int, is_fc1: bool) -> Tensor:
+    """All experts ``[E, out, in]`` from the parts of all ranks, of which ``slices`` share F."""
+    parts = gathered(weight).unflatten(0, (-1, slices, len(weight)))  # [R, t, m, out, in]
+    if not is_fc1:
+        return parts.permute(0, 2, 3, 1, 4).flatten(3, 4).flatten(0, 1)
+    return parts.unflatten(3, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 4).flatten(0, 1)
+
+
+def part(weights: Tensor, slices: int, is_fc1: bool) -> Tensor:
+    """Of all experts what this rank holds, as :func:`whole` puts them together."""
+    expert_rank, rank = divmod(dist.get_rank(), slices)
+    mine = weights.chunk(dist.get_world_size() // slices)[expert_rank]
+    if not is_fc1:
+        return mine.chunk(slices, dim=2)[rank]
+    return torch.cat([half.chunk(slices, dim=1)[rank] for half in mine.chunk(2, dim=1)], dim=1)
+
+
+def dense(layer: EchoMoELayer, case: Problem, slices: int = 1) -> dict[str, Tensor]:
     """The same from all tokens and the weights of all experts, expert by expert, in fp64."""
     hidden, probs = (t.double().clone().requires_grad_() for t in (case.hidden, case.probs))
-    experts = layer.experts
-    weights = [gathered(part.weight) for part in (experts.linear_fc1, experts.linear_fc2)]
-    fc1, fc2 = (weight.double().requires_grad_() for weight in weights)
+    fc1, fc2 = (
+        whole(linear.weight.double(), slices, linear is layer.experts.linear_fc1).requires_grad_()
+        for linear in (layer.experts.linear_fc1, layer.experts.linear_fc2)
+    )
     output = torch.zeros_like(hidden)
     for expert in range(len(fc1)):
         gate, up = (hidden @ fc1[expert].T).chunk(2, dim=1)
@@ -125,8 +143,9 @@ def dense(layer: EchoMoELayer, case: Problem) -> dict[str, Tensor]:
         output = output + torch.where(case.chosen[:, expert, None], result, 0)
     grads = torch.autograd.grad(output, (hidden, probs, fc1, fc2), case.weight.double())
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = (tensor.chunk(ranks)[rank] for tensor in (output.detach(), *grads))
-    return dict(zip(RESULTS, mine, strict=True))
+    of_tokens = (tensor.chunk(ranks)[rank] for tensor in (output.detach(), *grads[:2]))
+    of_weights = (part(grad, slices, grad is grads[2]) for grad in grads[2:])
+    return dict(zip(RESULTS, (*of_tokens, *of_weights), strict=True))
 
 
 @functools.cache
