@@ -7,7 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from megatron_echo.dispatch.layout import DispatchLayout, build_layout, place_pairs, round_rows
+from megatron_echo.dispatch.layout import (
+    DispatchLayout,
+    PairCounts,
+    build_layout,
+    place_pairs,
+    round_rows,
+)
 
 many = settings(deadline=None, max_examples=200, print_blob=True)
 
@@ -306,7 +312,7 @@ def test_sources_find_the_rows_that_receivers_would(
     num_rows = data.draw(st.integers(1, pairs + num_groups * (alignment - 1) + 1))
     counts = torch.stack([torch.bincount(e.flatten(), minlength=none + 1) for e in experts])
     places = [
-        place_pairs(experts[rank], counts[:, :none], rank, num_rows, alignment)
+        place_pairs(experts[rank], PairCounts.of(counts[:, :none], rank), rank, num_rows, alignment)
         for rank in range(ranks)
     ]
     stride = num_rows + 1
@@ -327,3 +333,12 @@ def test_sources_find_the_rows_that_receivers_would(
         assert (part.need, part.dropped) == (layout.need, layout.dropped)
         assert {part.place.dtype, part.received.dtype, part.ends.dtype} == {torch.int32}
     assert torch.equal(found, expected)
+    for rank, part in enumerate(places):  # a token is sent once to a rank, to the first of its rows
+        for token, row in enumerate(part.place.tolist()):
+            sent = {place // stride: place for place in reversed(row) if place % stride < num_rows}
+            leads = [sent.get(place // stride, place) for place in row]
+            for k, place in enumerate(row):
+                is_none = place % stride == num_rows
+                assert part.lead[token, k] == (num_rows if is_none else leads[k] % stride)
+                is_first = not is_none and place == leads[k] and place not in row[:k]
+                assert part.first[token, k] == (place if is_first else nowhere[rank])

@@ -47,7 +47,7 @@ def spoil(buffers: PeerBuffers) -> None:
     """Fill all buffers of all ranks."""
     dist.barrier()
     for rows in buffers.rows:
-        rows.own.fill_(float("nan") if rows.own.is_floating_point() else -(1 << 40))
+        rows.own.fill_(float("nan") if rows.own.is_floating_point() else -(1 << 30))
     dist.barrier()
 
 
@@ -122,9 +122,9 @@ def check_spoiled() -> None:
             same_bits(result, clean)
     buffers = PeerBuffers.of(first.config, first.ep_group)
     assert buffers is PeerBuffers.of(second.config, second.ep_group)
-    # counts, rows and probabilities there, rows and probabilities' gradients back; in evaluation
-    # no gradients
-    assert len(buffers.rows) == 5 + 3
+    # Rows, probabilities and where a row's token lies there, rows and probabilities' gradients
+    # back; without gradients, in a buffer of another size, rows alone back.
+    assert len(buffers.rows) == 5 + 4
     assert buffers.nbytes == sum(rows.own.nbytes for rows in buffers.rows)
 
 
