@@ -1,4 +1,4 @@
-"""``--moe-echo-capture-routing``: where every token went, copied to the host behind the computation.
+"""``--moe-echo-capture-routing``: where every token went, copied to the host behind the model.
 
 The ids and weights of a layer call are packed on the device, in the compute stream's order, so the
 source is free as soon as :meth:`RoutingCapture.record` returns. One copy on a stream of its own
