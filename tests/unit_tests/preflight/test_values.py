@@ -172,7 +172,7 @@ def test_offloading_names_the_flag(flags: dict, message: str) -> None:
         echo_delta_offload_bytes_across_pp_ranks=0, cuda_graph_impl="none",
         overlap_moe_expert_parallel_comm=False, cpu_offloading_num_layers=0,
         offload_target_bytes=None, offload_max_slowdown=0.0, offload_host_bytes=None,
-        offload_policy="auto", offload_implementation="echo", offload_strict=False,
+        offload_policy="largest", offload_implementation="echo", offload_strict=False,
         params_dtype=torch.float32,
     )  # fmt: skip
     assert offload_config(args) is not None
