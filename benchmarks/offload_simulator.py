@@ -24,11 +24,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from megatron_echo.copy_lanes import Link  # noqa: E402
 from megatron_echo.offload import ActivationOffloader, OffloadConfig  # noqa: E402
-from megatron_echo.testing.simulated_device import (  # noqa: E402
-    Latency,
-    SimulatedBackend,
-    SimulatedModule,
-)
+from megatron_echo.testing.simulated_device import Latency, SimulatedBackend  # noqa: E402
 
 UNIT = 1000
 """Ticks of a time unit."""
@@ -89,6 +85,44 @@ def pipeline(microbatches: int, ranks: int = 1, rank: int = 0, chunks: int = 1) 
     for pair in zip(forward[warmup:], backward, strict=False):
         order += pair
     return order + backward[total - warmup :]
+
+
+class SimulatedModule(nn.Module):
+    """A module that takes time and saves one tensor.
+
+    Args:
+        backend: whose compute lane it keeps busy.
+        nbytes: of the saved tensor, a multiple of 32.
+        forward_ticks: before the tensor is saved.
+        backward_ticks: after it was needed.
+    """
+
+    def __init__(
+        self, backend: SimulatedBackend, nbytes: int, forward_ticks: int, backward_ticks: int
+    ) -> None:
+        super().__init__()
+        self._work = (backend, nbytes, forward_ticks, backward_ticks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fp32 ``[8]`` to fp32 ``[8]``."""
+        return _Work.apply(x, *self._work)
+
+
+class _Work(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, backend: SimulatedBackend, nbytes: int, ticks: int, later: int
+    ) -> Tensor:
+        backend.compute(ticks)
+        ctx.save_for_backward(torch.sin(x).repeat(nbytes // x.nbytes))
+        ctx.backend, ctx.ticks = backend, later
+        return torch.cos(x) * 1.5
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        ctx.backend.compute(ctx.ticks)
+        return grad * saved.view(-1, 8).mean(0) * 1.5, None, None, None, None
 
 
 class Layer(nn.Module):

@@ -26,7 +26,8 @@ def flag(
     """A dataclass field that is also a command-line flag.
 
     Args:
-        default: the value without the flag; its type is the field's annotation.
+        default: the value without the flag; its type is the field's annotation. A tuple takes
+            one word or more.
         help: one or two sentences for ``--help``.
         group: the title of the ``--help`` group.
         check: says what is wrong with a value; runs on the finished configuration.
@@ -53,7 +54,15 @@ def flag_name(field_name: str) -> str:
 def value_type(field: dataclasses.Field) -> type:
     """The type of a field's value, with ``Optional`` taken off."""
     options = [t for t in typing.get_args(field.type) if t is not types.NoneType]
+    if options and typing.get_origin(options[0]) is tuple:
+        options = list(typing.get_args(options[0]))
     return typing.cast(type, options[0] if options else field.type)
+
+
+def takes_several(field: dataclasses.Field) -> bool:
+    """True for a tuple, or a tuple or None."""
+    options = (field.type, *typing.get_args(field.type))
+    return any(typing.get_origin(option) is tuple for option in options)
 
 
 def number_refusal(value: Any) -> str | None:
@@ -93,8 +102,11 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
         else:
             group.add_argument(name, help=help_text, action="store_true", **options)
         return
+    if takes_several(field):
+        options["nargs"] = "+"
     if field.default is not None:
-        help_text += f" (default: {field.default})"
+        shown = field.default if isinstance(field.default, tuple) else (field.default,)
+        help_text += f" (default: {' '.join(map(str, shown))})"
     group.add_argument(
         flag_name(field.name),
         help=help_text,

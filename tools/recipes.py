@@ -34,7 +34,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: 
 
 from megatron_echo.memory.estimate import estimate  # noqa: E402
 from megatron_echo.observe.simulate import parser as simulator_parser  # noqa: E402
-from megatron_echo.observe.simulate import prepare  # noqa: E402
+from megatron_echo.observe.simulate import search_of  # noqa: E402
 from megatron_echo.observe.simulation.search import Candidate, candidates  # noqa: E402
 
 EXAMPLES = ROOT / "examples"
@@ -137,9 +137,9 @@ def simulated(name: str, command: str, loads: str) -> tuple[Candidate, Candidate
     has even pipeline stages; those of a recipe's own layout differ by a layer.
     """
     words = [*command.split(), "--loads", loads]
-    asked, (run, search) = settings_of(name), prepare(simulator_parser().parse_args(words))
+    asked, search = settings_of(name), search_of(simulator_parser().parse_args(words))
     is_recomputed = asked.recompute_granularity is not None
-    found = [one for one in candidates(run, search)[0] if one.layout.recompute == is_recomputed]
+    found = [one for one in candidates(search)[0] if one.layout.recompute == is_recomputed]
     way = asked.moe_echo_expert_dispatcher_type
     plain = next(one for one in found if one.kind == "plain")
     return plain, next(one for one in found if one.kind == "echo" and one.layout.weights_by == way)

@@ -25,6 +25,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -36,45 +37,29 @@ from megatron_echo.cpu_backend.recorded_graph import RecordedGraph, capture
 
 _PREFIX = "[megatron_echo.cpu_backend]"
 _DRIVER = Path("/proc/driver/nvidia/version")
-_MISSING = object()
 _MALLOC_DEFAULTS = {-1: 128 << 10, -3: 128 << 10}
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD with their defaults."""
 _MALLOC_KEEP = 1 << 30
 
 
-class _PatchList:
-    """Attributes and environment variables that were replaced, in order, with what was there."""
+class _PatchList(contextlib.ExitStack):
+    """Attributes and environment variables that are replaced until it is closed."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        super().__init__()
         self.names: list[str] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set ``owner.name`` to ``value`` and remember how to undo it."""
-        before = vars(owner).get(name, _MISSING)
-        setattr(owner, name, value)
-        if before is _MISSING:
-            self._undo.append(lambda: delattr(owner, name))
-        else:
-            self._undo.append(lambda: setattr(owner, name, before))
+        """Set ``owner.name`` to ``value``; an inherited attribute is deleted again."""
+        self.enter_context(mock.patch.object(owner, name, value, create=True))
         self.names.append(f"{getattr(owner, '__name__', owner)}.{name}")
 
     def set_default_env(self, name: str, value: str) -> None:
         """Set an environment variable that the user left unset."""
         if name not in os.environ:
             os.environ[name] = value
-            self._undo.append(lambda: os.environ.__delitem__(name))
+            self.callback(os.environ.__delitem__, name)
             self.names.append(f"${name}")
-
-    def on_undo(self, action: Callable[[], None]) -> None:
-        """Remember one more thing to do when everything is put back."""
-        self._undo.append(action)
-
-    def undo(self) -> None:
-        """Put everything back, last change first."""
-        while self._undo:
-            self._undo.pop()()
-        self.names.clear()
 
 
 _patches = _PatchList()
@@ -90,31 +75,25 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-def _redirect_device_keyword(function: Callable) -> Callable:
-    """``function`` with a CUDA ``device=`` turned into the CPU and pinned memory left out."""
+def _redirect(function: Callable, position: int | None = None) -> Callable:
+    """``function`` with a CUDA device turned into the CPU, and pinned memory left out.
+
+    Args:
+        function: takes a device by keyword, ``device`` or ``map_location``.
+        position: of the device among the positional arguments, None if it has none.
+    """
 
     @functools.wraps(function)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if position is not None and len(args) > position and _names_cuda(args[position]):
+            args = (*args[:position], "cpu", *args[position + 1 :])
         if kwargs:
-            if _names_cuda(kwargs.get("device")):
-                kwargs["device"] = "cpu"
+            for name in ("device", "map_location"):
+                if _names_cuda(kwargs.get(name)):
+                    kwargs[name] = "cpu"
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
         return function(*args, **kwargs)
-
-    return on_cpu
-
-
-def _redirect_to(function: Callable) -> Callable:
-    """``Tensor.to`` with a CUDA device, positional or by keyword, turned into the CPU."""
-
-    @functools.wraps(function)
-    def on_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _names_cuda(args[0]):
-            args = ("cpu", *args[1:])
-        elif kwargs and _names_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
-        return function(self, *args, **kwargs)
 
     return on_cpu
 
@@ -130,16 +109,6 @@ def _redirect_type(function: Callable) -> Callable:
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
         return function(self, dtype, *args, **kwargs)
-
-    return on_cpu
-
-
-def _redirect_load(function: Callable) -> Callable:
-    """``torch.load`` with a ``map_location`` that names CUDA turned into the CPU."""
-
-    @functools.wraps(function)
-    def on_cpu(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return function(f, "cpu" if _names_cuda(map_location) else map_location, *args, **kwargs)
 
     return on_cpu
 
@@ -166,34 +135,24 @@ def _redirect_splits(function: Callable) -> Callable:
     return with_lists
 
 
-def _redirect_context(function: Callable) -> Callable:
-    """The initialiser behind ``with torch.device("cuda")`` and ``torch.set_default_device``."""
-
-    @functools.wraps(function)
-    def on_cpu(self: Any, device: Any) -> None:
-        function(self, "cpu" if _names_cuda(device) else device)
-
-    return on_cpu
-
-
 def _patch_factories() -> None:
     """Everything that creates a tensor on a device, or moves one to a device."""
     constructors = {f.__name__ for f in torch.utils._device._device_constructors()}
     likes = {name for name in dir(torch) if name.endswith("_like") and not name.startswith("_")}
     for name in sorted(constructors | likes):
         if callable(getattr(torch, name, None)):
-            _patches.set(torch, name, _redirect_device_keyword(getattr(torch, name)))
+            _patches.set(torch, name, _redirect(getattr(torch, name)))
     for name in [name for name in dir(torch.Tensor) if name.startswith("new_")] + ["new"]:
-        _patches.set(torch.Tensor, name, _redirect_device_keyword(getattr(torch.Tensor, name)))
+        _patches.set(torch.Tensor, name, _redirect(getattr(torch.Tensor, name)))
     context = torch.utils._device.DeviceContext
-    _patches.set(context, "__init__", _redirect_context(context.__init__))
-    _patches.set(torch.Tensor, "to", _redirect_to(torch.Tensor.to))
+    _patches.set(context, "__init__", _redirect(context.__init__, 1))
+    _patches.set(torch.Tensor, "to", _redirect(torch.Tensor.to, 1))
     _patches.set(torch.Tensor, "type", _redirect_type(torch.Tensor.type))
     _patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _patches.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
     _patches.set(torch.Tensor, "record_stream", lambda self, stream: None)
     _patches.set(torch.nn.Module, "cuda", lambda self, device=None: self)
-    _patches.set(torch, "load", _redirect_load(torch.load))
+    _patches.set(torch, "load", _redirect(torch.load, 1))
     for name in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte"):
         _patches.set(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     _patches.set(torch.cuda, "BoolTensor", torch.BoolTensor)
@@ -295,7 +254,7 @@ def _patch_megatron() -> None:
     # With one generator for both, a fork of "the CUDA state" always changes the CPU's.
     logger = logging.getLogger(random.__name__)
     logger.addFilter(_drop_rng_warning)
-    _patches.on_undo(lambda: logger.removeFilter(_drop_rng_warning))
+    _patches.callback(logger.removeFilter, _drop_rng_warning)
     if not environment.HAVE_TRANSFORMER_ENGINE:
         # CheckpointWithoutOutput reads these names, which stock code binds only with TE.
         fp8 = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
@@ -320,7 +279,7 @@ def _disable_dynamo() -> None:
     dynamo: Any = sys.modules.get("torch._dynamo.config")
     if dynamo is not None and not dynamo.disable:
         dynamo.disable = True
-        _patches.on_undo(lambda: setattr(dynamo, "disable", False))
+        _patches.callback(setattr, dynamo, "disable", False)
 
 
 def _keep_freed_memory() -> None:
@@ -332,14 +291,9 @@ def _keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    for parameter in _MALLOC_DEFAULTS:
+    for parameter, default in _MALLOC_DEFAULTS.items():
         mallopt(parameter, _MALLOC_KEEP)
-
-    def restore() -> None:
-        for item in _MALLOC_DEFAULTS.items():
-            mallopt(*item)
-
-    _patches.on_undo(restore)
+        _patches.callback(mallopt, parameter, default)
 
 
 def _refuse_broken_cuda() -> None:
@@ -414,7 +368,8 @@ def enable(verbose: bool = True) -> bool:
 def disable() -> None:
     """Restore everything that :func:`enable` replaced."""
     global _enabled
-    _patches.undo()
+    _patches.close()
+    _patches.names.clear()
     _enabled = False
 
 

@@ -89,8 +89,6 @@ class Search:
         Its parser lets the first rank's last chunk pass, where the embedding is in another chunk.
         Those two copies are never added up, and with tied weights the ranks wait for each other.
         """
-        if self.pipeline.schedule == "dualpipev":
-            return True
         last, alone = self.pipeline.chunks - 1, 1 in (self.pipeline.ranks, self.pipeline.chunks)
         return chunk == last and (rank > 0 or alone)
 
@@ -215,18 +213,16 @@ class Search:
 class _Pair:
     """The search over one or two chunks, with the others as they are.
 
-    States are arrays ``[C, n + 1, n + 1]``: where the second chunk began (C is 1 where that is
-    known), the end of the first chunk so far, and that of the second; the second chunk of a V
-    comes from the model's end, so its "end" is where its items begin.
+    States are arrays ``[C, n + 1, n + 1]``: where the second chunk begins (one of :attr:`begins`),
+    the end of the first chunk so far, and that of the second.
     """
 
     def __init__(self, search: Search, cuts: list[int], first: int, second: int | None) -> None:
         self.search, self.cuts, self.first, self.second = search, cuts, first, second
         self.pipeline = search.pipeline
-        self.mirrored = second is None or self.pipeline.schedule == "dualpipev"
-        ranks = self.pipeline.ranks
-        self.low = cuts[first * ranks]
-        self.high = search.items if self.mirrored else cuts[(first + 2) * ranks]
+        last = first if second is None else second
+        self.low, self.high = (cuts[chunk * self.pipeline.ranks] for chunk in (first, last + 1))
+        self.begins = np.arange(self.high if second is None else self.low, self.high + 1)
 
     def best(self, order: Sequence[str], limits: Measures) -> list[int]:
         """The cuts of the best layout; see :meth:`Search.best`."""
@@ -241,46 +237,34 @@ class _Pair:
 
     def _solve(self, limits: Measures, value: Callable, combine: Callable) -> list[int]:
         """Cuts with the lowest combined value of all ranks, within the limits."""
-        size = self.search.items + 1
-        begins = 1 if self.mirrored else size
-        state = np.full((begins, size, size), np.inf)
-        if self.mirrored:
-            state[0, self.low, self.high] = -np.inf if combine is np.maximum else 0
-        else:
-            start = np.arange(self.low, self.high + 1)
-            state[start, self.low, start] = -np.inf if combine is np.maximum else 0
+        size, count = self.search.items + 1, len(self.begins)
+        state = np.full((count, size, size), np.inf)
+        state[range(count), self.low, self.begins] = -np.inf if combine is np.maximum else 0
         states = [state]
         for rank in range(self.pipeline.ranks):
             after = np.full_like(state, np.inf)
-            for lengths, cost in self._rank_costs(rank, limits, value):
-                source, target = self._windows(*lengths)
-                np.minimum(after[target], combine(states[-1][source], cost), out=after[target])
+            for (a, b), cost in self._rank_costs(rank, limits, value):
+                before, reached = states[-1][:, : size - a, : size - b], after[:, a:, b:]
+                np.minimum(reached, combine(before, cost), out=reached)
             states.append(after)
         return self._trace(states, limits, value, combine)
-
-    def _windows(self, a: int, b: int) -> tuple[tuple, tuple]:
-        """Index of the states before and after segments of the lengths a and b."""
-        size = self.search.items + 1
-        if self.mirrored:
-            return np.s_[:, : size - a, b:], np.s_[:, a:, : size - b]
-        return np.s_[:, : size - a, : size - b], np.s_[:, a:, b:]
 
     def _trace(
         self, states: list[Array], limits: Measures, value: Callable, combine: Callable
     ) -> list[int]:
         """Walk back from the best final state."""
-        ends = np.arange(self.search.items + 1)
-        final = states[-1][0, ends, ends] if self.mirrored else states[-1][ends, ends, self.high]
-        begin = int(final.argmin())
-        place = (0, begin, begin) if self.mirrored else (begin, begin, self.high)
-        assert np.isfinite(final[begin]), "the layout at hand was within the limits"
+        final = states[-1][range(len(self.begins)), self.begins, self.high]
+        best = int(final.argmin())
+        assert np.isfinite(final[best]), "the layout at hand was within the limits"
+        place = (best, int(self.begins[best]), self.high)
         cuts = list(self.cuts)
-        cuts[(self.first + 1) * self.pipeline.ranks] = begin
         for rank in reversed(range(self.pipeline.ranks)):
             place = self._step_back(
                 states[rank], states[rank + 1], place, rank, limits, value, combine
             )
-            self._write(cuts, rank, place)
+            for chunk, begin in zip((self.first, self.second), place[1:], strict=True):
+                if chunk is not None:
+                    cuts[self.pipeline.stage(rank, chunk)] = begin
         return cuts
 
     def _step_back(
@@ -289,20 +273,10 @@ class _Pair:
     ) -> tuple[int, int, int]:  # fmt: skip
         begin, x, y = place
         for (a, b), cost in self._rank_costs(rank, limits, value):
-            was = (begin, x - a, y + b if self.mirrored else y - b)
-            if min(was) < 0 or was[2] > self.search.items:
-                continue
-            index = (was[1], was[2] - b) if self.mirrored else was[1:]
-            if combine(before[was], cost[index]) == after[place] and np.isfinite(after[place]):
+            was = begin, x - a, y - b
+            if min(was) >= 0 and combine(before[was], cost[was[1:]]) == after[place]:
                 return was
         raise AssertionError("a state without a predecessor")
-
-    def _write(self, cuts: list[int], rank: int, place: tuple[int, int, int]) -> None:
-        """Set where this rank's stages begin (the second stage of a V: where it ends)."""
-        cuts[self.pipeline.stage(rank, self.first)] = place[1]
-        if self.second is not None:
-            stage = self.pipeline.stage(rank, self.second)
-            cuts[stage + 1 if self.mirrored else stage] = place[2]
 
     def _rank_costs(
         self, rank: int, limits: Measures, value: Callable

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_echo.memory.layout_search import Array, Costs, Measures, Search
 from megatron_echo.memory.schedules import Pipeline
 
-KINDS = {"E": "embedding", "t": "decoder layer", "m": "MTP layer", "L": "head and loss"}
+KINDS = ("E", "t", "m", "L")
 Preference = Literal["time", "memory"]
 _MOST = 1e100
 """Larger costs are no costs: their sums would leave float64."""
@@ -34,7 +34,6 @@ class LayerCost:
         activation_bytes: kept for backward, for each microbatch.
         static_bytes: weights, gradients and optimizer state.
         workspace_bytes: the most that it uses besides, while it runs.
-        name: for the table.
     """
 
     kind: str
@@ -42,7 +41,6 @@ class LayerCost:
     activation_bytes: float
     static_bytes: float
     workspace_bytes: float = 0
-    name: str = ""
 
 
 def read_costs(path: str | Path) -> list[LayerCost]:
@@ -67,12 +65,6 @@ def read_costs(path: str | Path) -> list[LayerCost]:
             f"{path} holds no layer costs ({error}). Write "
             f'{{"layers": [...]}} with the fields {fields} and count.'
         ) from error
-
-
-def write_costs(layers: Sequence[LayerCost], path: str | Path) -> None:
-    """The file that :func:`read_costs` reads."""
-    entries = [dataclasses.asdict(layer) for layer in layers]
-    Path(path).write_text(json.dumps({"layers": entries}, indent=1) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +123,8 @@ class PipelineLayout:
         """Parse :attr:`string` with Megatron's own parser and compare.
 
         Raises:
-            ValueError: Megatron has no such schedule, or reads something else.
+            ValueError: Megatron reads something else.
         """
-        if self.pipeline.schedule == "dualpipev":
-            raise ValueError(
-                "Megatron's layout has no V-shaped placement, so it cannot run dualpipev. "
-                "Plan for interleaved."
-            )
         from megatron.core.transformer.pipeline_parallel_layer_layout import (
             PipelineParallelLayerLayout,
         )
@@ -159,20 +146,31 @@ class PipelineLayout:
         """A line a rank: its stages, the microbatches it holds at the worst moment, time, peak."""
         lines = ["rank  stages                     held at the peak  seconds   peak GiB"]
         for rank, measured in enumerate(self.ranks):
-            stages = [self.pipeline.stage(rank, chunk) for chunk in range(self.pipeline.chunks)]
             activation = [
-                sum(
-                    layer.activation_bytes for layer in self.layers[self.cuts[s] : self.cuts[s + 1]]
-                )
-                for s in stages
+                sum(layer.activation_bytes for layer in chunk) for chunk in self._chunks(rank)
             ]
             live = self.pipeline.live(rank)
             worst = max(live, key=lambda v: sum(a * b for a, b in zip(v, activation, strict=True)))
-            names = " + ".join(_shorten(self.stages[s]) for s in stages)
             held = " + ".join(map(str, worst))
-            gib = measured.peak / 2**30
-            lines.append(f"{rank:4}  {names:26} {held:16} {measured.rank_time:8.4g} {gib:10.3f}")
+            lines.append(
+                f"{rank:4}  {self._named(rank):26} {held:16} {measured.rank_time:8.4g} "
+                f"{measured.peak / 2**30:10.3f}"
+            )
         return "\n".join(lines)
+
+    def _chunks(self, rank: int) -> list[tuple[LayerCost, ...]]:
+        """The layers of each chunk of a rank."""
+        stages = (self.pipeline.stage(rank, chunk) for chunk in range(self.pipeline.chunks))
+        return [self.layers[self.cuts[s] : self.cuts[s + 1]] for s in stages]
+
+    def _named(self, rank: int) -> str:
+        """The chunks of a rank, ``Et*4 + t*5`` for ``Etttt`` and ``ttttt``."""
+        runs = [groupby(layer.kind for layer in chunk) for chunk in self._chunks(rank)]
+        counts = ([(letter, len(list(run))) for letter, run in chunk] for chunk in runs)
+        return " + ".join(
+            "".join(letter if n == 1 else f"{letter}*{n}" for letter, n in chunk)
+            for chunk in counts
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: layout, schedule, and the costs of each rank."""
@@ -185,12 +183,6 @@ class PipelineLayout:
             "slowdown": self.slowdown,
             "peak_bytes": [measured.peak for measured in self.ranks],
         }
-
-
-def _shorten(stage: str) -> str:
-    """``Et*4`` for ``Etttt``."""
-    runs = [(letter, len(list(run))) for letter, run in groupby(stage)]
-    return "".join(letter if n == 1 else f"{letter}*{n}" for letter, n in runs)
 
 
 def even_split(layers: Sequence[LayerCost], stages: int) -> list[int]:
@@ -216,7 +208,7 @@ def even_split(layers: Sequence[LayerCost], stages: int) -> list[int]:
 
 def _check_layers(layers: Sequence[LayerCost]) -> None:
     for layer in layers:
-        if layer.kind not in tuple(KINDS):
+        if layer.kind not in KINDS:
             raise ValueError(
                 f"There is no kind {layer.kind!r} of layer. Use one of {', '.join(KINDS)}."
             )
@@ -326,12 +318,10 @@ def plan_layout(
 
 def _over_budget(least: PipelineLayout, budget: float) -> str:
     rank = max(range(len(least.ranks)), key=lambda r: least.ranks[r].peak)
-    stages = [least.pipeline.stage(rank, chunk) for chunk in range(least.pipeline.chunks)]
-    names = " + ".join(_shorten(least.stages[s]) for s in stages)
     return (
         f"No layout fits {budget / 2**30:.3f} GiB a GPU: even in the smallest, rank {rank} "
-        f"({names}) needs {least.peak_bytes / 2**30:.3f} GiB. Use more pipeline ranks, keep less "
-        "for backward (recompute or offload), or raise the budget."
+        f"({least._named(rank)}) needs {least.peak_bytes / 2**30:.3f} GiB. Use more pipeline "
+        "ranks, keep less for backward (recompute or offload), or raise the budget."
     )
 
 
@@ -340,7 +330,8 @@ def explain(layout: PipelineLayout) -> str:
     even = layout.even
     binding = max(range(len(layout.ranks)), key=lambda r: layout.ranks[r].peak)
     slowest = max(range(len(layout.ranks)), key=lambda r: layout.ranks[r].stage_time)
-    pipeline, static = layout.pipeline, _static(layout, binding)
+    pipeline = layout.pipeline
+    static = sum(layer.static_bytes for chunk in layout._chunks(binding) for layer in chunk)
     lines = [
         f"{pipeline.schedule}, {pipeline.ranks} ranks x {pipeline.chunks} chunks, "
         f"{pipeline.microbatches} microbatches",
@@ -364,9 +355,3 @@ def explain(layout: PipelineLayout) -> str:
             f"needs {even.peak_bytes / 2**30:.3f} GiB a GPU."
         )
     return "\n".join(lines)
-
-
-def _static(layout: PipelineLayout, rank: int) -> float:
-    stages = [layout.pipeline.stage(rank, chunk) for chunk in range(layout.pipeline.chunks)]
-    held = [layout.layers[layout.cuts[s] : layout.cuts[s + 1]] for s in stages]
-    return sum(layer.static_bytes for layers in held for layer in layers)

@@ -70,9 +70,6 @@ def main(words: list[str] | None = None) -> None:
     except ValueError as error:
         print(f"plan_layout: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if layout.pipeline.schedule == "dualpipev":
-        print(f"{layout.string}\nMegatron has no V-shaped placement: this is to compare with.")
-        return
     layout.check_with_megatron()
     print(f'--pipeline-model-parallel-layout "{layout.string}"   (read back by Megatron\'s parser)')
 

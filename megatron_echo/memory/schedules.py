@@ -1,18 +1,15 @@
 """Pipeline schedules, replayed: what a rank runs, in order, and how many microbatches it holds.
 
-``1f1b``, ``interleaved`` and ``interleaved-ep-overlap`` are Megatron-Core's. ``dualpipev`` is
-DeepSeek's V-shaped DualPipe (rank ``r`` of P holds the stages ``r`` and ``2P - 1 - r``), which
-Megatron does not run; it is here to compare with.
+``1f1b``, ``interleaved`` and ``interleaved-ep-overlap`` are Megatron-Core's.
 """
 
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-SCHEDULES = ("1f1b", "interleaved", "interleaved-ep-overlap", "dualpipev")
+SCHEDULES = ("1f1b", "interleaved", "interleaved-ep-overlap")
 BACKWARD_SHARE = 2 / 3
 """Part of a layer's time that its backward pass takes, where only the sum is known."""
 
@@ -76,9 +73,9 @@ class Pipeline(NamedTuple):
             raise ValueError(f"{ranks} ranks of {chunks} chunks are no pipeline. Use 1 or more.")
         if schedule == "interleaved" and chunks == 1:
             schedule = "1f1b"
-        wanted = {"1f1b": chunks == 1, "dualpipev": chunks == 2}.get(schedule, chunks > 1)
-        if not wanted:
-            fix = {"1f1b": "exactly 1", "dualpipev": "exactly 2"}.get(schedule, "2 or more")
+        is_interleaved = schedule != "1f1b"
+        if is_interleaved != (chunks > 1):
+            fix = "2 or more" if is_interleaved else "exactly 1"
             raise ValueError(
                 f"The schedule {schedule} does not run {chunks} chunks a rank. Use {fix}."
             )
@@ -87,13 +84,12 @@ class Pipeline(NamedTuple):
             raise ValueError(
                 f"A group of {group} microbatches is below the {ranks} ranks. Use more."
             )
-        interleaved = schedule.startswith("interleaved")
-        least = 2 * ranks if schedule == "dualpipev" else group if interleaved else 1
+        least = group if is_interleaved else 1
         full = max(4 * ranks, 2 * group)
         microbatches = full + (-full) % group if microbatches is None else microbatches
         rest = microbatches % group
-        if microbatches < least or (interleaved and 0 < rest < ranks):
-            fix = f"a multiple of {group}" if interleaved else f"{least} or more"
+        if microbatches < least or (is_interleaved and 0 < rest < ranks):
+            fix = f"a multiple of {group}" if is_interleaved else "1 or more"
             raise ValueError(
                 f"The schedule {schedule} does not run {microbatches} microbatches. Use {fix}."
             )
@@ -101,14 +97,10 @@ class Pipeline(NamedTuple):
 
     def stage(self, rank: int, chunk: int) -> int:
         """Where in the model a rank's chunk is: stage 0 has the embedding, P * V - 1 the loss."""
-        if self.schedule == "dualpipev" and chunk == 1:
-            return 2 * self.ranks - 1 - rank
         return chunk * self.ranks + rank
 
     def slots(self, rank: int) -> list[Slot]:
         """Everything that one rank runs in a step, in order."""
-        if self.schedule == "dualpipev":
-            return _dualpipev(self.ranks, self.microbatches, rank)
         if self.schedule == "1f1b":
             forwards = [(0, m) for m in range(self.microbatches)]
             return _one_forward_one_backward(forwards, forwards, self.ranks - rank - 1)
@@ -217,30 +209,3 @@ def _interleaved_order(pipeline: Pipeline) -> list[Work]:
         for chunk in range(pipeline.chunks)
         for microbatch in range(start, min(start + pipeline.group, pipeline.microbatches))
     ]
-
-
-def _dualpipev(ranks: int, microbatches: int, rank: int) -> list[Slot]:
-    """The eight phases of DualPipeV; its separate weight-gradient passes hold no activations."""
-    after = ranks - rank - 1
-    order = chain(
-        ["F0"] * (2 * after),
-        ["F0", "F1"] * (rank + 1),
-        ["B1", "F1"] * after,
-        ["F0B1", "F1B0"] * (microbatches - 2 * ranks + rank + 1),
-        ["B1", "F1B0"] * after,
-        ["B1", "B0"] * (rank + 1),
-        ["B0"] * after,
-    )
-    counts: dict[str, int] = {}
-
-    def take(code: str) -> Work | None:
-        if not code:
-            return None
-        counts[code] = counts.get(code, -1) + 1
-        return int(code[1]), counts[code]
-
-    slots = []
-    for codes in order:
-        forward, _, backward = codes.partition("B")
-        slots.append(Slot(take(forward), take("B" + backward if backward else "")))
-    return slots

@@ -48,7 +48,7 @@ def _read(path: Path) -> Json:
         hook kept elsewhere; ``events`` and ``curves``, bytes kept after each of those events.
     """
     from megatron_echo.record.ledger import KEPT, Entry
-    from megatron_echo.record.ledger_plot import label, live_curves
+    from megatron_echo.record.ledger_plot import label, live_curves, total_curve
 
     try:
         ledger = json.loads(path.read_text())
@@ -57,19 +57,19 @@ def _read(path: Path) -> Json:
             Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in ledger["entries"]
         ]
         kept = [entry for entry in entries if entry.kind in KEPT and not entry.taken]
-        curves = live_curves(kept, events, "module", GROUPS)
-        every = live_curves(kept, events, "module", len(kept))
+        curves = live_curves(kept, events, GROUPS)
+        every = live_curves(kept, events, len(kept))
+        total = total_curve(kept, events)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ReportError(
             f"{path} is no memory ledger. Take it away, or run again with --memory-ledger."
         ) from None
-    total = np.sum([np.zeros(events + 1, np.int64), *curves.values()], axis=0)
     peak = int(total.argmax())
     saved: Counter[str] = Counter()
     storages: Counter[str] = Counter()
     for entry in kept:
-        saved[label(entry, "module")] += entry.nbytes
-        storages[label(entry, "module")] += 1
+        saved[label(entry)] += entry.nbytes
+        storages[label(entry)] += 1
     modules = [[name, int(live[peak]), saved[name], storages[name]] for name, live in every.items()]
     modules.sort(key=lambda row: row[1:3], reverse=True)
     at = np.unique(np.append(np.linspace(0, events, min(events + 1, MAX_POINTS), dtype=int), peak))

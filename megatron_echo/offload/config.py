@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from megatron_echo.offload.regions import REGION_NAMES
 
-POLICIES = ("earliest", "largest", "longest-lifetime", "auto")
+POLICIES = ("earliest", "largest", "longest-lifetime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,7 @@ class OffloadConfig:
             switches it all off.
         min_tensor_bytes: smaller storages stay on the device.
         policy: which storages come first. ``earliest``: in forward order; ``largest``;
-            ``longest-lifetime``: longest between saving and use; ``auto``: as the latter, and
-            :meth:`ActivationOffloader.report` says for each module whether to offload, keep or
-            recompute it.
+            ``longest-lifetime``: longest between saving and use.
         target_bytes: offload no more than brings the forecast peak of the regions' saved bytes
             on the device down to this. None: as much as ``fraction`` allows.
         max_slowdown: how much longer than without offloading a planned step may take, as a

@@ -60,7 +60,6 @@ class HostArena:
         self.allocated_bytes = 0
         self.leased_bytes = 0
         self.peak_leased_bytes = 0
-        self.leases = 0
 
     def lease(self, nbytes: int) -> Lease | None:
         """A block of at least ``nbytes``, with the guard of its last user; None when full."""
@@ -72,14 +71,12 @@ class HostArena:
             if block is None:
                 return None
             lease = Lease(block)
-        self.leases += 1
         self.leased_bytes += size
         self.peak_leased_bytes = max(self.peak_leased_bytes, self.leased_bytes)
         return lease
 
     def give_back(self, lease: Lease) -> None:
         """End a loan; what still reads the block must be ``lease.guard``."""
-        self.leases -= 1
         self.leased_bytes -= lease.block.numel()
         self._free[lease.block.numel()].append(lease)
 

@@ -222,8 +222,8 @@ class ActivationOffloader:
         return self._last_step.as_scalars()
 
     def report(self) -> str:
-        """A table of the last step by module, and with the policy ``auto`` its advice."""
-        return as_table(self._last_step, self._scheduler.advice)
+        """A table of the last step by module."""
+        return as_table(self._last_step)
 
     # ------------------------------------------------------------------------- forward
 
@@ -246,10 +246,10 @@ class ActivationOffloader:
                 self._record.is_broken = True
 
     def _enter(self, index: int, span: Span, failed: bool) -> None:
-        chunk, record = self._chunks.get(index), self._record
-        if failed or chunk is None or record is None or not _records_gradients():
+        chunk = self._chunks.get(index)
+        if failed or chunk is None or self._record is None or not _records_gradients():
             return
-        self._open.append(OpenRegion(span, chunk, self, record.timestamp()))
+        self._open.append(OpenRegion(span, chunk, self))
 
     def _close(self, span: Span, failed: bool) -> None:
         if not any(region.span is span for region in self._open):
@@ -272,7 +272,6 @@ class ActivationOffloader:
 
     def _settle(self, region: OpenRegion, saved: list[Handle], record: StepRecord) -> None:
         """Sort what a region saved into storages, and send those on their way."""
-        record.add_region(region.span.name, region.opened)
         storages: defaultdict[tuple[int, int], list[Handle]] = defaultdict(list)
         for handle in saved:
             storages[handle.key].append(handle)

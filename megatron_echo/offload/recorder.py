@@ -43,7 +43,6 @@ class Entry:
     """A storage of the step; it does not keep it alive."""
 
     blob: weakref.ref[Blob]
-    name: str
     nbytes: int
     chunk: Chunk
     close: int
@@ -76,29 +75,19 @@ class StepRecord:
         self.is_broken = False
         self.fates: collections.Counter[str] = collections.Counter()
         self._stamps: list[tuple[Any, Any]] = []
-        self._regions: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
     def mark(self, what: Hashable) -> Iterator[int]:
         """A mark; the time inside, which is waiting, does not count. Gives its index."""
-        before = self.timestamp()
+        before = self._backend.timestamp() if self.is_timed else None
         self.marks.append(what)
         yield len(self.marks) - 1
         if self.is_timed:
-            self._stamps.append((before, self.timestamp()))
-
-    def timestamp(self) -> Any:
-        """Now, or None in a step that is not timed."""
-        return self._backend.timestamp() if self.is_timed else None
-
-    def add_region(self, name: str, opened: Any) -> None:
-        """A region closed that opened at that timestamp."""
-        if self.is_timed:
-            self._regions.append((name, opened, self.timestamp()))
+            self._stamps.append((before, self._backend.timestamp()))
 
     def add(self, blob: Blob, chunk: Chunk, position: int) -> Entry:
         """A new storage, at the mark of this index."""
-        entry = Entry(weakref.ref(blob), blob.name, blob.nbytes, chunk, position)
+        entry = Entry(weakref.ref(blob), blob.nbytes, chunk, position)
         blob.index = len(self.entries)
         self.entries.append(entry)
         chunk.entries.append(entry)
@@ -133,7 +122,7 @@ class StepRecord:
         marks = len(self.marks)
         items = tuple(
             Item(
-                entry.name, entry.nbytes, entry.chunk.number, entry.close,
+                entry.nbytes, entry.chunk.number, entry.close,
                 marks if entry.need is None else entry.need,
                 marks if entry.drop is None else entry.drop,
                 entry.is_held,
@@ -148,8 +137,4 @@ class StepRecord:
             for (_, after), (before, _) in itertools.pairwise(self._stamps)
         )
         times = tuple(itertools.accumulate(between, initial=0)) if marks else ()
-        region_ticks: dict[str, int] = {}
-        for name, start, end in self._regions:
-            ticks = self._backend.ticks(start, end)
-            region_ticks[name] = region_ticks.get(name, 0) + ticks
-        return Timeline(tuple(self.marks), items, times, tuple(region_ticks.items()))
+        return Timeline(tuple(self.marks), items, times)

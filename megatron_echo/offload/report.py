@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from megatron_echo.offload.recorder import StepRecord
-from megatron_echo.offload.schedule import KEPT_REASONS, Advice
+from megatron_echo.offload.schedule import KEPT_REASONS
 from megatron_echo.offload.transfers import Transfers
 
 REASONS = (*KEPT_REASONS, "host_full", "small", "view")
@@ -71,7 +71,7 @@ class StepSummary:
         }
 
 
-def as_table(summary: StepSummary, advice: Sequence[Advice]) -> str:
+def as_table(summary: StepSummary) -> str:
     """Text with a row for each module, in MiB."""
     used = [r for r in REASONS if any(kinds[r] for kinds in summary.by_module.values())]
     columns = ["offloaded", *used]
@@ -80,9 +80,4 @@ def as_table(summary: StepSummary, advice: Sequence[Advice]) -> str:
         cells = "".join(f"{kinds[column] / 2**20:>12.2f}" for column in columns)
         lines.append(f"{name:<16}{cells}")
     lines.append(", ".join(f"{name} {value}" for name, value in summary.scalars.items()))
-    lines += [
-        f"{a.name:<16}{a.choice:<10} {a.nbytes / 2**20:.2f} MiB, {a.offloaded_bytes / 2**20:.2f} "
-        f"hidden; the rest: copies {a.copy_ticks}, recomputation {a.recompute_ticks} ticks"
-        for a in advice
-    ]
     return "\n".join(lines)

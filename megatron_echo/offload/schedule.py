@@ -28,7 +28,6 @@ class Item:
     """A storage that could be offloaded.
 
     Attributes:
-        name: its region's.
         nbytes: its size.
         chunk: number of the forward pass in the step.
         close: index of the mark at which its region closed.
@@ -37,7 +36,6 @@ class Item:
         held: something else kept it alive on the device, so that offloading freed nothing.
     """
 
-    name: str
     nbytes: int
     chunk: int
     close: int
@@ -54,13 +52,11 @@ class Timeline:
         marks: what each mark was, in order; equal steps have equal marks.
         items: in closing order.
         times: tick of each mark on the compute lane, waits left out; None if not measured.
-        region_ticks: forward ticks of the regions of each name.
     """
 
     marks: tuple[Hashable, ...]
     items: tuple[Item, ...]
     times: tuple[int, ...] | None = None
-    region_ticks: tuple[tuple[str, int], ...] = ()
 
     @property
     def signature(self) -> Hashable:
@@ -110,7 +106,7 @@ def make_plan(
     Args:
         timeline: the recorded step.
         link: without it, or without times, copies take one mark and everything may go.
-        policy: ``earliest``, ``largest``, ``longest-lifetime`` or ``auto``.
+        policy: ``earliest``, ``largest`` or ``longest-lifetime``.
         fraction: of the bytes of each chunk, taken in the policy's order.
         target_bytes: stop once the forecast peak is no higher.
         max_slowdown: plan as if computation took this much longer.
@@ -143,7 +139,7 @@ def _ordered(timeline: Timeline, times: Sequence[int], policy: str, fraction: fl
     order = [index for index, item in enumerate(items) if not item.held]
     if policy == "largest":
         order.sort(key=lambda index: -items[index].nbytes)
-    elif policy in ("longest-lifetime", "auto"):
+    elif policy == "longest-lifetime":
         order.sort(key=lambda index: times[items[index].close] - times[items[index].need])
     totals: collections.Counter[int] = collections.Counter()
     sums = []
@@ -256,40 +252,3 @@ def _peak(timeline: Timeline, release: list[list[int]], reload: list[list[int]])
         live += sum(items[index].nbytes for index in reload[mark])
         peak = max(peak, live)
     return peak
-
-
-@dataclasses.dataclass(frozen=True)
-class Advice:
-    """What is best for the regions of one name.
-
-    Attributes:
-        name: the regions' name.
-        nbytes: of their storages.
-        offloaded_bytes: of these, in the plan.
-        copy_ticks: for the rest to go and come back over the link.
-        recompute_ticks: for the regions to be computed again.
-        choice: ``offload`` if all is hidden behind computation; else ``recompute`` if that takes
-            less time than the copies; else ``keep``.
-    """
-
-    name: str
-    nbytes: int
-    offloaded_bytes: int
-    copy_ticks: int
-    recompute_ticks: int
-    choice: str
-
-
-def advise(timeline: Timeline, plan: Plan, link: Link) -> list[Advice]:
-    """Offload, keep or recompute, for each name, from measured times and the link."""
-    advice = []
-    recompute_ticks = dict(timeline.region_ticks)
-    for name in dict.fromkeys(item.name for item in timeline.items):
-        pairs = [(i, k) for i, k in zip(timeline.items, plan.kept, strict=True) if i.name == name]
-        total = sum(item.nbytes for item, _ in pairs)
-        rest = sum(item.nbytes for item, reason in pairs if reason is not None)
-        copy = link.ticks(rest, to_host=True) + link.ticks(rest, to_host=False)
-        again = recompute_ticks.get(name, 0)
-        choice = "offload" if rest == 0 else "recompute" if again < copy else "keep"
-        advice.append(Advice(name, total, total - rest, copy, again, choice))
-    return advice

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from megatron_echo.copy_lanes import Backend
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.offload.recorder import StepRecord
-from megatron_echo.offload.schedule import Advice, Plan, Timeline, advise, make_plan
+from megatron_echo.offload.schedule import Plan, Timeline, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ class Scheduler:
 
     Attributes:
         plan: for the next step, None while there is something to learn.
-        advice: for the modules, from the latest plan of the policy ``auto``.
     """
 
     def __init__(self, config: OffloadConfig, backend: Backend) -> None:
@@ -33,7 +32,6 @@ class Scheduler:
         self._observed: Timeline | None = None
         self._observations = 0
         self.plan: Plan | None = None
-        self.advice: list[Advice] = []
 
     @property
     def wants_times(self) -> bool:
@@ -76,13 +74,11 @@ class Scheduler:
         self._observed = timeline
 
     def _make_plan(self, timeline: Timeline) -> Plan:
-        config, link = self._config, self._backend.link
+        config = self._config
         plan = make_plan(
-            timeline, link, config.policy, config.fraction, config.target_bytes,
+            timeline, self._backend.link, config.policy, config.fraction, config.target_bytes,
             config.max_slowdown,
         )  # fmt: skip
-        if config.policy == "auto" and link is not None and timeline.times is not None:
-            self.advice = advise(timeline, plan, link)
         total = sum(item.nbytes for item in timeline.items)
         sent = sum(
             item.nbytes

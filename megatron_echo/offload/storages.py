@@ -214,11 +214,10 @@ class OpenRegion:
         span: where in the model.
         chunk: the forward pass.
         owner: has ``need(blob)`` and ``transfers``.
-        opened: a timestamp.
     """
 
-    def __init__(self, span: Any, chunk: Any, owner: Any, opened: Any) -> None:
-        self.span, self.chunk, self.opened = span, chunk, opened
+    def __init__(self, span: Any, chunk: Any, owner: Any) -> None:
+        self.span, self.chunk = span, chunk
         self._handles: list[Handle] = []
         handles, backend = self._handles, owner.transfers.backend
 

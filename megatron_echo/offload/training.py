@@ -57,7 +57,7 @@ class OffloadArguments:
     offload_policy: str = flag(
         "earliest",
         "Which storages go first where --activation-offload-fraction or --offload-target-bytes "
-        "leave a choice. auto also says for each module whether to offload, keep or recompute it.",
+        "leave a choice.",
         group="offload",
         choices=POLICIES,
     )

@@ -150,43 +150,12 @@ def _check_backend(args: Namespace) -> None:
 
 
 def _check_layout(args: Namespace) -> None:
-    sizes = {
-        "--tensor-model-parallel-size": args.tensor_model_parallel_size,
-        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
-        "--context-parallel-size": args.context_parallel_size,
-    }
-    _check_divides(sizes, args.world_size)
-    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    experts = args.expert_model_parallel_size
-    _check_divides(
-        {
-            "--expert-tensor-parallel-size": expert_tensor,
-            "--expert-model-parallel-size": experts,
-            "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
-        },
-        args.world_size,
-    )
-    if args.num_experts and args.num_experts % experts:
-        raise ValueError(
-            f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size "
-            f"{experts}. Use {nearest_multiples(args.num_experts, experts)}."
-        )
+    experts, tensor = args.expert_model_parallel_size, args.tensor_model_parallel_size
     if experts > 1 and args.use_cpu_initialization:
         raise ValueError(
             "--use-cpu-initialization gives every expert-parallel rank the same experts. "
             f"Leave it out with --expert-model-parallel-size {experts}."
         )
-    if not args.num_experts and not args.use_checkpoint_args:
-        for name, is_given in (
-            ("expert_model_parallel_size", experts > 1),
-            ("moe_router_group_topk", args.moe_router_group_topk),
-        ):
-            if is_given:
-                raise ValueError(
-                    f"{flag_name(name)} {getattr(args, name)} needs a mixture of experts. Give "
-                    "--num-experts, or leave it out."
-                )
-    tensor = args.tensor_model_parallel_size
     if args.num_experts and tensor > 1 and not (args.sequence_parallel or args.skip_train):
         raise ValueError(
             f"--tensor-model-parallel-size {tensor} with experts needs --sequence-parallel. Add it."
@@ -213,22 +182,10 @@ def _check_batch(args: Namespace) -> None:
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     ranks = args.world_size // (model * args.context_parallel_size)
     samples = micro_batch * ranks
-    if batch % samples:
+    if samples and batch % samples:
         raise ValueError(
             f"--global-batch-size {batch} is not divisible by --micro-batch-size {micro_batch} x "
             f"{ranks} data-parallel ranks. Use {nearest_multiples(batch, samples)}."
-        )
-
-
-def _check_divides(sizes: dict[str, int], world_size: int) -> None:
-    product = 1
-    for size in sizes.values():
-        product *= size
-    if world_size % product:
-        named = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        raise ValueError(
-            f"{named} needs a multiple of {product} processes, and {world_size} were started. "
-            f"Start a multiple of {product} (torchrun --nproc-per-node), or change the sizes."
         )
 
 
@@ -283,29 +240,17 @@ def _has_data(args: Namespace) -> bool:
 
 def _check_packages(args: Namespace) -> None:
     """Packages that Megatron imports only once it needs them, on one rank at times."""
-    instances = args.num_distributed_optimizer_instances
-    if instances > 1 and not _has_package("einops"):
-        raise ValueError(
-            f"--num-distributed-optimizer-instances {instances} needs the package einops. Install "
-            "it, or leave the flag out."
-        )
-    if not args.wandb_project:
-        return
-    if not (args.save or args.wandb_save_dir):
+    if args.wandb_project and not (args.save or args.wandb_save_dir):
         raise ValueError(
             f"--wandb-project {args.wandb_project} has no folder to write to. Give --save or "
             "--wandb-save-dir."
         )
-    if not args.wandb_exp_name:
-        raise ValueError(
-            f"--wandb-project {args.wandb_project} needs a name for the run. Give --wandb-exp-name."
-        )
-    if not _has_package("wandb"):
-        raise ValueError(
-            f"--wandb-project {args.wandb_project} needs the package wandb. Install it, or leave "
-            "the flag out."
-        )
-
-
-def _has_package(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    instances = args.num_distributed_optimizer_instances
+    for flag, value, package in (
+        ("--num-distributed-optimizer-instances", instances if instances > 1 else None, "einops"),
+        ("--wandb-project", args.wandb_project, "wandb"),
+    ):
+        if value and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{flag} {value} needs the package {package}. Install it, or leave the flag out."
+            )

@@ -2,7 +2,7 @@
 
     with SavedTensorLedger(model) as ledger:
         model(x).sum().backward()
-    print(ledger.table())
+    print(ledger.peak_bytes())
     ledger.plot("ledger.png")
 
 Every storage is counted once, at the module that saved it first, however many views and aliases are
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_echo.record.ledger_plot import plot_ledger, total_curve
 from megatron_echo.record.saved_tensors import (
     kept_storages,
     plain_tensors,
@@ -33,7 +34,6 @@ from megatron_echo.record.saved_tensors import (
     watch_saved_tensors,
 )
 
-KINDS = ("activation", "index", "weight", "buffer")
 KEPT = ("activation", "index")
 """The kinds that exist because of backward; weights and buffers would be there anyway."""
 
@@ -51,7 +51,7 @@ class Entry:
         module: path below the layer of the innermost module that saved it.
         microbatch: number of the model's forward pass in the block, from 0; None for what is
             saved outside of one, by recomputation for example.
-        kind: one of :data:`KINDS`.
+        kind: ``activation``, ``index``, ``weight`` or ``buffer``.
         dtype: of the tensor that was saved first, such as ``bfloat16``.
         shape: of that tensor.
         nbytes: of the whole storage.
@@ -84,16 +84,14 @@ class SavedTensorLedger:
         entries: list of :class:`Entry`, in the order in which they were saved.
     """
 
-    def __init__(self, model: Module | Sequence[Module], buffers: Iterable[Tensor] = ()) -> None:
+    def __init__(self, model: Module | Sequence[Module]) -> None:
         """Watch a model.
 
         Args:
             model: or the chunks of a virtual pipeline.
-            buffers: tensors to class as buffers besides those that the modules have registered.
         """
         chunks = [model] if isinstance(model, Module) else list(model)
         self._chunks = {f"chunk{i}." if len(chunks) > 1 else "": m for i, m in enumerate(chunks)}
-        self._extra_buffers = list(buffers)
         self.entries: list[Entry] = []
         self._kinds: dict[int, str] = {}
         self._known: list[Tensor] = []  # keeps the addresses in _kinds from being used again
@@ -113,7 +111,6 @@ class SavedTensorLedger:
             self._class(chunk.buffers(), "buffer")
             for name, module in chunk.named_modules():
                 self._watch_module(module, prefix, name)
-        self._class(self._extra_buffers, "buffer")
         self._watch = watch_saved_tensors(self._note).__enter__()
         return self
 
@@ -198,80 +195,27 @@ class SavedTensorLedger:
         """Bytes kept now; by default without weights and buffers. Taken storages do not count."""
         return sum(entry.nbytes for entry, _ in self._live.values() if entry.kind in kinds)
 
-    def peak_bytes(self, kinds: Sequence[str] = KEPT) -> int:
-        """The most bytes kept at a time."""
-        changes = [0] * (self._events + 1)
-        for entry in self._counted(kinds):
-            changes[entry.saved_at] += entry.nbytes
-            if entry.freed_at is not None:
-                changes[entry.freed_at] -= entry.nbytes
-        live = most = 0
-        for change in changes:
-            live += change
-            most = max(most, live)
-        return most
+    def peak_bytes(self) -> int:
+        """The most bytes of :data:`KEPT` kinds at a time."""
+        return int(max(total_curve(self._kept(), self._events)))
 
-    def _counted(self, kinds: Sequence[str]) -> list[Entry]:
-        return [e for e in self.entries if e.kind in kinds and not e.taken]
+    def _kept(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind in KEPT and not entry.taken]
 
-    def rows(self, *fields: str) -> list[dict[str, Any]]:
-        """Bytes saved, summed over the entries that agree in some fields of :class:`Entry`.
-
-        Args:
-            fields: such as ``"layer", "module"``.
-
-        Returns:
-            In the order of the first save: the fields, bytes of each of :data:`KINDS`, ``taken``
-            bytes (not in the others), and ``saves``.
-        """
-        sums: dict[tuple, dict[str, Any]] = {}
-        for entry in self.entries:
-            key = tuple(getattr(entry, field) for field in fields)
-            row = sums.setdefault(
-                key, {**dict(zip(fields, key)), **dict.fromkeys((*KINDS, "taken", "saves"), 0)}
-            )
-            row["taken" if entry.taken else entry.kind] += entry.nbytes
-            row["saves"] += entry.saves
-        return list(sums.values())
-
-    def table(self, *fields: str) -> str:
-        """:meth:`rows` as text, in MiB; by layer and module where no fields are given."""
-        fields = fields or ("layer", "module")
-        rows = self.rows(*fields)
-        cells = [[*fields, *KINDS, "taken", "saves"]]
-        for row in rows:
-            sizes = [f"{row[kind] / 2**20:.3f}" for kind in (*KINDS, "taken")]
-            cells.append([*(str(row[field]) for field in fields), *sizes, str(row["saves"])])
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = []
-        for row_cells in cells:
-            named = [c.ljust(w) for c, w in zip(row_cells[: len(fields)], widths)]
-            sized = [c.rjust(w) for c, w in zip(row_cells[len(fields) :], widths[len(fields) :])]
-            lines.append("  ".join(named + sized))
-        peak = f"peak {self.peak_bytes() / 2**20:.3f} MiB of {' and '.join(KEPT)}"
-        return "\n".join([*lines, f"MiB; {peak}, {self.live_bytes() / 2**20:.3f} live now"])
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: every entry, and the totals in bytes."""
-        return {
+    def write_json(self, path: str | Path) -> None:
+        """Every entry, and the totals in bytes."""
+        written = {
             "peak_bytes": self.peak_bytes(),
             "live_bytes": self.live_bytes(),
             "events": self._events,
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
         }
+        Path(path).write_text(json.dumps(written) + "\n")
 
-    def write_json(self, path: str | Path) -> None:
-        """:meth:`as_dict` in a file."""
-        Path(path).write_text(json.dumps(self.as_dict()) + "\n")
-
-    def plot(self, path: str | Path, field: str = "module", groups: int = 8) -> None:
-        """A picture of the bytes kept over the block, stacked; needs matplotlib.
+    def plot(self, path: str | Path) -> None:
+        """A picture of the bytes kept over the block, stacked by module; needs matplotlib.
 
         Args:
             path: a file name that matplotlib knows, such as ``.png``.
-            field: what to colour by: a field of :class:`Entry`.
-            groups: colours; the smaller groups are one.
         """
-        from megatron_echo.record.ledger_plot import plot_ledger
-
-        plot_ledger(self._counted(KEPT), self._events, path, field, groups)
+        plot_ledger(self._kept(), self._events, path)

@@ -7,25 +7,37 @@ from typing import Any
 
 import numpy as np
 
+GROUPS = 8
+"""Colours of the picture; the smaller groups are one."""
 
-def live_curves(
-    entries: Sequence[Any], events: int, field: str, groups: int
-) -> dict[str, np.ndarray]:
-    """Bytes kept after each event, int64 ``[events + 1]``, by a field of the entries.
+
+def total_curve(entries: Sequence[Any], events: int) -> np.ndarray:
+    """Bytes kept after each event, int64 ``[events + 1]``.
+
+    Args:
+        entries: what to count, see ``ledger.Entry``.
+        events: saves and frees in all.
+    """
+    changes = np.zeros(events + 1, np.int64)
+    for entry in entries:
+        changes[entry.saved_at] += entry.nbytes
+        if entry.freed_at is not None:
+            changes[entry.freed_at] -= entry.nbytes
+    return changes.cumsum()
+
+
+def live_curves(entries: Sequence[Any], events: int, groups: int) -> dict[str, np.ndarray]:
+    """:func:`total_curve` of each module, see :func:`label`.
 
     Args:
         entries: what to count.
         events: saves and frees in all.
-        field: of an entry; ``module`` without the numbers of experts.
-        groups: at most so many of them, those with the highest peaks, and one for the rest.
+        groups: at most so many modules, those with the highest peaks, and one for the rest.
     """
-    curves: dict[str, np.ndarray] = {}
+    of_module: dict[str, list[Any]] = {}
     for entry in entries:
-        changes = curves.setdefault(label(entry, field), np.zeros(events + 1, np.int64))
-        changes[entry.saved_at] += entry.nbytes
-        if entry.freed_at is not None:
-            changes[entry.freed_at] -= entry.nbytes
-    live = {name: changes.cumsum() for name, changes in curves.items()}
+        of_module.setdefault(label(entry), []).append(entry)
+    live = {name: total_curve(mine, events) for name, mine in of_module.items()}
     largest = sorted(live, key=lambda name: -live[name].max())
     kept = {name: live[name] for name in largest[:groups]}
     if rest := largest[groups:]:
@@ -33,31 +45,25 @@ def live_curves(
     return kept
 
 
-def plot_ledger(
-    entries: Sequence[Any], events: int, path: str | Path, field: str, groups: int
-) -> None:
-    """Draw it; the arguments are those of ``SavedTensorLedger.plot``.
+def plot_ledger(entries: Sequence[Any], events: int, path: str | Path) -> None:
+    """Draw it.
 
     Args:
         entries: what to count.
         events: saves and frees in all.
         path: where to.
-        field: of an entry.
-        groups: at most so many of them and one for the rest.
     """
     from matplotlib.figure import Figure
 
-    stacked = {
-        name: kept / 2**20 for name, kept in live_curves(entries, events, field, groups).items()
-    }
+    stacked = {name: kept / 2**20 for name, kept in live_curves(entries, events, GROUPS).items()}
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.stackplot(np.arange(events + 1), list(stacked.values()), labels=list(stacked), step="post")
-    total = np.sum(list(stacked.values()), axis=0) if stacked else np.zeros(1)
+    peak = total_curve(entries, events).max() / 2**20
     axes.set(
         xlabel="saves and frees of the step, in order",
         ylabel="kept for backward, MiB",
-        title=f"Saved tensors by {field}: peak {total.max():.2f} MiB",
+        title=f"Saved tensors by module: peak {peak:.2f} MiB",
         xlim=(0, max(events, 1)),
     )
     handles, labels = axes.get_legend_handles_labels()
@@ -65,7 +71,6 @@ def plot_ledger(
     figure.savefig(path, dpi=120)
 
 
-def label(entry: Any, field: str) -> str:
-    """The field's value; experts of one layer have one colour."""
-    value = str(getattr(entry, field))
-    return (re.sub(r"\.\d+", ".*", value) if field == "module" else value) or "(itself)"
+def label(entry: Any) -> str:
+    """The entry's module; experts of one layer have one colour."""
+    return re.sub(r"\.\d+", ".*", entry.module) or "(itself)"

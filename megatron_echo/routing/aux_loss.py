@@ -53,13 +53,6 @@ def router_scores(logits: Tensor, function: str, dtype: torch.dtype | None = Non
     raise ValueError(f"The score function {function!r} is unknown. Use {SCORE_FUNCTIONS}.")
 
 
-def normalized_scores(scores: Tensor, function: str) -> Tensor:
-    """Scores ``[..., E]`` that sum to 1 for each token: a softmax is one, others are divided."""
-    if function == "softmax":
-        return scores
-    return scores / (scores.sum(-1, keepdim=True) + _EPSILON)
-
-
 def count_tokens(routing_map: Tensor, valid: Tensor | None) -> Tensor:
     """Token-expert pairs of each sequence and expert, int64 ``[B, E]``.
 
@@ -89,7 +82,7 @@ def score_sums(scores: Tensor, function: str, valid: Tensor | None) -> Tensor:
     """The normalised scores of each sequence's valid tokens, added up: ``[B, E]``.
 
     Args:
-        scores: ``[S, B, E]``, from :func:`router_scores`; normalised ones count as a softmax.
+        scores: ``[S, B, E]``, from :func:`router_scores`.
         function: that function.
         valid: as above.
     """
@@ -105,49 +98,11 @@ def balance_loss(sums: Tensor, rows: Tensor) -> Tensor:
     return (sums * rows).sum()
 
 
-def microbatch_loss(normalized: Tensor, counts: Tensor, topk: int, valid: Tensor | None) -> Tensor:
-    """The loss of all tokens together; denominator: the valid tokens.
-
-    Args:
-        normalized: ``[S, B, E]``.
-        counts: ``[B, E]`` of the same tokens, see :func:`count_tokens`.
-        topk: K.
-        valid: as above.
-    """
-    return batch_loss(normalized, counts, counts.sum() // topk, valid)
-
-
-def sequence_loss(normalized: Tensor, counts: Tensor, topk: int, valid: Tensor | None) -> Tensor:
-    """The mean of the sequences' own losses; denominators: each one's valid tokens, and B.
-
-    A sequence of padding only adds 0 to the mean. Arguments as for :func:`microbatch_loss`.
-    """
-    rows = balance_rows(counts, counts.sum(-1) // topk) / counts.shape[0]
-    return balance_loss(score_sums(normalized, "softmax", valid), rows.to(normalized.dtype))
-
-
-def batch_loss(normalized: Tensor, counts: Tensor, tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """The part that these tokens have in the loss of a batch.
-
-    Args:
-        normalized: ``[S, B, E]``.
-        counts: ``[..., E]``, the pairs of the whole batch.
-        tokens: scalar, the valid tokens of the whole batch; the parts then add up to its loss.
-        valid: as above.
-    """
-    rows = balance_rows(counts.reshape(-1, counts.shape[-1]).sum(0), tokens)
-    return balance_loss(score_sums(normalized, "softmax", valid), rows.to(normalized.dtype))
-
-
 def z_sum(logits: Tensor, valid: Tensor | None) -> Tensor:
     """The sum over valid tokens of ``logsumexp(logits) ** 2``, a scalar."""
-    squares = torch.logsumexp(logits.to(_wide(logits)), dim=-1).square()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    squares = torch.logsumexp(logits.to(wide), dim=-1).square()
     return squares.sum() if valid is None else torch.where(valid, squares, 0).sum()
-
-
-def z_loss(logits: Tensor, tokens: Tensor | int, valid: Tensor | None) -> Tensor:
-    """The part that these tokens have in the z loss of ``tokens`` valid tokens, a scalar."""
-    return z_sum(logits, valid) / torch.as_tensor(tokens).clamp(min=1)
 
 
 def balance_gradient(scores: Tensor, function: str, rows: Tensor, valid: Tensor | None) -> Tensor:
@@ -189,7 +144,3 @@ def add_z_gradient_(
     if valid is not None:
         slope = torch.where(valid[..., None], slope, 0)
     return grad.addcmul_((logits - z).exp_(), slope)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

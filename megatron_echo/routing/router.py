@@ -255,36 +255,28 @@ def _exchange(config: Any, settings: RouterLossSettings, router: TopKRouter) -> 
     return step.exchange
 
 
-class _Skew:
-    """Adds ``-alpha * log(place)`` to the logits, the places in a fixed order for each layer.
+class SkewedEchoRouter(EchoRouter):
+    """:class:`EchoRouter` under ``--moe-echo-force-skew``.
+
+    Adds ``-alpha * log(place)`` to the logits, the places in a fixed order for each layer.
 
     Softmax turns that into Zipf's law, ``place ** -alpha``, on top of what the router has learnt.
     The order depends on the layer's number only: the same on every rank and in every run.
     """
 
-    config: Any
-    layer_number: int | None
     _cached_bias: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``[..., E]``."""
         if self._cached_bias is None or self._cached_bias.device != input.device:
             self._cached_bias = self._bias(input.device)
-        return super().gating(input) + self._cached_bias  # type: ignore[misc]
+        return super().gating(input) + self._cached_bias
 
     def _bias(self, device: Any) -> Tensor:
         experts = self.config.num_moe_experts
         generator = torch.Generator().manual_seed(self.layer_number or 0)
         place = torch.randperm(experts, generator=generator).to(device) + 1
         return -self.config.moe_echo_force_skew * place.float().log()
-
-
-class SkewedRouter(_Skew, TopKRouter):
-    """Megatron's router under ``--moe-echo-force-skew``."""
-
-
-class SkewedEchoRouter(_Skew, EchoRouter):
-    """:class:`EchoRouter` under ``--moe-echo-force-skew``."""
 
 
 def router_class(config: Any) -> type[EchoRouter]:

@@ -19,7 +19,6 @@ optimizer steps that has stepped since the last end.
 """
 
 import weakref
-from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
@@ -81,10 +80,8 @@ class StepEnd(PerModel, EndOfStep):
             echo_setting(config, "moe_echo_trace_dir") if self._has_clones else None,
             echo_setting(config, "moe_echo_trace_every"),
         )
-
         folder = echo_setting(config, "moe_echo_capture_routing")
         self.capture: RoutingCapture | None = None
-        self._captured: Counter[int] = Counter()
         if folder is not None:
             slots = echo_setting(config, "moe_echo_capture_slots")
             rank = dist.get_rank() if dist.is_initialized() else 0
@@ -127,10 +124,8 @@ class StepEnd(PerModel, EndOfStep):
             experts: int32 ``[T, K]``, the number of experts for none.
             weights: ``[T, K]``, the probabilities.
         """
-        if self.capture is not None and self.capture.is_on:
-            microbatch = self._captured[layer]
-            self._captured[layer] += 1
-            self.capture.record(layer, microbatch, experts, weights.detach())
+        if self.capture is not None:
+            self.capture.record(layer, experts, weights)
 
     def end_step(self) -> None:
         """Check, raise, publish and write.
@@ -156,7 +151,6 @@ class StepEnd(PerModel, EndOfStep):
         self.trace.end_step(iteration)
         if self.capture is not None:
             self.capture.end_step(iteration)
-            self._captured.clear()
         if args is not None:
             self._publish(iteration, iteration % args.log_interval == 0, error)
 
@@ -165,7 +159,6 @@ class StepEnd(PerModel, EndOfStep):
         self.statistics.forget()
         self.self_check.forget()
         self.trace.forget()
-        self._captured.clear()
         if self.capture is not None:
             self.capture.forget()
 

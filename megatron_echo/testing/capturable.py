@@ -19,9 +19,7 @@ What it cannot see: what :class:`no_host_sync` cannot, kernels and collectives i
 and operators that another thread starts.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from megatron_echo.cpu_backend.recorded_graph import arrived
-from megatron_echo.testing.no_host_sync import _OWN_FILES as _TRIPWIRES
-from megatron_echo.testing.no_host_sync import _TORCH, Hit, no_host_sync
-
-_OWN_FILES = (__file__, *_TRIPWIRES)
+from megatron_echo.testing.no_host_sync import Hit, caller, no_host_sync
 
 
 class Violation(NamedTuple):
@@ -141,7 +136,8 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         leaves = tree_leaves((args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        name, where = str(func), _where()
+        code, line = caller()
+        name, where = str(func), f"{code.co_filename}:{line}" if code else "unknown"
         is_copied = name == "aten.lift_fresh.default"
         if is_copied:
             what = "a tensor made from Python numbers is copied from the host (use torch.full)"
@@ -169,17 +165,6 @@ class _Recorder(TorchDispatchMode):
                 what = f"{operator} takes a tensor {list(tensor.shape)} that an earlier call made"
                 self.violations.append(Violation("memory", what, where))
         return tuple(found)
-
-
-def _where() -> str:
-    """``file:line`` of the innermost frame outside torch, the CPU backend and the tripwires."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_TORCH) and file not in _OWN_FILES:
-            return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown"
 
 
 def _constant(value: Any) -> str:

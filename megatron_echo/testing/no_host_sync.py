@@ -39,6 +39,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple, Self
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,12 +48,13 @@ from megatron_echo import host_reads
 from megatron_echo.host_reads import is_cpu, masked_stores_of_cuda, reads_on_host
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
-_OWN_FILES = (
+_NOT_CALLERS = (
+    _TORCH,
     __file__,
+    str(Path(__file__).with_name("capturable.py")),
     host_reads.__file__,
     str(Path(__file__).parent.parent / "cpu_backend" / "__init__.py"),
 )
-_MISSING = object()
 
 
 class Hit(NamedTuple):
@@ -66,13 +68,12 @@ class HostSyncError(RuntimeError):
     """The host read a device value, or waited for the device, under :class:`no_host_sync`."""
 
 
-def _caller() -> tuple[CodeType | None, int]:
-    """Code and line of the innermost frame outside torch, the CPU backend and this file."""
+def caller() -> tuple[CodeType | None, int]:
+    """Code and line of the innermost frame outside torch, the CPU backend and the tripwires."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith(_TORCH) and code.co_filename not in _OWN_FILES:
-            return code, frame.f_lineno
+        if not frame.f_code.co_filename.startswith(_NOT_CALLERS):
+            return frame.f_code, frame.f_lineno
         frame = frame.f_back
     return None, 0
 
@@ -172,9 +173,9 @@ class no_host_sync:
                 for name in names.split():
                     if hasattr(owner, name):
                         watch = self._watch(getattr(owner, name), f"{path}.{name}", reads)
-                        _replace(stack, owner, name, watch)
+                        stack.enter_context(mock.patch.object(owner, name, watch))
             one_hot = self._watch_one_hot(torch.nn.functional.one_hot)
-            _replace(stack, torch.nn.functional, "one_hot", one_hot)
+            stack.enter_context(mock.patch.object(torch.nn.functional, "one_hot", one_hot))
             stack.enter_context(masked_stores_of_cuda())
             stack.enter_context(_Operators(self._report))
             self._undo = stack.pop_all()
@@ -235,7 +236,7 @@ class no_host_sync:
     def _report(self, kind: str) -> None:
         if getattr(self._thread, "depth", 0):
             return
-        code, line = _caller()
+        code, line = caller()
         file, function = (code.co_filename, code.co_qualname) if code else ("unknown", "unknown")
         if any(
             file.endswith(suffix) and name in (function, function.rpartition(".")[2])
@@ -249,13 +250,3 @@ class no_host_sync:
                 f"on the device, or, if the host is meant to read it there, pass "
                 f'no_host_sync(allow=["{Path(file).name}:{function}"]).'
             )
-
-
-def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set ``owner.name`` until the stack closes; an inherited attribute is deleted again."""
-    before = vars(owner).get(name, _MISSING)
-    setattr(owner, name, value)
-    if before is _MISSING:
-        stack.callback(delattr, owner, name)
-    else:
-        stack.callback(setattr, owner, name, before)

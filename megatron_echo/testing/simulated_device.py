@@ -10,10 +10,10 @@ import collections
 import heapq
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_echo.copy_lanes import Backend, Lane, Link
@@ -57,7 +57,6 @@ class SimulatedBackend(Backend):
     Attributes:
         races: descriptions of conflicting accesses that no event orders.
         premature_reads: copies back that began, on the clock, before the block was written.
-        stalled: ticks that compute waited for copies.
         live_bytes: of the storages that the offloader took note of or allocated, until freed.
         peak_bytes: most of them.
         copied_bytes: of each lane.
@@ -76,7 +75,6 @@ class SimulatedBackend(Backend):
         self._tracked: list[StorageWeakRef] = []
         self.races: list[str] = []
         self.premature_reads = 0
-        self.stalled = 0
         self.live_bytes = 0
         self.peak_bytes = 0
         self.copied_bytes: collections.Counter[Lane] = collections.Counter()
@@ -144,12 +142,10 @@ class SimulatedBackend(Backend):
 
     def wait(self, lane: Lane, event: Event) -> None:
         """Move the lane's time and clock behind the event's."""
-        late = max(0, event.time - self._time[lane])
-        self._time[lane] += late
+        self._time[lane] = max(self._time[lane], event.time)
         for other, epoch in event.clock.items():
             self._clock[lane][other] = max(self._clock[lane][other], epoch)
         if lane is Lane.COMPUTE:
-            self.stalled += late
             self._run_until(self.now)
 
     def note(self, tensor: Tensor, access: Literal["write", "read", "free"]) -> None:
@@ -193,41 +189,3 @@ class SimulatedBackend(Backend):
         if writes:
             earlier.clear()
         earlier.append(Access(lane, mine[lane], writes))
-
-
-class SimulatedModule(nn.Module):
-    """A module that takes time and saves one tensor.
-
-    Args:
-        backend: whose compute lane it keeps busy.
-        nbytes: of the saved tensor, a multiple of 32.
-        forward_ticks: before the tensor is saved.
-        backward_ticks: after it was needed.
-    """
-
-    def __init__(
-        self, backend: SimulatedBackend, nbytes: int, forward_ticks: int, backward_ticks: int
-    ) -> None:
-        super().__init__()
-        self._work = (backend, nbytes, forward_ticks, backward_ticks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fp32 ``[8]`` to fp32 ``[8]``."""
-        return _Work.apply(x, *self._work)
-
-
-class _Work(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, backend: SimulatedBackend, nbytes: int, ticks: int, later: int
-    ) -> Tensor:
-        backend.compute(ticks)
-        ctx.save_for_backward(torch.sin(x).repeat(nbytes // x.nbytes))
-        ctx.backend, ctx.ticks = backend, later
-        return torch.cos(x) * 1.5
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        ctx.backend.compute(ctx.ticks)
-        return grad * saved.view(-1, 8).mean(0) * 1.5, None, None, None, None

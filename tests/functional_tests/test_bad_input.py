@@ -23,12 +23,12 @@ def error_of(result: launch.Result) -> str:
         (
             {"num_experts": 7, "expert_model_parallel_size": 2},
             2,
-            "--num-experts 7 is not divisible by --expert-model-parallel-size 2. Use 6 or 8.",
+            "Number of experts should be a multiple of expert model parallel_size.",
         ),
         (
             {"pipeline_model_parallel_size": 2},
             1,
-            "--pipeline-model-parallel-size 2 needs a multiple of 2 processes, and 1 were started",
+            "world size (1) is not divisible by total_model_size (total_model_size=2)",
         ),
         ({"moe_enable_ecko": True}, 1, "unrecognized arguments: --moe-enable-ecko"),
         (
@@ -91,6 +91,7 @@ def test_dist_optimizer_is_refused_at_the_start_not_at_load(checkpoint: Path) ->
     ("flags", "message"),
     [
         ({"pipeline_model_parallel_size": 2, "num_layers": 3}, "Number of layers should be divisi"),
+        ({"expert_model_parallel_size": 4}, "world_size (2) is not divisible by"),
         ({"moe_ecko": 1}, "unrecognized arguments: --moe-ecko 1. See --help."),
         ({"run_dir": "/proc/nope"}, "--run-dir /proc/nope cannot be made"),  # looked at on rank 0
     ],

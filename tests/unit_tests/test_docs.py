@@ -14,6 +14,8 @@ import launch
 import pytest
 import yaml
 
+from megatron_echo.observe import simulate
+
 DOCS = launch.ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *launch.ROOT.glob("*.md")])
 SOURCES = sorted(
@@ -139,7 +141,8 @@ def test_an_outdated_flag_reference_is_noticed(
 
 def test_every_flag_in_the_docs_exists() -> None:
     """In the real parser of training, or in the source of a tool."""
-    known = {name for a in flag_reference.training_parser()._actions for name in a.option_strings}
+    parsers = (flag_reference.training_parser(), simulate.parser())
+    known = {name for p in parsers for a in p._actions for name in a.option_strings}
     known |= {"--nproc-per-node", "--no-deps", "--strict", "--help"}  # torchrun, pip, mkdocs
     folders = ("megatron_echo/observe", "megatron_echo/memory", "benchmarks", "tools")
     tools = [path for folder in folders for path in (launch.ROOT / folder).rglob("*.py")]

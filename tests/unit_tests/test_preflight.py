@@ -94,19 +94,6 @@ def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "world_size", "message"),
     [
-        ("--tensor-model-parallel-size 2", 1, r"needs a multiple of 2 processes, and 1 were"),
-        (
-            "--pipeline-model-parallel-size 2 --context-parallel-size 2",
-            2,
-            r"--pipeline-model-parallel-size 2 x --context-parallel-size 2 needs a multiple of 4",
-        ),
-        ("--expert-model-parallel-size 4 --num-experts 8", 2, r"multiple of 4 processes, and 2"),
-        (
-            "--expert-model-parallel-size 4 --num-experts 10",
-            4,
-            r"--num-experts 10 is not divisible by --expert-model-parallel-size 4. Use 8 or 12.",
-        ),
-        ("--expert-model-parallel-size 2", 2, r"needs a mixture of experts. Give --num-experts"),
         ("--save somewhere", 1, r"--save needs --save-interval N"),
         (
             "--reset-attention-mask --context-parallel-size 2",

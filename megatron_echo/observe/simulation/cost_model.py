@@ -102,8 +102,7 @@ class Costs:
         self._nvlink = run.cluster.nvlink_gb_s * reached
         self._network = run.cluster.network_gb_s * reached
         self._again = 1 + (1 - BACKWARD_SHARE) if layout.recompute else 1.0
-        rows = placed.mean if layout.tokens_by == "balanced" else placed.placed
-        experts = self._again * 6 * run.model.expert_parameters * rows / self._rate
+        experts = self._again * 6 * run.model.expert_parameters * placed.placed / self._rate
         self.calls = experts, self._row_traffic(), self._clone_traffic()
         self.capacity, self.buffer_rows = self._buffer()
         self.kinds = {kind: self._cost(kind) for kind in ("dense", "moe", "output")}
@@ -188,10 +187,7 @@ class Costs:
             inside = placed.placed * (placed.leave_rank - placed.leave_node) * width
             across = placed.placed * placed.leave_node * width
         else:
-            if layout.tokens_by == "balanced":
-                part = placed.mean * width / ranks
-            else:
-                part = np.full_like(placed.mean, self._places() * width)
+            part = np.full_like(placed.mean, self._places() * width)
             # An all-gather's results travel in fp32 (2 of 4 passes): 1.5 times the bytes.
             part *= 1.5 if layout.tokens_by == "all_gather" else 1.0
             inside, across = (node - 1) * part, (ranks - node) * part
@@ -313,13 +309,12 @@ class Costs:
         return kept, working
 
     def _buffer(self) -> tuple[float | None, float]:
-        """Capacity, and rows: without clones the fullest rank's mean, else the static buffer."""
+        """Capacity, and rows: without clones those of the fullest rank, else the static buffer."""
         from megatron_echo.dispatch.layout import round_rows  # imports Megatron
 
         layout, placed, run = self.layout, self.placed, self.run
         if not layout.weights_by:
-            mean = float(placed.mean.mean())
-            return None, placed.fullest if layout.tokens_by == "megatron" else mean
+            return None, placed.fullest
         pairs, ranks = self.tokens * run.model.topk, layout.expert
         if placed.slots * ranks >= run.model.experts:
             return None, round_rows(balance_bound(pairs * ranks, ranks, placed.tolerance))

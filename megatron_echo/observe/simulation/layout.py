@@ -31,8 +31,7 @@ class Layout:
 
     ``tokens_by`` is ``megatron`` (its all-to-all of just the rows that leave); of this package
     ``all_gather``, ``all_to_all`` (equal parts) and, for just the rows that leave,
-    ``symmetric_memory`` inside a node and ``hybrid_ep``; or, what no program does, ``balanced``,
-    Megatron's with equal loads.
+    ``symmetric_memory`` inside a node and ``hybrid_ep``.
     """
 
     gpus: int  # all of them

@@ -23,6 +23,28 @@ OFFLOADED = (
 """Names for ``--offload-modules``: together nearly all that a layer keeps."""
 
 
+def report_lines(search: Search, found: Sequence[Candidate], left_out: Sequence[str]) -> list[str]:
+    """The whole report: the trace's own figures, the best of each kind, the winner, the basis."""
+    (cluster, model, work), loads = search.run, search.workload
+    traced = []
+    if loads.traces:
+        node = cluster.gpus_per_node if search.by_node else None
+        traced = [*trace_lines(loads.traces, search.tolerance[0], node), ""]
+    return [
+        f"{model.name} ({model.parameters / 1e9:.1f} G parameters) on {cluster.gpus:,} GPUs of "
+        f"{cluster.name}, TP={search.tp}, CP={search.cp}, {work.global_batch:,} "
+        f"sequences of {work.sequence} tokens a step; loads: {loads.name} ({loads.basis})",
+        "",
+        *traced,
+        *(f"Left out: {reason}" for reason in left_out),
+        *_table(search.run, found),
+        "",
+        *_best_lines(search, found),
+        "",
+        *_basis_lines(search),
+    ]
+
+
 def trace_lines(
     traces: Sequence[StepTrace], tolerance: float, gpus_per_node: int | None
 ) -> list[str]:
@@ -49,7 +71,7 @@ def trace_lines(
     ]
 
 
-def table(run: Run, found: Sequence[Candidate]) -> list[str]:
+def _table(run: Run, found: Sequence[Candidate]) -> list[str]:
     """The best of each EP size and number of clones."""
     hbm = run.cluster.hbm_gib
     lines = [
@@ -64,11 +86,11 @@ def table(run: Run, found: Sequence[Candidate]) -> list[str]:
         kept = "recompute" if layout.recompute else "offload" if layout.offload else "all"
         peer = f" {layout.peer_capacity:g}" if layout.tokens_by == "all_to_all" else ""
         speed = run.work.global_batch * run.work.sequence / time.total / layout.gpus
-        overload = 1.0 if layout.tokens_by == "balanced" else placed.overload_placed.mean()
         lines.append(
             f"{layout.expert:>4} {one.name:<21} {stages:>6} {kept:<9} "
             f"{layout.tokens_by + peer:<18} {layout.weights_by or '-':<10} "
-            f"{placed.overload_routed.mean():>6.3f} {overload:>6.3f} {placed.clones.mean():>6.1f} "
+            f"{placed.overload_routed.mean():>6.3f} {placed.overload_placed.mean():>6.3f} "
+            f"{placed.clones.mean():>6.1f} "
             f"{time.total:>8.3f} {time.error:>6.3f} "
             + " ".join(f"{part:>7.3f}" for part in time[:7])
             + f" {speed:>9,.0f} {one.memory.total:>6.1f} {one.memory.host:>6.1f}"
@@ -163,56 +185,48 @@ def megatron_flags(run: Run, one: Candidate, by_node: bool = False) -> list[str]
     return lines
 
 
-def best_lines(run: Run, search: Search, found: Sequence[Candidate]) -> list[str]:
-    """The winner, its margins, its memory and its flags."""
-    hbm = run.cluster.hbm_gib
-    real = [one for one in found if one.kind != "what if"]
-    best = fastest(real, hbm)
+def _best_lines(search: Search, found: Sequence[Candidate]) -> list[str]:
+    """The winner, its margin, its memory and its flags."""
+    hbm = search.run.cluster.hbm_gib
+    best = fastest(found, hbm)
     if best is None:
-        least = smallest(real)
+        least = smallest(found)
         return [
             f"Nothing fits {hbm:g} GiB: the smallest, EP={least.layout.expert} "
             f"PP={least.layout.pipeline} {least.name}, needs {least.memory.total:.1f} GiB. Use "
             "more GPUs, more pipeline stages or a shorter sequence."
         ]
-    lines = [
-        f"Best: {best.name}, EP={best.layout.expert}, PP={best.layout.pipeline}: "
-        f"{best.time.total:.3f} s a step."
-    ]
-    kind, what = ("plain", "plain EP") if best.kind == "echo" else ("echo", "with clones")
-    other = fastest((one for one in real if one.kind == kind), hbm)
-    if other is None:
-        lines.append(f"  the best {what}: none fits.")
-    else:
+    what = "plain EP" if best.kind == "echo" else "with clones"
+    other = fastest((one for one in found if one.kind != best.kind), hbm)
+    margin = "none fits."
+    if other is not None:
         noise = 2 * (other.time.error + best.time.error) / best.time.total
-        lines.append(
-            f"  the best {what} (EP={other.layout.expert}, PP={other.layout.pipeline}, "
-            f"{other.name}) takes {other.time.total / best.time.total - 1:.1%} longer; the draw of "
-            f"layer calls is good for +-{noise:.1%}."
+        margin = (
+            f"EP={other.layout.expert}, PP={other.layout.pipeline}, {other.name}, takes "
+            f"{other.time.total / best.time.total - 1:.1%} longer; the draw of layer calls is good "
+            f"for +-{noise:.1%}."
         )
-    ideal = (one for one in found if one.kind == "what if")
-    (ideal_here,) = best_by_name((o for o in ideal if o.layout.expert == best.layout.expert), hbm)
     memory = best.memory
-    lines += [
-        f"  What if, at EP={best.layout.expert}: {ideal_here.name} would take "
-        f"{ideal_here.time.total:.3f} s (PP={ideal_here.layout.pipeline}).",
+    return [
+        f"Best: {best.name}, EP={best.layout.expert}, PP={best.layout.pipeline}: "
+        f"{best.time.total:.3f} s a step.",
+        f"  The best {what}: {margin}",
         f"  Memory of the fullest rank: {memory.total:.1f} of {hbm:g} GiB (states "
         f"{memory.states:.1f}, activations {memory.activations:.1f}, clones {memory.clones:.1f}, "
         f"working {memory.working:.1f}, reserve {memory.reserve:.1f}); on the host "
         f"{memory.host:.1f} GiB.",
         "  Flags:",
-        " \\\n".join(f"    {line}" for line in megatron_flags(run, best, search.by_node)),
+        " \\\n".join(f"    {line}" for line in megatron_flags(search.run, best, search.by_node)),
     ]
-    return lines
 
 
-def basis_lines(run: Run, search: Search) -> list[str]:
+def _basis_lines(search: Search) -> list[str]:
     """What is measured, what is arithmetic, what is assumed."""
-    cluster = run.cluster
+    cluster = search.run.cluster
     assumed = ", ".join(f"{name} {value:g}" for name, value in cluster.assumed.items())
     return [
         "What this rests on",
-        f"  Loads: {search.loads.basis}. Balance and clones are the real planner's, exactly.",
+        f"  Loads: {search.workload.basis}. Balance and clones are the real planner's, exactly.",
         "  Arithmetic: operations, bytes over links, parameters, bytes kept for backward "
         "(bf16, fp32 gradients, Adam in fp32 spread by the distributed optimizer).",
         f"  Data sheets: {cluster.name} {cluster.nvlink_gb_s:g} GB/s in a node, "
@@ -222,7 +236,6 @@ def basis_lines(run: Run, search: Search) -> list[str]:
         "  Assumed: no transfer within a layer hides behind products; replicas of an expert-"
         "parallel group see equal loads; no contention between groups; what the host's link moves "
         "in a forward pass is offloaded, and hidden.",
-        "  What if, in no program: balanced, Megatron's all-to-all with equal loads.",
         "  symmetric_memory and hybrid_ep send just the rows that leave; hybrid_ep needs DeepEP.",
         "  No step on a GPU has been compared with this. Ratios are worth more than seconds.",
     ]

@@ -1,21 +1,126 @@
 """Which layout is the fastest that fits, of plain expert parallelism and of clones."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 
+from megatron_echo.flags import flag, flag_name
 from megatron_echo.memory.pipeline_layout import LayerCost, even_split, plan_layout
 from megatron_echo.observe.simulation.cost_model import GIB, Costs, Memory, StepTime
-from megatron_echo.observe.simulation.layout import Layout, Run
+from megatron_echo.observe.simulation.inputs import CLUSTERS, MODELS, load
+from megatron_echo.observe.simulation.layout import Layout, Run, Work
 from megatron_echo.observe.simulation.placement import Placement, fullest_part, place
-from megatron_echo.observe.simulation.workloads import Loads, layer_calls
-from megatron_echo.planner.bound import MAX_RANKS
+from megatron_echo.observe.simulation.workloads import (
+    PUBLISHED,
+    WORKLOADS,
+    Loads,
+    layer_calls,
+    load_workload,
+)
+from megatron_echo.planner.bound import MAX_RANKS, MAX_TOLERANCE
 from megatron_echo.progress import track
 
 TRANSPORTS = ("all_gather", "all_to_all", "symmetric_memory", "hybrid_ep")
 """Of tokens, with clones."""
+
+_flag = partial(flag, group="simulator")
+
+
+def _size(value: int, _: Any) -> str | None:
+    return None if value >= 1 else "is below 1. Use 1 or more."
+
+
+def _slots(word: str, _: Any) -> str | None:
+    is_number = word.isdecimal() and int(word) > 0
+    return None if is_number or word == "all" else "is not a number of slots. Use 1, 2, ... or all."
+
+
+def _tolerance(value: float, _: Any) -> str | None:
+    fits = 0 <= value <= MAX_TOLERANCE
+    return None if fits else f"is not between 0 and {MAX_TOLERANCE}. Use 0.02."
+
+
+def _share(value: float, _: Any) -> str | None:
+    return None if 0 <= value <= 1 else "is no share. Use 0 to 1."
+
+
+def _calls(value: int, _: Any) -> str | None:
+    return None if value >= 0 else "is negative. Use 0 for all."
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried, each field a flag; plain expert parallelism always is.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    loads: str = _flag(
+        "lognormal 1.0",
+        f"{', '.join((*WORKLOADS, *PUBLISHED))}, 'overload X' (max/mean of ranks), or a folder of "
+        "traces",
+        metavar="NAME|DIR",
+    )
+    model: str = _flag("deepseek-v3", f"{', '.join(MODELS)}, or a .json file")
+    cluster: str = _flag("h100-nvl8", f"{', '.join(CLUSTERS)}, or a .json file")
+    gpus: int | None = _flag(None, "in place of the cluster's own")
+    ep: tuple[int, ...] | None = _flag(None, "expert-parallel sizes; all that divide", check=_size)
+    pp: tuple[int, ...] = _flag((1, 2, 4, 8, 16), "pipeline sizes", check=_size)
+    vpp: tuple[int, ...] = _flag((1, 2), "chunks of a pipeline rank", check=_size)
+    tp: int = _flag(1, "tensor parallelism, not of experts", check=_size)
+    cp: int = _flag(1, "context parallelism", check=_size)
+    offload_fraction: tuple[float, ...] = _flag(
+        (0.0, 1.0),
+        "shares of what is kept for backward that may go to the host",
+        metavar="X",
+        check=_share,
+    )
+    token_transports: tuple[str, ...] = _flag(
+        TRANSPORTS, "how tokens travel with clones", choices=TRANSPORTS
+    )
+    slots: tuple[str, ...] = _flag(
+        ("all", "1", "2"),
+        "clone slots of a rank; all: as many as it has experts",
+        metavar="S",
+        check=_slots,
+    )
+    tolerance: tuple[float, ...] = _flag((0.02,), "of balance", check=_tolerance)
+    by_node: bool = _flag(False, "tell the planner of nodes")
+    seq_length: int = _flag(4096, "tokens of a sequence", check=_size)
+    micro_batch_size: int = _flag(1, "sequences", check=_size)
+    global_batch_size: int | None = _flag(
+        None, "sequences; 8 microbatches a rank at PP=1", check=_size
+    )
+    calls: int = _flag(48, "layer calls to plan for each EP size, 0 for all", check=_calls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, check = getattr(self, field.name), field.metadata["check"]
+            for each in value if isinstance(value, list | tuple) else (value,):
+                problem = check(each, self) if check and each is not None else None
+                if problem is not None:
+                    raise ValueError(f"{flag_name(field.name)} {each} {problem}")
+
+    @cached_property
+    def workload(self) -> Loads:
+        """Who wants which expert; raises as :func:`.load_workload`."""
+        return load_workload(self.loads)
+
+    @cached_property
+    def run(self) -> Run:
+        """What is run where; raises as :func:`.load`."""
+        cluster, model = load(CLUSTERS, self.cluster), load(MODELS, self.model)
+        if self.gpus is not None:
+            cluster = replace(cluster, gpus=self.gpus)
+        data = max(1, cluster.gpus // (self.tp * self.cp))
+        batch = self.global_batch_size or 8 * data * self.micro_batch_size
+        return Run(cluster, model, Work(self.seq_length, self.micro_batch_size, batch))
 
 
 @dataclass(frozen=True)
@@ -36,51 +141,32 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """``plain``, ``echo``, or ``what if`` where no program does it."""
-        if self.layout.tokens_by == "balanced":
-            return "what if"
+        """``plain`` or ``echo``."""
         return "echo" if self.layout.weights_by else "plain"
 
     @property
     def name(self) -> str:
         """One phrase."""
-        if not self.layout.weights_by:
-            return "plain EP" if self.kind == "plain" else "plain EP, balanced"
+        if self.kind == "plain":
+            return "plain EP"
         return f"ECHO S={self.placed.slots}, {self.placed.tolerance:.0%}"
 
 
-@dataclass(frozen=True)
-class Search:
-    """What is tried; plain expert parallelism always is."""
-
-    loads: Loads  # who wants which expert
-    experts: tuple[int, ...]  # EP sizes
-    pipelines: tuple[int, ...]  # PP sizes
-    slots: tuple[int | None, ...]  # of a rank; None: as many as it has experts
-    tolerances: tuple[float, ...]  # of the planner
-    calls: int  # layer calls to look at for each EP size, 0 for all of a step
-    by_node: bool = False  # whether the planner is told of nodes
-    virtuals: tuple[int, ...] = (1, 2)  # VPP sizes, for PP above 1
-    tensor: int = 1  # TP
-    context: int = 1  # CP
-    offloads: tuple[float, ...] = (0.0, 1.0)  # shares of what is kept that may go to the host
-    transports: tuple[str, ...] = TRANSPORTS  # some of :data:`TRANSPORTS`
-
-
-def candidates(run: Run, search: Search) -> tuple[list[Candidate], list[str]]:
+def candidates(search: Search) -> tuple[list[Candidate], list[str]]:
     """Everything that is tried, in the order of the search, and why some EP sizes are not.
 
     Raises:
         ValueError: no size can be tried; the sentence is the first one's.
     """
-    found: list[Candidate] = []
-    left_out: list[str] = []
-    for ranks in track(search.experts, "Expert-parallel sizes"):
-        layouts, refused = _layouts(run, search, ranks)
+    run, found, left_out = search.run, list[Candidate](), list[str]()
+    powers = (2**n for n in range(1, 11))
+    sizes = search.ep or [n for n in powers if run.model.experts % n == 0 and n <= run.cluster.gpus]
+    for ranks in track(sizes, "Expert-parallel sizes"):
+        layouts, refused = _layouts(search, ranks)
         try:
             if not layouts:
                 raise refused[0]
-            found += _of_size(run, search, layouts)
+            found += _of_size(search, layouts)
         except ValueError as error:
             left_out.append(str(error))
         if ranks > MAX_RANKS:
@@ -93,22 +179,23 @@ def candidates(run: Run, search: Search) -> tuple[list[Candidate], list[str]]:
     return [*found, *_planned(run, found)], left_out
 
 
-def _layouts(run: Run, search: Search, ranks: int) -> tuple[list[Layout], list[ValueError]]:
+def _layouts(search: Search, ranks: int) -> tuple[list[Layout], list[ValueError]]:
     """Those of one EP size that can run, and what is wrong with the others."""
-    layouts: list[Layout] = []
-    refused: list[ValueError] = []
-    sizes = product(search.pipelines, search.virtuals)
+    run, layouts, refused = search.run, list[Layout](), list[ValueError]()
+    sizes = product(search.pp, search.vpp)
     for pipeline, virtual in dict.fromkeys((p, v if p > 1 else 1) for p, v in sizes):
         try:
             layout = Layout(
-                run.cluster.gpus, ranks, pipeline, virtual, search.tensor, search.context,
+                run.cluster.gpus, ranks, pipeline, virtual, search.tp, search.cp,
                 _even_layers(run.model.layers, pipeline, virtual),
             )  # fmt: skip
             layout.check(run.model, run.work)
         except ValueError as error:
             refused.append(error)
             continue
-        layouts += [replace(layout, offload=share) for share in search.offloads]
+        layouts += [
+            replace(layout, offload=share) for share in dict.fromkeys(search.offload_fraction)
+        ]
         layouts.append(replace(layout, recompute=True))
     return layouts, refused
 
@@ -131,7 +218,7 @@ def _planned(run: Run, found: list[Candidate]) -> Iterator[Candidate]:
     """The fastest of each kind and pipeline again, with its layers placed by ``plan_layout``."""
     groups: dict[tuple[str, int, int], list[Candidate]] = {}
     for one in found:
-        if one.layout.pipeline > 1 and one.kind != "what if":
+        if one.layout.pipeline > 1:
             key = one.kind, one.layout.pipeline, one.layout.virtual
             groups.setdefault(key, []).append(one)
     model, hbm = run.model, run.cluster.hbm_gib
@@ -156,43 +243,41 @@ def _planned(run: Run, found: list[Candidate]) -> Iterator[Candidate]:
             yield Candidate.of(run, replace(layout, layers=layers), best.placed)
 
 
-def _of_size(run: Run, search: Search, layouts: list[Layout]) -> list[Candidate]:
+def _of_size(search: Search, layouts: list[Layout]) -> list[Candidate]:
     """All candidates of one EP size; plans do not depend on the rest of the layout."""
-    model, ranks = run.model, layouts[0].expert
+    run, model, ranks = search.run, search.run.model, layouts[0].expert
     node = run.cluster.ranks_per_node(ranks)
     microbatches = max(layout.microbatches(run.work) for layout in layouts)
     calls = layer_calls(model.moe_layers, microbatches, search.calls)
     tokens = layouts[0].tokens(run.work)
-    counts = search.loads.draw(ranks, model.experts, model.topk, tokens, calls)
+    counts = search.workload.draw(ranks, model.experts, model.topk, tokens, calls)
     plain = place(counts, 0, 0.0, node)
-    found = [
-        Candidate.of(run, replace(layout, tokens_by=way), plain)
-        for layout, way in product(layouts, ("megatron", "balanced"))
-    ]
+    found = [Candidate.of(run, layout, plain) for layout in layouts]
     if ranks == 1 or ranks > MAX_RANKS:
         return found
     full = model.experts // ranks
-    settings = product((s or full for s in search.slots), search.tolerances)
+    numbers = (full if word == "all" else int(word) for word in search.slots)
+    settings = product(numbers, search.tolerance)
     for slots, tolerance in dict.fromkeys(settings):
         placed = place(counts, slots, tolerance, node, search.by_node)
         part = min(fullest_part(counts, placed), tokens) / tokens * run.cluster.peer_margin
-        ways = transports(run, search, ranks, float(np.ceil(part * 1000) / 1000))
+        ways = transports(search, ranks, float(np.ceil(part * 1000) / 1000))
         for layout, (way, peer), by in product(layouts, ways.items(), ("collective", "p2p")):
             moved = replace(layout, tokens_by=way, weights_by=by, peer_capacity=peer)
             found.append(Candidate.of(run, moved, placed))
     return found
 
 
-def transports(run: Run, search: Search, ranks: int, capacity: float) -> dict[str, float]:
+def transports(search: Search, ranks: int, capacity: float) -> dict[str, float]:
     """Those of tokens that make sense at this size, with their ``peer_capacity``."""
-    in_a_node = run.cluster.ranks_per_node(ranks) == ranks
+    in_a_node = search.run.cluster.ranks_per_node(ranks) == ranks
     makes_sense = {
         "all_gather": True,
         "all_to_all": capacity < 1,
         "symmetric_memory": in_a_node,
-        "hybrid_ep": not in_a_node or "symmetric_memory" not in search.transports,
+        "hybrid_ep": not in_a_node or "symmetric_memory" not in search.token_transports,
     }
-    ways = [way for way in search.transports if makes_sense[way]]
+    ways = [way for way in search.token_transports if makes_sense[way]]
     return {way: capacity if way == "all_to_all" else 1.0 for way in ways}
 
 

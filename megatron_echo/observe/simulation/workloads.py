@@ -1,6 +1,5 @@
 """Who wants which expert: from a trace, from named synthetic workloads, from published figures."""
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -57,7 +56,7 @@ class Loads:
         A recorded call gives its own where it has this size; all else is drawn.
 
         Raises:
-            ValueError: shares or a trace of another number of experts.
+            ValueError: a trace of another number of experts.
         """
         share, pairs = self.popularity(ranks, experts, layer, microbatch), tokens * topk
         if share.shape[-1] != experts:
@@ -198,7 +197,7 @@ def traced(folder: str) -> Loads:
 
 
 def load_workload(name: str) -> Loads:
-    """Loads by name: a workload, a published figure, ``overload X``, shares, or a trace's folder.
+    """Loads by name: a workload, a published figure, ``overload X``, or a trace's folder.
 
     Raises:
         ValueError: an unknown name or a bad file.
@@ -216,28 +215,5 @@ def load_workload(name: str) -> Loads:
         return at_overload(name, float(figure), "assumed max/mean, lognormal, drawn")
     if Path(name).is_dir():
         return traced(name)
-    if Path(name).is_file():
-        shares = _shares(Path(name))  # of layers beyond the last they begin again at the first
-        return Loads(
-            name, "shares from a file, drawn", lambda _r, _e, layer, _m: shares[layer % len(shares)]
-        )
     names = ", ".join((*WORKLOADS, *PUBLISHED, "overload X"))
-    raise ValueError(
-        f"{name} is no workload, folder of traces or file of shares. Use one of: {names}."
-    )
-
-
-def _shares(path: Path) -> np.ndarray:
-    """``[L, E]`` from a JSON file: a list of shares, or one for each layer."""
-    try:
-        shares = np.atleast_2d(np.array(json.loads(path.read_text()), dtype=np.float64))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no JSON list of shares ({error}). Write [0.1, 0.2, ...], or one list for "
-            "each layer."
-        ) from error
-    if shares.ndim != 2 or not np.isfinite(shares).all() or (shares < 0).any():
-        raise ValueError(f"{path} has shares below 0 or not in rows. Write numbers from 0 on.")
-    if (shares.sum(1) <= 0).any():
-        raise ValueError(f"{path} has a layer without any share. Leave the layer out.")
-    return shares
+    raise ValueError(f"{name} is no workload or folder of traces. Use one of: {names}.")

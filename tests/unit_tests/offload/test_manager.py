@@ -55,7 +55,7 @@ def grads(module: nn.Module) -> list[Tensor]:
 def assert_clean(*offloaders: ActivationOffloader) -> None:
     for each in offloaders:
         assert each.transfers.device_bytes == 0
-        assert each.transfers.arena.leases == 0
+        assert each.transfers.arena.leased_bytes == 0
         assert not each.transfers.pending
         assert not each._open
         assert not each._chunks

@@ -112,7 +112,7 @@ def train(model: GPTModel, offloader: ActivationOffloader | None, steps: int = 3
 
 def assert_nothing_is_left(offloader: ActivationOffloader) -> None:
     assert offloader.transfers.device_bytes == 0
-    assert offloader.transfers.arena.leases == 0
+    assert offloader.transfers.arena.leased_bytes == 0
     assert offloader.transfers.pending == {}
     assert offloader.transfers.reloading_bytes == 0
     assert offloader.statistics()["offload/live_storages"] == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_echo.copy_lanes import Link
 from megatron_echo.offload.config import POLICIES
-from megatron_echo.offload.schedule import Item, Timeline, advise, make_plan
+from megatron_echo.offload.schedule import Item, Timeline, make_plan
 
 
 def one_pass(sizes: list[int], forward: list[int], backward: list[int]) -> Timeline:
@@ -18,12 +18,9 @@ def one_pass(sizes: list[int], forward: list[int], backward: list[int]) -> Timel
     count = len(sizes)
     marks = [("close", i) for i in range(count)] + [("need", i) for i in reversed(range(count))]
     steps = [*forward[1:], 0, *reversed(backward[1:])]
-    items = [
-        Item(f"m{i % 2}", size, 0, i, 2 * count - 1 - i, 2 * count - i)
-        for i, size in enumerate(sizes)
-    ]
+    items = [Item(size, 0, i, 2 * count - 1 - i, 2 * count - i) for i, size in enumerate(sizes)]
     times = tuple(itertools.accumulate(steps, initial=0))
-    return Timeline(tuple(marks), tuple(items), times, (("m0", 5), ("m1", 500)))
+    return Timeline(tuple(marks), tuple(items), times)
 
 
 regions = st.lists(
@@ -107,7 +104,7 @@ def test_policies_choose_in_their_order() -> None:
 
 def test_reasons() -> None:
     items = list(one_pass([4] * 6, [10] * 6, [10] * 6).items)
-    items[0] = Item("m0", 4, 0, 0, 11, 12, held=True)
+    items[0] = Item(4, 0, 0, 11, 12, held=True)
     timeline = Timeline(tuple(range(12)), tuple(items), tuple(range(0, 120, 10)))
     plan = make_plan(timeline, Link(Fraction(1, 5), Fraction(1, 5)), fraction=0.9)
     assert plan.kept[0] == "held"
@@ -116,22 +113,6 @@ def test_reasons() -> None:
     tight = make_plan(timeline, Link(Fraction(9), Fraction(9)), target_bytes=19)
     assert tight.peak_bytes <= 19
     assert tight.kept.count("target") > 0
-
-
-def test_advice() -> None:
-    """Offload what hides; recompute what is cheaper than its copies; keep the rest."""
-    timeline = one_pass([10, 10] * 4, [20] * 8, [40] * 8)
-    fast, slow = Link(Fraction(10), Fraction(10)), Link(Fraction(1, 20), Fraction(1, 20))
-    choices = {}
-    for name, link in (("fast", fast), ("slow", slow)):
-        advice = advise(timeline, make_plan(timeline, link), link)
-        assert [a.nbytes for a in advice] == [40, 40]
-        choices[name] = [a.choice for a in advice]
-    assert "offload" in choices["fast"]
-    assert choices["slow"] == ["recompute", "recompute"]
-    dear = Timeline(timeline.marks, timeline.items, timeline.times, (("m0", 10**6), ("m1", 1)))
-    advice = advise(dear, make_plan(dear, slow), slow)
-    assert [a.choice for a in advice] == ["keep", "recompute"]
 
 
 @pytest.mark.parametrize("times", [None, ()])

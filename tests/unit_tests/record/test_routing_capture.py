@@ -1,4 +1,4 @@
-"""Capture of the routing: what was decided arrives, however late the copies."""
+"""Capture of the routing: what was decided arrives in the file, however late the copies."""
 
 from collections import deque
 from pathlib import Path
@@ -7,19 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_echo.copy_lanes import Backend, Lane, Link
 from megatron_echo.dispatch.dispatcher import compact_routing
-from megatron_echo.record.routing_capture import (
-    Routing,
-    RoutingCapture,
-    RoutingReplay,
-    read_captures,
-    replayed_map,
-)
+from megatron_echo.record.routing_capture import Routing, RoutingCapture, read_captures
 from megatron_echo.testing import no_host_sync
 from megatron_echo.testing.simulated_device import SimulatedBackend
 
@@ -31,9 +25,6 @@ class LateEvent:
 
     def __init__(self, backend: "LateBackend", position: int) -> None:
         self._backend, self._position = backend, position
-
-    def query(self) -> bool:
-        return self._backend.done >= self._position
 
     def synchronize(self) -> None:
         self._backend.waits += 1
@@ -71,144 +62,102 @@ class LateBackend(Backend):
 
 def routed(
     seed: int, tokens: int = TOKENS, experts: int = EXPERTS, dtype: Any = torch.int32
-) -> Any:
-    """Ids as the dispatcher has them (E where a token has fewer), weights and logits."""
+) -> tuple[Tensor, Tensor]:
+    """Ids as the dispatcher has them (E where a token has fewer), and weights."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(tokens, experts, generator=generator)
-    chosen = logits.topk(min(TOPK, experts)).indices
+    chosen = torch.randn(tokens, experts, generator=generator).topk(min(TOPK, experts)).indices
     routing_map = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)
     routing_map[::5] = False
     ids = compact_routing(routing_map, TOPK).to(dtype)
-    return ids, torch.rand(tokens, TOPK, generator=generator), logits
+    return ids, torch.rand(tokens, TOPK, generator=generator)
 
 
-def assert_same(found: Routing, ids: Tensor, weights: Tensor | None, logits: Tensor | None) -> None:
+def assert_same(found: Routing, ids: Tensor, weights: Tensor) -> None:
     assert found.ids.dtype is torch.uint16
     assert found.ids.long().equal(ids.long())
-    for part, expected, dtype in (
-        (found.weights, weights, torch.bfloat16),
-        (found.logits, logits, torch.float32),
-    ):
-        assert (part is None) == (expected is None)
-        if part is not None:
-            assert part.dtype is dtype
-            assert part.equal(expected.to(dtype))
+    assert found.weights.equal(weights.bfloat16())
 
 
 @pytest.mark.parametrize("backend", [Backend(), LateBackend()], ids=["eager", "late"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint16])
-@pytest.mark.parametrize("parts", [(False, False), (True, False), (False, True), (True, True)])
-def test_the_source_is_free_after_record(backend: Backend, dtype: Any, parts: tuple) -> None:
-    capture = RoutingCapture(None, 4, EXPERTS, backend=backend)
-    sources, handles, expected = [], [], []
+def test_the_source_is_free_after_record(backend: Backend, dtype: Any, tmp_path: Path) -> None:
+    capture = RoutingCapture(tmp_path, 4, EXPERTS, backend=backend)
+    expected = []
     with no_host_sync():
         for call in range(4):
-            ids, weights, logits = routed(call, tokens=23, dtype=dtype)
-            source = (ids, weights if parts[0] else None, logits if parts[1] else None)
-            sources.append(source)
-            expected.append([None if part is None else part.clone() for part in source])
-            handles.append(capture.record(call, 0, *source))
+            source = routed(call, tokens=23, dtype=dtype)
+            expected.append([part.clone() for part in source])
+            capture.record(1, *source)
             for part in source:
-                if part is not None:
-                    part.zero_()
-    for handle, values in zip(reversed(handles), reversed(expected), strict=True):
-        assert_same(handle.result(), *values)
+                part.zero_()
+    capture.end_step(1)
+    (step,) = read_captures(tmp_path)
+    for call, values in enumerate(expected):
+        assert_same(step.calls[1, call], *values)
 
 
-def test_odd_shapes_are_aligned() -> None:
-    ids = torch.tensor([[2], [0], [1]])
-    weights, logits = torch.rand(3, 1), torch.rand(3, 3)
-    result = RoutingCapture(None, 1, 3).record(1, 0, ids, None, logits).result()
-    assert_same(result, ids, None, logits)
-    result = RoutingCapture(None, 1, 3).record(1, 0, ids, weights, logits).result()
-    assert_same(result, ids, weights, logits)
-
-
-def test_waits_once_and_only_for_what_is_not_ready() -> None:
+def test_a_full_ring_waits_for_its_oldest_and_loses_nothing(tmp_path: Path) -> None:
     backend = LateBackend()
-    capture = RoutingCapture(None, 4, EXPERTS, backend=backend)
-    handles = [capture.record(layer, 0, routed(layer)[0]) for layer in range(3)]
-    assert [handle.ready() for handle in handles] == [False] * 3
-    handles[1].result()  # a stream is a queue: the first is there, too
-    assert [handle.ready() for handle in handles] == [True, True, False]
-    assert backend.waits == 1
-    assert handles[1].result() is handles[1].result()
-    assert backend.waits == 1
-    backend.run(3)
-    assert handles[2].ready()
-
-
-def test_a_full_ring_waits_for_its_oldest_and_loses_nothing() -> None:
-    backend = LateBackend()
-    capture = RoutingCapture(None, 3, EXPERTS, backend=backend)
-    made = [routed(seed)[0] for seed in range(11)]
-    handles = []
-    for layer, ids in enumerate(made):
-        handles.append(capture.record(layer, 0, ids))
-        under_way = backend.enqueued - backend.done
-        assert under_way == min(layer + 1, 3)
-        assert backend.waits == capture.stalls == max(0, layer - 2)
+    capture = RoutingCapture(tmp_path, 3, EXPERTS, backend=backend)
+    made = [routed(seed) for seed in range(11)]
+    for layer, source in enumerate(made):
+        capture.record(layer, *source)
+        assert backend.enqueued - backend.done == min(layer + 1, 3)
+        assert backend.waits == max(0, layer - 2)
     assert len(backend.host_bytes) == 3
-    for handle, ids in zip(handles, made, strict=True):
-        assert_same(handle.result(), ids, None, None)
+    capture.end_step(1)
+    (step,) = read_captures(tmp_path)
+    for layer, source in enumerate(made):
+        assert_same(step.calls[layer, 0], *source)
 
 
-def test_results_that_were_read_free_their_slots() -> None:
+def test_a_step_frees_its_slots(tmp_path: Path) -> None:
     backend = LateBackend()
-    capture = RoutingCapture(None, 2, EXPERTS, backend=backend)
-    kept = []
-    for call in range(9):
-        ids = routed(call)[0]
-        handle = capture.record(1, call, ids)
-        kept.append((handle.result(), ids))
-        capture.end_step(call)
-    assert capture.stalls == 0
+    capture = RoutingCapture(tmp_path, 2, EXPERTS, backend=backend)
+    for iteration in range(9):
+        capture.record(1, *routed(iteration))
+        if iteration % 2:
+            capture.forget()
+        else:
+            capture.end_step(iteration)
     assert len(backend.host_bytes) == 1
-    for found, ids in kept:
-        assert_same(found, ids, None, None)
+    steps = list(read_captures(tmp_path))
+    assert [step.iteration for step in steps] == [0, 2, 4, 6, 8]
+    for step in steps:
+        assert list(step.calls) == [(1, 0)]
+        assert_same(step.calls[1, 0], *routed(step.iteration))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), ring=st.integers(1, 4))
-def test_any_order_of_reading(data: st.DataObject, ring: int) -> None:
-    """Slots of changing sizes, late copies and reads in any order: every result is its own."""
+def test_slots_of_changing_sizes(data: st.DataObject, ring: int, tmp_path: Path) -> None:
+    """Late copies that end at any time: every call gets its own routing."""
     backend = LateBackend()
-    capture = RoutingCapture(None, ring, 16, backend=backend)
-    open_handles: list[tuple[Any, tuple]] = []
+    capture = RoutingCapture(tmp_path, ring, 16, backend=backend)
+    made = []
     for call in range(data.draw(st.integers(1, 12))):
-        ids, weights, logits = routed(call, tokens=data.draw(st.integers(0, 9)), experts=16)
-        with_weights, with_logits = data.draw(st.booleans()), data.draw(st.booleans())
-        source = (ids, weights if with_weights else None, logits if with_logits else None)
-        open_handles.append((capture.record(call, 0, *source), source))
+        made.append(routed(call, tokens=data.draw(st.integers(0, 9)), experts=16))
+        capture.record(1, *made[-1])
         if data.draw(st.booleans()):
             backend.run(data.draw(st.integers(backend.done, backend.enqueued)))
-        if data.draw(st.booleans()):
-            handle, expected = open_handles.pop(data.draw(st.integers(0, len(open_handles) - 1)))
-            assert_same(handle.result(), *expected)
-    assert len(backend.queue) <= ring
-    for handle, expected in open_handles:
-        assert_same(handle.result(), *expected)
+        assert len(backend.queue) <= ring
+    capture.end_step(1)
+    (step,) = read_captures(tmp_path)
+    for call, source in enumerate(made):
+        assert_same(step.calls[1, call], *source)
 
 
-def test_bytes() -> None:
-    """E = 256, K = 8: 64 times fewer than fp32 logits, in the copy, the ring and the file."""
+def test_bytes(tmp_path: Path) -> None:
+    """Four for each choice, in the copy and the ring."""
     backend = LateBackend()
-    capture = RoutingCapture(None, 3, EXPERTS, backend=backend)
-    ids, weights, logits = routed(0)
-    capture.record(1, 0, ids)
-    capture.record(1, 1, ids, weights)
-    capture.record(1, 2, ids, weights, logits)
-    assert logits.nbytes == 64 * backend.copied[0]
-    assert backend.copied == [
-        TOKENS * TOPK * 2,
-        TOKENS * TOPK * 4,
-        TOKENS * (TOPK * 4 + EXPERTS * 4),
-    ]
-    assert backend.host_bytes == backend.copied
+    RoutingCapture(tmp_path, 3, EXPERTS, backend=backend).record(1, *routed(0))
+    assert backend.copied == backend.host_bytes == [TOKENS * TOPK * 4]
 
 
 @pytest.mark.parametrize("ticks", [0, 1, 1000])
-def test_copies_are_ordered_by_events(ticks: int) -> None:
+def test_copies_are_ordered_by_events(ticks: int, tmp_path: Path) -> None:
     """The simulated device's clocks prove it, whatever a copy takes."""
     backend = SimulatedBackend(Link(1, 1), latency=lambda lane, nbytes: ticks)
     noted: list[Tensor] = []
@@ -219,9 +168,9 @@ def test_copies_are_ordered_by_events(ticks: int) -> None:
         return noted[-1]
 
     backend.allocate_device = allocate_device  # type: ignore[method-assign]
-    capture = RoutingCapture(None, 3, EXPERTS, backend=backend)
+    capture = RoutingCapture(tmp_path, 3, EXPERTS, backend=backend)
     for layer in range(3):
-        capture.record(layer, 0, routed(layer)[0])
+        capture.record(layer, *routed(layer))
         backend.compute(1)
     assert len(noted) == 3
     assert backend.races == []
@@ -234,8 +183,8 @@ def test_no_wait_between_record_and_end_step(tmp_path: Path) -> None:
     with no_host_sync():
         for microbatch in range(2):
             for layer in (3, 1, 2):  # chunks of a virtual pipeline run in any order
-                ids, weights, logits = routed(10 * microbatch + layer)
-                capture.record(layer, microbatch, ids, weights.requires_grad_(), logits)
+                ids, weights = routed(10 * microbatch + layer)
+                capture.record(layer, ids, weights.requires_grad_())
     assert backend.waits == backend.done == 0
     capture.end_step(5)
     assert backend.waits == 6
@@ -248,39 +197,15 @@ def test_no_wait_between_record_and_end_step(tmp_path: Path) -> None:
 
 def test_file_is_plain_numpy(tmp_path: Path) -> None:
     capture = RoutingCapture(tmp_path / "new" / "folder", 1, EXPERTS)
-    ids, weights, logits = routed(0)
-    capture.record(3, 1, ids, weights, logits)
+    ids, weights = routed(0)
+    capture.record(3, ids, weights)
     capture.end_step(7)
     (path,) = (tmp_path / "new" / "folder").iterdir()
     assert path.name == "step-00000007-rank-00000.npz"
     with np.load(path, allow_pickle=False) as file:
-        assert file["ids/3/1"].dtype == np.uint16
-        widened = (file["weights/3/1"].astype(np.uint32) << 16).view(np.float32)
+        assert file["ids/3/0"].dtype == np.uint16
+        widened = (file["weights/3/0"].astype(np.uint32) << 16).view(np.float32)
         assert np.array_equal(widened, weights.bfloat16().float().numpy())
-        assert np.array_equal(file["logits/3/1"], logits.numpy())
-
-
-def test_recomputation_is_not_copied_again(tmp_path: Path) -> None:
-    backend = LateBackend()
-    capture = RoutingCapture(tmp_path, 4, EXPERTS, backend=backend)
-    first = capture.record(1, 0, routed(0)[0])
-    assert capture.record(1, 0, routed(1)[0]) is first
-    assert backend.enqueued == 1
-    capture.end_step(1)
-    assert capture.record(1, 0, routed(1)[0]) is not first
-    capture.end_step(2)
-    steps = list(read_captures(tmp_path))
-    assert [step.iteration for step in steps] == [1, 2]
-    for seed, step in enumerate(steps):
-        assert_same(step.calls[1, 0], routed(seed)[0], None, None)
-
-
-def test_a_ring_made_in_inference_serves_training() -> None:
-    capture = RoutingCapture(None, 1, EXPERTS)
-    with torch.inference_mode():
-        capture.record(1, 0, routed(0)[0]).result()
-    ids = routed(1)[0]
-    assert_same(capture.record(1, 1, ids).result(), ids, None, None)
 
 
 def test_a_folder_that_cannot_be_written(
@@ -288,12 +213,10 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").touch()
     capture = RoutingCapture(tmp_path / "file", 2, EXPERTS)
-    handle = capture.record(1, 0, routed(0)[0])
+    capture.record(1, *routed(0))
     capture.end_step(1)
     assert "no more captures" in capsys.readouterr().out
-    assert not capture.is_on
-    assert_same(handle.result(), routed(0)[0], None, None)
-    capture.record(1, 0, routed(0)[0])
+    capture.record(1, *routed(0))
     capture.end_step(2)
     assert capsys.readouterr().out == ""
 
@@ -303,72 +226,27 @@ def test_a_step_without_calls_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("experts", [4, 256, 65535])
-def test_replay(tmp_path: Path, experts: int) -> None:
-    topk, maps = 2, {}
-    for rank in range(2):
-        capture = RoutingCapture(tmp_path, 4, experts, rank=rank)
-        for iteration in (9, 10):
-            for microbatch in range(2):
-                generator = torch.Generator().manual_seed(100 * rank + 10 * iteration + microbatch)
-                chosen = torch.randint(0, experts, (6, topk), generator=generator)
-                chosen[0, 0] = experts - 1
-                routing_map = torch.zeros(6, experts, dtype=torch.bool)
-                maps[rank, iteration, microbatch] = routing_map.scatter_(1, chosen, True)
-                routing_map[3] = False  # a padding token
-                capture.record(2, microbatch, compact_routing(routing_map, topk))
-            capture.end_step(iteration)
-    for rank in range(2):
-        replay = RoutingReplay(tmp_path, rank, experts)
-        for microbatch in range(2):
-            for iteration in (9, 10):
-                ids = replay.ids(iteration, 2, microbatch)
-                found = replayed_map(ids, experts)
-                assert found.dtype is torch.bool
-                assert found.shape == (6, experts)
-                assert found.equal(maps[rank, iteration, microbatch])
-
-
-def test_replay_of_what_is_not_there(tmp_path: Path) -> None:
+def test_the_captures_of_a_rank(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--moe-echo-capture-routing"):
         read_captures(tmp_path)
-    capture = RoutingCapture(tmp_path, 1, EXPERTS, rank=1)
-    capture.record(1, 0, routed(0)[0])
-    capture.end_step(4)
+    for rank in (2, 1):
+        for iteration in (10, 9):
+            capture = RoutingCapture(tmp_path, 1, EXPERTS, rank=rank)
+            capture.record(1, *routed(rank * iteration))
+            capture.end_step(iteration)
     with pytest.raises(FileNotFoundError, match="of rank 0"):
-        RoutingReplay(tmp_path)
-    replay = RoutingReplay(tmp_path, rank=1)
-    with pytest.raises(LookupError, match="one of 4 to 4"):
-        replay.ids(5, 1, 0)
-    with pytest.raises(LookupError, match="layer 2, microbatch 0"):
-        replay.ids(4, 2, 0)
-    with pytest.raises(ValueError, match="256 experts, not 64"):
-        RoutingReplay(tmp_path, rank=1, num_experts=64).ids(4, 1, 0)
+        read_captures(tmp_path, 0)
+    assert [(s.iteration, s.rank) for s in read_captures(tmp_path, 1)] == [(9, 1), (10, 1)]
+    for step in read_captures(tmp_path):
+        assert_same(step.calls[1, 0], *routed(step.rank * step.iteration))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ring_slots": 0}, "ring of 0 slots"),
-        ({"num_experts": 65536}, "do not fit into 16 bits"),
-        ({"num_experts": 0}, "do not fit into 16 bits"),
-    ],
-)
-def test_refused_settings(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RoutingCapture(None, **{"ring_slots": 1, "num_experts": 8} | changes)
-
-
-@pytest.mark.parametrize(
-    ("ids", "weights", "logits", "message"),
-    [
-        (torch.ones(4, 8, dtype=torch.bool), None, None, "not a map"),
-        (torch.ones(4, 2), None, None, "no routing"),
-        (torch.ones(4, dtype=torch.int32), None, None, "no routing"),
-        (torch.ones(4, 2, dtype=torch.int32), torch.ones(4, 1), None, "weights .* do not fit"),
-        (torch.ones(4, 2, dtype=torch.int32), None, torch.ones(4, 9), "logits .* do not fit"),
-    ],
-)
-def test_refused_calls(ids: Tensor, weights: Any, logits: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RoutingCapture(None, 1, 8).record(1, 0, ids, weights, logits)
+def test_ids_of_16_bits(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do not fit into 16 bits"):
+        RoutingCapture(tmp_path, 1, 65536)
+    ids = torch.tensor([[65534, 65535]], dtype=torch.int32)
+    capture = RoutingCapture(tmp_path, 1, 65535)
+    capture.record(1, ids, torch.ones(1, 2))
+    capture.end_step(1)
+    (step,) = read_captures(tmp_path)
+    assert step.calls[1, 0].ids.tolist() == ids.tolist()

@@ -10,6 +10,31 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import Tensor
 
+from megatron_echo.routing import aux_loss
+
+
+def batch_loss(
+    logits: Tensor, function: str, counts: Tensor, tokens: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """The part that these tokens have in the loss of a batch of so many, of counts ``[E]``."""
+    sums = aux_loss.score_sums(aux_loss.router_scores(logits, function), function, valid)
+    return aux_loss.balance_loss(sums, aux_loss.balance_rows(counts, tokens).to(sums.dtype))
+
+
+def losses(logits: Tensor, topk: int, function: str, valid: Tensor | None) -> dict[str, Tensor]:
+    """The losses of ``[S, B, E]`` as scalars in the graph."""
+    chosen = torch.zeros_like(logits, dtype=torch.bool)
+    chosen.scatter_(-1, logits.topk(topk).indices, True)
+    counts = aux_loss.count_tokens(chosen, valid)
+    tokens = torch.tensor(logits.shape[:2].numel()) if valid is None else valid.sum()
+    sums = aux_loss.score_sums(aux_loss.router_scores(logits, function), function, valid)
+    rows = aux_loss.balance_rows(counts, counts.sum(-1) // topk) / len(counts)
+    return {
+        "microbatch": batch_loss(logits, function, counts.sum(0), tokens, valid),
+        "sequence": aux_loss.balance_loss(sums, rows.to(sums.dtype)),
+        "z": aux_loss.z_sum(logits, valid) / tokens.clamp(min=1),
+    }
+
 
 def balance(scores: Tensor, chosen: Tensor, topk: int) -> Tensor:
     """``E * sum_i f_i P_i`` of tokens ``[T, E]``."""

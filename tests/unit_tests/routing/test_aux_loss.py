@@ -1,5 +1,6 @@
 """The losses as formulas: values against plain definitions, closed forms against autograd."""
 
+import loss_reference
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +28,8 @@ def choices(logits: Tensor) -> Tensor:
 
 
 def normalized(logits: Tensor, function: str) -> Tensor:
-    return aux_loss.normalized_scores(aux_loss.router_scores(logits, function), function)
+    scores = aux_loss.router_scores(logits, function)
+    return scores if function == "softmax" else scores / scores.sum(-1, keepdim=True)
 
 
 def by_definition(scores: Tensor, chosen: Tensor) -> Tensor:
@@ -36,14 +38,7 @@ def by_definition(scores: Tensor, chosen: Tensor) -> Tensor:
 
 
 def losses(logits: Tensor, function: str, valid: Tensor | None) -> dict[str, Tensor]:
-    scores = normalized(logits, function)
-    counts = aux_loss.count_tokens(choices(logits), valid)
-    tokens = logits.shape[:2].numel() if valid is None else int(valid.sum())
-    return {
-        "microbatch": aux_loss.microbatch_loss(scores, counts, K, valid),
-        "sequence": aux_loss.sequence_loss(scores, counts, K, valid),
-        "z": aux_loss.z_loss(logits, tokens, valid),
-    }
+    return loss_reference.losses(logits, K, function, valid)
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
@@ -66,10 +61,10 @@ def test_definition(function: str, lengths: tuple[int, ...] | None) -> None:
 @pytest.mark.parametrize("function", SCORE_FUNCTIONS)
 def test_parts_of_a_batch_add_up(function: str) -> None:
     logits = draw()
-    scores, counts = normalized(logits, function), aux_loss.count_tokens(choices(logits), None)
-    tokens = torch.tensor(S * B)
-    parts = [aux_loss.batch_loss(scores[:, b : b + 1], counts, tokens, None) for b in range(B)]
-    whole = aux_loss.microbatch_loss(scores, counts, K, None)
+    counts = aux_loss.count_tokens(choices(logits), None).sum(0)
+    cut = [logits[:, b : b + 1] for b in range(B)]
+    parts = [loss_reference.batch_loss(part, function, counts, torch.tensor(S * B)) for part in cut]
+    whole = losses(logits, function, None)["microbatch"]
     torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=1e-13, atol=0)
 
 
