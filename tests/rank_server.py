@@ -91,6 +91,8 @@ def run_job(job: dict) -> list[int]:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in pids:
             code = codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # what it started
             if code:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
@@ -107,6 +109,7 @@ def run_job(job: dict) -> list[int]:
 def warm_up() -> None:
     """Do what ranks have in common before they are forked."""
     import pretrain_gpt_moe  # noqa: F401
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training.argument_utils import ArgumentGroupFactory as Factory
     from megatron.training.arguments import add_megatron_arguments
 
@@ -117,6 +120,9 @@ def warm_up() -> None:
     remembered = functools.cache(read)
     Factory._get_field_docstrings = lambda _, config_class: remembered(config_class)
     add_megatron_arguments(argparse.ArgumentParser())
+    # A rank that saves starts a process for its results, which would import all of this again.
+    queue = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = functools.partial(queue, mp_mode="fork")
     gc.collect()
     gc.freeze()  # a rank's collector writes to none of the pages that it shares
 
