@@ -108,10 +108,11 @@ def run_job(job: dict) -> list[int]:
 
 def warm_up() -> None:
     """Do what ranks have in common before they are forked."""
-    import pretrain_gpt_moe  # noqa: F401
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training.argument_utils import ArgumentGroupFactory as Factory
     from megatron.training.arguments import add_megatron_arguments
+
+    import pretrain_gpt_moe  # noqa: F401
 
     for name in IMPORTED_LATE:
         importlib.import_module(name)
