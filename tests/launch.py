@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "pretrain_gpt_moe.py"
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -111,6 +113,12 @@ def torchrun(
         check=False,
     )
     return Result((finished.returncode,), finished.stdout)
+
+
+def on_ranks(*quick: int, slow: Sequence[int] = ()) -> pytest.MarkDecorator:
+    """Parametrizes a test by ``ranks``; those of ``slow`` have the mark of that name."""
+    others = [pytest.param(ranks, marks=pytest.mark.slow) for ranks in slow]
+    return pytest.mark.parametrize("ranks", [*quick, *others])
 
 
 def tiny_model(**overrides: object) -> list[str]:

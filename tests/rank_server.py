@@ -11,9 +11,13 @@ ten seconds to end by themselves; then their stacks go to the log. See ``launch.
 that tests use.
 """
 
+import argparse
 import atexit
 import contextlib
 import faulthandler
+import functools
+import gc
+import importlib
 import json
 import os
 import random
@@ -27,6 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 10
+IMPORTED_LATE = ("megatron.core.tokenizers.text", "megatron.core.models.mimo")
+"""What every rank would import by itself: the tokenizers bring ``transformers``, for 2 s a rank."""
 
 
 def free_port() -> int:
@@ -85,6 +91,8 @@ def run_job(job: dict) -> list[int]:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in pids:
             code = codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # what it started
             if code:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
@@ -98,12 +106,33 @@ def run_job(job: dict) -> list[int]:
     return [codes[rank] for rank in range(job["nprocs"])]
 
 
+def warm_up() -> None:
+    """Do what ranks have in common before they are forked."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
+    from megatron.training.arguments import add_megatron_arguments
+
+    import pretrain_gpt_moe  # noqa: F401
+
+    for name in IMPORTED_LATE:
+        importlib.import_module(name)
+    # Megatron's parser reads its help from the sources, each of the four times a run makes one.
+    read = functools.partial(Factory._get_field_docstrings, Factory.__new__(Factory))
+    remembered = functools.cache(read)
+    Factory._get_field_docstrings = lambda _, config_class: remembered(config_class)
+    add_megatron_arguments(argparse.ArgumentParser())
+    # A rank that saves starts a process for its results, which would import all of this again.
+    queue = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = functools.partial(queue, mp_mode="fork")
+    gc.collect()
+    gc.freeze()  # a rank's collector writes to none of the pages that it shares
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.path.insert(0, str(ROOT))
-    import pretrain_gpt_moe  # noqa: F401
-
+    warm_up()
     for line in sys.stdin:
         answers.write(json.dumps({"codes": run_job(json.loads(line))}) + "\n")
         answers.flush()

@@ -1,14 +1,16 @@
-"""``pretrain_gpt_moe.py`` whose ranks are killed in the middle of a save or right after one.
+"""``pretrain_gpt_moe.py`` whose saves end badly.
 
-The writer of the checkpoint named in ``SLOW_SAVE_AT`` leaves a file ``slow`` beside its
-half-written data and then waits a minute for the test. After the save of iteration ``KILL_AFTER``
-each rank kills itself.
+Rank 1 kills itself in the middle of writing the checkpoint named in ``KILL_AT``. The disk is full
+when the one in ``FULL_AT`` is written. After the save of iteration ``KILL_AFTER`` each
+rank kills itself.
 """
 
+import errno
 import os
+import shutil
 import signal
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.training import training
@@ -19,11 +21,12 @@ real_fsync = os.fsync
 real_save = training.save_checkpoint
 
 
-def slow_fsync(descriptor: int) -> None:
-    path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-    if path.parent.name == os.environ.get("SLOW_SAVE_AT"):
-        (path.parent / "slow").touch()
-        time.sleep(60)
+def failing_fsync(descriptor: int) -> None:
+    folder = Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent
+    if folder.name == os.environ.get("KILL_AT") and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if folder.name == os.environ.get("FULL_AT"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     real_fsync(descriptor)
 
 
@@ -34,6 +37,8 @@ def last_save(iteration: int, *args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
-    os.fsync = slow_fsync
+    os.fsync = failing_fsync
     training.save_checkpoint = last_save
+    if "FULL_AT" in os.environ:
+        shutil.disk_usage = lambda path: SimpleNamespace(free=0)
     pretrain_gpt_moe.main()

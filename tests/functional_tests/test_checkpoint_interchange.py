@@ -84,7 +84,11 @@ def test_slices_of_experts(tmp_path: Path, text_flags: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [{"expert_model_parallel_size": 2}, SHARED_EXPERTS], ids=["experts", "slices"]
+    "layout",
+    [
+        pytest.param({"expert_model_parallel_size": 2}, id="experts"),
+        pytest.param(SHARED_EXPERTS, id="slices", marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_initial_weights(layout: dict, tmp_path: Path, text_flags: dict) -> None:
     """Before the first step, on two ranks: the same keys, shapes and bits."""

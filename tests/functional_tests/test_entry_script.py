@@ -11,9 +11,11 @@ import launch
 import pytest
 from golden import read_tensorboard
 
+from megatron_echo import cpu_backend
 from megatron_echo.record.metrics import read_metrics
 
 STOCK_SCRIPT = Path(__file__).resolve().parent / "stock_pretrain.py"
+CPU_BACKEND = Path(cpu_backend.__file__).with_name("__main__.py")
 
 
 def test_help_shows_our_groups_and_megatrons() -> None:
@@ -186,13 +188,16 @@ def test_any_megatron_script_takes_our_layer(spec: str, tmp_path: Path) -> None:
     """A script that knows nothing of this package, with ``-m megatron_echo.cpu_backend``.
 
     Our layer reaches it through ``--spec``, and its losses equal those of
-    ``pretrain_gpt_moe.py --moe-enable-echo``.
+    ``pretrain_gpt_moe.py --moe-enable-echo``. A torchrun of its own starts the first.
     """
     common = {"expert_model_parallel_size": 2, "train_iters": 3}
     stock = launch.tiny_model(**common, tensorboard_dir=tmp_path / "stock")
     words = [*stock, "--spec", "megatron_echo.layer_specs", spec]
-    result = launch.torchrun(words, 2, STOCK_SCRIPT, module="megatron_echo.cpu_backend").check()
-    assert result.output.count("CUDA entry points now run on the CPU") == 1
+    if spec == "gpt_moe_block_spec":
+        result = launch.torchrun(words, 2, STOCK_SCRIPT, module="megatron_echo.cpu_backend").check()
+        assert result.output.count("CUDA entry points now run on the CPU") == 1
+    else:
+        launch.run([STOCK_SCRIPT, *words], 2, CPU_BACKEND).check()
     ours = launch.tiny_model(**common, moe_enable_echo=True, tensorboard_dir=tmp_path / "ours")
     launch.run(ours, 2).check()
     metrics = ("lm loss", "grad-norm")

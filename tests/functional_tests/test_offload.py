@@ -14,10 +14,15 @@ OFFLOAD = {
     "min_offloaded_tensor_size": 16,
 }
 ECHO = {"moe_enable_echo": True, "moe_echo_force_skew": 1.0}
+INTERLEAVED = {
+    "pipeline_model_parallel_size": 2,
+    "num_layers": 4,
+    "num_layers_per_virtual_pipeline_stage": 1,
+}
 
 
 def curve(folder: Path, ranks: int, **flags: object) -> tuple[list[dict], str]:
-    words = launch.tiny_model(expert_model_parallel_size=2, run_dir=folder, **flags)
+    words = launch.tiny_model(**{"expert_model_parallel_size": 2, **flags}, run_dir=folder)
     output = launch.run(words, ranks).check().output
     return read_metrics(folder), output
 
@@ -26,17 +31,17 @@ def curve(folder: Path, ranks: int, **flags: object) -> tuple[list[dict], str]:
     ("flags", "ranks"),
     [
         ({**ECHO, "bf16": True, "eval_iters": 1, "eval_interval": 2}, 2),
-        (
-            {**ECHO, "pipeline_model_parallel_size": 2, "num_layers": 4,
-             "num_layers_per_virtual_pipeline_stage": 1, "use_distributed_optimizer": True}, 4,
-        ),
+        ({**ECHO, **INTERLEAVED, "expert_model_parallel_size": 1}, 2),
+        pytest.param({**ECHO, **INTERLEAVED, "use_distributed_optimizer": True}, 4,
+                     marks=pytest.mark.slow),
         (
             {"recompute_granularity": "selective", "recompute_modules": ["moe", "layernorm"],
              "mtp_num_layers": 1, "step_batch_size_schedule": ["0:8 1024:16"],
              "global_batch_size": None}, 2,
         ),
     ],
-    ids=["clones_bf16_eval", "clones_interleaved_dist_optimizer", "stock_recompute_mtp_rampup"],
+    ids=["clones_bf16_eval", "interleaved", "clones_interleaved_dist_optimizer",
+         "stock_recompute_mtp_rampup"],
 )  # fmt: skip
 def test_the_same_bits(flags: dict, ranks: int, tmp_path: Path) -> None:
     """Losses and gradient norms of a run are those of its twin without offloading."""

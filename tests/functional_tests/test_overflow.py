@@ -63,14 +63,20 @@ def overflow_messages(output: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["ep2", "ep2_pp2"]
-)
-def test_every_rank_stops_before_the_optimizer(layout: dict, tmp_path: Path) -> None:
+    ("layout", "ranks"),
+    [
+        ({"expert_model_parallel_size": 2}, 2),
+        ({"pipeline_model_parallel_size": 2}, 2),
+        pytest.param({"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 4,
+                     marks=pytest.mark.slow),
+    ],
+    ids=["ep2", "pp2", "ep2_pp2"],
+)  # fmt: skip
+def test_every_rank_stops_before_the_optimizer(layout: dict, ranks: int, tmp_path: Path) -> None:
     """The step that overflows changes no weight; every rank says the same, and what suffices."""
     script = tmp_path / "watched.py"
     script.write_text(SHOW_WEIGHTS)
-    flags = {**ECHO, **layout, "expert_model_parallel_size": 2, "moe_received_token_capacity": 0.9}
-    ranks = 4 if layout else 2
+    flags = {**ECHO, **layout, "moe_received_token_capacity": 0.9}
     result = launch.run(launch.tiny_model(**flags), ranks, script=script)
     assert all(result.codes)
     assert result.output.count("UNTOUCHED=True") == ranks

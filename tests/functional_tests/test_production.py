@@ -83,9 +83,19 @@ def test_kept_clones_are_announced(tmp_path: Path) -> None:
     assert f"up to {4 * 2 * 3 * 64 * 64 * 4 / 2**20:.1f} MiB of clones" in output
 
 
-@pytest.mark.parametrize("way", ["collective", pytest.param("p2p", marks=pytest.mark.slow)])
-def test_one_rank_fails(way: str, tmp_path: Path) -> None:
-    """Every process ends, with an error, and torchrun says which rank it was."""
+def test_one_rank_fails(tmp_path: Path) -> None:
+    """The other one ends as well, by itself and with an error."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    result = launch.run(launch.tiny_model(**CLONES, train_iters=50), 2, script=script)
+    assert result.codes == (1, 1), result.output[-3000:]
+    assert "this rank is broken" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["collective", "p2p"])
+def test_torchrun_says_which_rank_fails(way: str, tmp_path: Path) -> None:
+    """Every process ends, with an error."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     flags = {**CLONES, "train_iters": 50, "moe_echo_expert_dispatcher_type": way}

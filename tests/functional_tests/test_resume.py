@@ -6,11 +6,9 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import launch
-import psutil
 import pytest
 import torch
 from megatron.core import dist_checkpointing
@@ -32,80 +30,83 @@ def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     return {name: value for name, value in content.items() if torch.is_tensor(value)}
 
 
-def test_resume_is_bit_for_bit_the_straight_run(tmp_path: Path, text_flags: dict) -> None:
+@pytest.fixture(scope="module")
+def flags_of_20_steps(text_flags: dict) -> dict:
+    return {**text_flags, "expert_model_parallel_size": 2, "train_iters": 20}
+
+
+@pytest.fixture(scope="module")
+def straight(flags_of_20_steps: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("straight")
+    flags = {**flags_of_20_steps, "save_interval": 10, "save": folder / "ckpt", "run_dir": folder}
+    launch.run(launch.tiny_model(**flags), 2).check()
+    return folder
+
+
+def test_resume_is_bit_for_bit_the_straight_run(
+    tmp_path: Path, straight: Path, flags_of_20_steps: dict
+) -> None:
     """20 steps against 10, save, ``kill -9``, load, 10: losses, norms, weights, Adam's moments.
 
     Each iteration's line was on disk before the save of it, once, and none is set aside.
     """
-    flags = {**text_flags, "expert_model_parallel_size": 2, "train_iters": 20, "save_interval": 10}
-    straight, halves = tmp_path / "straight", tmp_path / "halves"
-    first = launch.tiny_model(**flags, save=straight / "ckpt", run_dir=straight)
-    launch.run(first, 2).check()
-    half = launch.tiny_model(**flags, save=halves / "ckpt", run_dir=halves)
+    flags = {**flags_of_20_steps, "save_interval": 10, "save": tmp_path / "ckpt"}
+    half = launch.tiny_model(**flags, run_dir=tmp_path)
     killed = launch.run(half, 2, SLOW_SAVE, {"KILL_AFTER": "10"})
     assert killed.codes == (-signal.SIGKILL, -signal.SIGKILL), killed.output[-3000:]
-    result = launch.run([*half, "--load", halves / "ckpt"], 2).check()
+    result = launch.run([*half, "--load", tmp_path / "ckpt"], 2).check()
     assert re.search(r"successfully loaded checkpoint .* at iteration 10\b", result.output)
 
-    lines = without_times(read_metrics(halves))
+    lines = without_times(read_metrics(tmp_path))
     assert [line["iteration"] for line in lines] == list(range(1, 21))
     assert lines == without_times(read_metrics(straight))
-    assert [path.name for path in halves.glob("metrics*")] == ["metrics.jsonl"]
+    assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
     expected = checkpoint_tensors(straight / "ckpt", 20)
-    actual = checkpoint_tensors(halves / "ckpt", 20)
+    actual = checkpoint_tensors(tmp_path / "ckpt", 20)
     assert actual.keys() == expected.keys()
     assert any("exp_avg" in name for name in expected)
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, "the run ended before it began to save"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_kill_during_a_save_keeps_the_previous_checkpoint(tmp_path: Path, text_flags: dict) -> None:
+def test_kill_during_a_save_keeps_the_previous_checkpoint(
+    tmp_path: Path, straight: Path, flags_of_20_steps: dict
+) -> None:
     """``kill -9`` of a rank while iteration 4 is written; then resume from iteration 2."""
-    flags = {
-        **text_flags,
-        "expert_model_parallel_size": 2,
-        "train_iters": 6,
-        "save": tmp_path / "ckpt",
-        "save_interval": 2,
-        "run_dir": tmp_path,
-    }
-    environment = {**os.environ, **launch._ENVIRONMENT, "SLOW_SAVE_AT": "iter_0000004"}
-    process = subprocess.Popen(
-        launch.torchrun_command(launch.tiny_model(**flags), 2, SLOW_SAVE),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for(tmp_path / "ckpt" / "iter_0000004" / "slow", process)
-    ranks = [
-        p for p in psutil.Process(process.pid).children() if "slow_save.py" in str(p.cmdline())
-    ]
-    ranks[1].send_signal(signal.SIGKILL)
-    assert process.wait(120) != 0
-    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "2"
-    before = checkpoint_tensors(tmp_path / "ckpt", 2)
+    checkpoints = tmp_path / "ckpt"
+    flags = {**flags_of_20_steps, "exit_interval": 6, "save_interval": 2, "save": checkpoints}
+    words = launch.tiny_model(**flags, run_dir=tmp_path)
+    killed = launch.run(words, 2, SLOW_SAVE, {"KILL_AT": "iter_0000004"})
+    assert killed.codes[0] != 0
+    assert killed.codes[1] == -signal.SIGKILL
+    assert any((checkpoints / "iter_0000004").iterdir())
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
+    before = checkpoint_tensors(checkpoints, 2)
 
-    resumed = launch.tiny_model(**flags, load=tmp_path / "ckpt")
-    result = launch.run(resumed, 2).check()
+    result = launch.run([*words, "--load", checkpoints], 2).check()
     assert re.search(r"successfully loaded checkpoint .* at iteration 2\b", result.output)
-    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "6"
-    after = checkpoint_tensors(tmp_path / "ckpt", 2)
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "6"
+    after = checkpoint_tensors(checkpoints, 2)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    whole = {**flags, "save": None, "save_interval": None, "run_dir": tmp_path / "whole"}
-    launch.run(launch.tiny_model(**whole), 2).check()
     lines = without_times(read_metrics(tmp_path))
-    assert lines == without_times(read_metrics(tmp_path / "whole"))
+    assert lines == without_times(read_metrics(straight))[:6]
     aside = [json.loads(line) for line in (tmp_path / "metrics.1.jsonl").read_text().splitlines()]
     assert without_times(aside) == lines[2:4]
+
+
+def test_no_space_while_saving(tmp_path: Path) -> None:
+    """An error that says so, and the checkpoint before is kept."""
+    checkpoints = tmp_path / "ckpt"
+    words = launch.tiny_model(train_iters=4, save=checkpoints, save_interval=2)
+    full = launch.run(words, 1, SLOW_SAVE, {"FULL_AT": "iter_0000004"})
+    assert full.codes == (1,), full.output[-3000:]
+    assert f"The disk of {checkpoints} is full" in full.output
+    assert "iter_0000002 is complete and untouched" in full.output
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
+    launch.run([*words, "--load", checkpoints]).check()
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "4"
 
 
 FULL_DISK = """
@@ -134,6 +135,7 @@ def mount_namespace() -> list[str] | None:
     return None
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(tmp_path: Path) -> None:
     """A disk with room for one checkpoint: an error that says so, and the first one is kept."""
     prefix = mount_namespace()

@@ -252,7 +252,7 @@ def test_a_stage_goes_on_behind_what_ends_its_process(
     folders = [*gpu_check.FOLDERS, str(launch.ROOT / "tools")]
     script.write_text(WORKER.format(folders=folders, machine=MACHINE, cases=cases))
     monkeypatch.setattr(gpu_check, "__file__", str(script))
-    monkeypatch.setattr(gpu_check, "SECONDS", 12.0 if "sleep" in dict(cases).values() else 60.0)
+    monkeypatch.setattr(gpu_check, "SECONDS", 6.0 if "sleep" in dict(cases).values() else 60.0)
     monkeypatch.setattr(gpu_check, "machine", lambda dry: MACHINE)
     output = tmp_path / "rows.jsonl"
     assert gpu_check.run_stage(1, output, False) is has_passed
@@ -320,6 +320,7 @@ import compile_kernels as tool
 here, there = Path({folder!r}) / "here", Path({folder!r}) / "there"
 tool.prepare(here)
 tool.record(90, "experts.activation_kernels")
+del tool._recorded[:-{most}]
 first = tool.compile_all(2)
 here.rename(there)
 tool.prepare(there)
@@ -327,15 +328,16 @@ print([first, tool.compile_all(2), tool.compile_all(2)])
 """
 
 
-def test_kernels_are_compiled_once_wherever_their_folder_lies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_kernels_are_compiled_once_wherever_their_folder_lies(most: int, tmp_path: Path) -> None:
     """Each time by processes that have compiled nothing before."""
     folders = [*compile_kernels.FOLDERS, str(launch.ROOT / "tools")]
-    script = COMPILE.format(folders=folders, folder=str(tmp_path))
+    script = COMPILE.format(folders=folders, folder=str(tmp_path), most=most)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     output = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
     first, *others = ast.literal_eval(output.splitlines()[-1])
     compiled = [kernel for kernel, is_hit, _ in first if not is_hit]
-    assert len(compiled) == len(first) >= 6
+    assert len(compiled) == len(first) >= min(most, 6)
     for again in others:
         assert [(kernel, is_hit) for kernel, is_hit, _ in again] == [(k, True) for k in compiled]
 

@@ -3,101 +3,98 @@
 from pathlib import Path
 
 import launch
-import pytest
 
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "clones.py"
-
-every_size = pytest.mark.parametrize("ranks", [2, 3, 4])
 
 
 def run(check: str, ranks: int) -> None:
     print(launch.run([check], ranks, script=WORKER).check().output)
 
 
-@every_size
+@launch.on_ranks(3, slow=(2, 4))
 def test_dense(ranks: int) -> None:
     """Output and all gradients against a loop over experts and the layer without clones."""
     run("dense_fp64", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_dense_in_fp32(ranks: int) -> None:
     run("dense_fp32", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_dense_with_other_topk(ranks: int) -> None:
     run("dense_topk", ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@launch.on_ranks(4, slow=(2,))
 def test_expert_tensor_parallelism(ranks: int) -> None:
     """Two ranks share each expert, over one or two expert-parallel ranks."""
     run("expert_tensor_parallelism", ranks)
 
 
-@every_size
+@launch.on_ranks(3, slow=(2, 4))
 def test_balance(ranks: int) -> None:
     """No rank computes more than the bound, the buffer is that size, and nothing is dropped."""
     run("balance", ranks)
 
 
-@every_size
+@launch.on_ranks(2, slow=(3, 4))
 def test_experts_without_clones_keep_their_bits(ranks: int) -> None:
     run("unmoved_experts", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_one_pool_for_all_layers(ranks: int) -> None:
     """It may hold NaN between two uses, with microbatches in flight, and does not grow."""
     run("pool", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_calls_in_flight(ranks: int) -> None:
     run("calls_in_flight", ranks)
 
 
-@every_size
+@launch.on_ranks(2, slow=(3, 4))
 def test_no_host_sync(ranks: int) -> None:
     run("no_host_sync", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_gradient_hooks(ranks: int) -> None:
     """They fire once a backward pass, also when recomputed, with the whole gradient."""
     run("gradient_hooks", ranks)
 
 
-@pytest.mark.parametrize("ranks", [2])
+@launch.on_ranks(2)
 def test_data_parallel(ranks: int) -> None:
     """Megatron's DDP with overlap: the main gradient is whole when reported ready."""
     run("data_parallel", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_nan_in_the_weights_of_one_expert(ranks: int) -> None:
     run("nan_weights", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_nan_in_unused_slots(ranks: int) -> None:
     run("unused_slots", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_same_bits(ranks: int) -> None:
     """Every run gives the same bits, also with NaN in all uninitialised memory."""
     run("same_bits", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_bf16(ranks: int) -> None:
     """Gradients of the weights are as near to fp64 as without clones."""
     run("bf16", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_evaluation(ranks: int) -> None:
     """Between training steps, without gradients, with other numbers of tokens."""
     run("evaluation", ranks)
@@ -117,13 +114,13 @@ def test_one_rank() -> None:
     run("one_rank", 1)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@launch.on_ranks(2, slow=(3,))
 def test_flipping_router(ranks: int) -> None:
     """A recomputation with another routing plans again; no rank hangs."""
     run("flipping_router", ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@launch.on_ranks(2, slow=(3,))
 def test_peer_to_peer(ranks: int) -> None:
     """The same bits, one host copy a call, fewer bytes."""
     run("peer_to_peer", ranks)
@@ -134,12 +131,12 @@ def test_peer_to_peer_reads_the_host_once() -> None:
     run("peer_to_peer_reads_the_host_once", 2)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_one_expert_each(ranks: int) -> None:
     run("one_expert_each", ranks)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_exception_then_a_clean_step(ranks: int) -> None:
     run("exception_then_a_clean_step", ranks)
 
@@ -148,13 +145,13 @@ def test_state_dict() -> None:
     run("state_dict", 2)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@launch.on_ranks(3)
 def test_self_check(ranks: int) -> None:
     """--moe-echo-check-every sees wrong weights in a slot, and ranks that plan differently."""
     run("self_check", ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@launch.on_ranks(2, slow=(3,))
 def test_experts_frozen_on_one_rank(ranks: int) -> None:
     """All weight transports; with an input that needs gradients, and without."""
     run("experts_frozen_on_one_rank", ranks)

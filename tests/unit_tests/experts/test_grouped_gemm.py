@@ -35,7 +35,7 @@ def mended_interpreter() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@launch.on_ranks(1, slow=(2,))
 def test_the_layer_gives_the_results_of_torch(ranks: int) -> None:
     """fp32 and bf16; hot, empty and padding routings; with and without clones."""
     print(launch.run(["the_results_of_torch"], ranks, script=WORKER).check().output)
