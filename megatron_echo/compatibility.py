@@ -78,10 +78,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "more.",
     ),
     (
-        lambda c: c.experimental_attention_variant is not None,
-        "is not in the layers of --experimental-attention-variant. Leave one of the two out.",
-    ),
-    (
         lambda c: c.transformer_impl == "inference_optimized",
         "is a training layer. Use --transformer-impl transformer_engine or local.",
     ),

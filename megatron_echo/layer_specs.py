@@ -76,8 +76,12 @@ def _uses_echo(config: TransformerConfig) -> bool:
     return config.moe_enable_echo if isinstance(config, EchoConfigMixin) else True
 
 
+def _our_layer(config: TransformerConfig) -> dict[Any, Any]:
+    return {MoELayer: EchoMoELayer} if _uses_echo(config) else {}
+
+
 def _replacements(config: TransformerConfig) -> dict[Any, Any]:
-    return {**_LOCAL_MODULES, MoELayer: EchoMoELayer} if _uses_echo(config) else _LOCAL_MODULES
+    return {**_LOCAL_MODULES, **_our_layer(config)}
 
 
 def gpt_moe_block_spec(
@@ -99,8 +103,9 @@ def gpt_moe_block_spec(
                 "build the model from megatron_echo.model_builder.EchoGPTModelConfig."
             )
         StepEnd.of(config)  # on every rank, also where a pipeline stage has no MoE layer
-    is_dense_te = config.num_moe_experts is None and _uses_transformer_engine(config)
-    if config.experimental_attention_variant is not None or is_dense_te:
+    if config.experimental_attention_variant is not None:  # its attention stays as it is
+        return replace_modules(default_layer_spec(gpt_model_config, vp_stage), _our_layer(config))
+    if config.num_moe_experts is None and _uses_transformer_engine(config):
         return default_layer_spec(gpt_model_config, vp_stage)
     spec = get_gpt_decoder_block_spec(
         config,

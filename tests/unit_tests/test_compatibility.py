@@ -35,7 +35,7 @@ OF_CONFIG = (
     {"moe_mlp_glu_interleave_size": 32},
     {"variable_seq_lengths": True},
     {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"},
-    {**GRAPH, "cuda_graph_warmup_steps": 0}, {"experimental_attention_variant": "dsa"},
+    {**GRAPH, "cuda_graph_warmup_steps": 0},
     {"transformer_impl": "inference_optimized"}, {"use_cpu_initialization": True},
     {"fine_grained_activation_offloading": True},
     {**GRAPH, "moe_router_load_balancing_type": ["sinkhorn"]},

@@ -1,7 +1,11 @@
 import functools
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core.models.backends import LocalSpecProvider as Local
+from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import GatedDeltaNet
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -223,6 +227,26 @@ def test_an_overlapped_shared_expert_has_the_same_bits(changes: dict) -> None:
         results.append([*grads, *outputs])
     for place, (alone, beside) in enumerate(zip(*results, strict=True)):
         assert torch.allclose(alone, beside, rtol=1e-5) if place < 2 else torch.equal(alone, beside)
+
+
+def test_our_layer_beside_an_attention_variant() -> None:
+    """Megatron builds these layers with Transformer Engine only, so here with other linear ones."""
+    config = EchoTransformerConfig(
+        num_layers=2, hidden_size=8, num_attention_heads=2, num_moe_experts=4,
+        moe_ffn_hidden_size=8, moe_layer_freq=[0, 1], add_bias_linear=False, moe_enable_echo=True,
+        normalization="RMSNorm", transformer_impl="transformer_engine", linear_attention_freq=[1, 1],
+        experimental_attention_variant="gated_delta_net", linear_conv_kernel_dim=4,
+        linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=2,
+    )  # fmt: skip
+    with mock.patch.object(variants, "_get_backend_spec_provider", return_value=Local()):
+        spec = gpt_moe_block_spec(
+            EchoGPTModelConfig(transformer=config, seq_length=8, vocab_size=8)
+        )
+    dense, moe = (layer.submodules for layer in spec.layer_specs)
+    assert moe.mlp.func is EchoMoELayer
+    assert dense.mlp.func is not EchoMoELayer
+    assert moe.self_attention.module is dense.self_attention.module is GatedDeltaNet
 
 
 def test_what_a_spec_would_drop_silently_is_refused() -> None:
