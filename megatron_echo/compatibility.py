@@ -42,10 +42,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "has experts without biases. Use --disable-bias-linear.",
     ),
     (
-        lambda c: c.moe_latent_size is not None,
-        "has no latent projections. Leave --moe-latent-size out.",
-    ),
-    (
         lambda c: c.moe_apply_probs_on_input,
         "applies probabilities inside the activation. Leave --moe-apply-probs-on-input out.",
     ),

@@ -34,8 +34,8 @@ class _KeepsConfig(BaseMoELayer):
 class EchoMoELayer(MoELayer, _KeepsConfig):
     """Megatron's ``MoELayer`` with this package's dispatcher and experts.
 
-    A token's way: ``route`` (Megatron's router) -> ``preprocess`` (plan the clones) ->
-    ``dispatch`` (into a row on each rank that computes it) -> ``routed_experts_compute`` ->
+    A token's way: ``route`` (Megatron's router) -> ``preprocess`` (project tokens, with
+    ``--moe-latent-size``, and plan the clones) -> ``dispatch`` (into a row on each rank that computes it) -> ``routed_experts_compute`` ->
     ``combine`` (home, and summed) -> ``postprocess`` (plus the shared expert). Megatron's
     ``forward`` calls them in this order, as its recomputation does.
     """
@@ -102,9 +102,11 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             self._step_end.note(role)
         self.token_dispatcher.role = role
         self._doubted = None  # of a call that did not reach combine
+        tokens, weights = super().preprocess(hidden_states, probs, routing_map)
         if role.counts and self._self_check.takes(self._place):
-            self._doubted = hidden_states.detach(), probs.detach(), routing_map
-        return super().preprocess(hidden_states, probs, routing_map)
+            latent = tokens.detach().view(*hidden_states.shape[:-1], -1)
+            self._doubted = latent, probs.detach(), routing_map
+        return tokens, weights
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Through home experts and clones.

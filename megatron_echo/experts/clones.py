@@ -73,7 +73,7 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     calls = math.ceil(sum(frequency) / (stages * chunks)) * in_flight
     matrices = 3 if config.gated_linear_unit else 2
     ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
-    weights = matrices * config.hidden_size * ffn
+    weights = matrices * (config.moe_latent_size or config.hidden_size) * ffn
     return num_clone_slots(config) * calls * weights * config.params_dtype.itemsize
 
 

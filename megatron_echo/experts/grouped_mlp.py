@@ -152,7 +152,8 @@ class EchoGroupedMLP(MegatronModule):
             get_pg_size(pg_collection.expt_tp),
         )
         self._data_parallel_rank = get_pg_rank(pg_collection.expt_dp)
-        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size // self._place.tensor_ranks
+        hidden = config.moe_latent_size or config.hidden_size
+        ffn = config.moe_ffn_hidden_size // self._place.tensor_ranks
         widths = ffn * 2 if config.gated_linear_unit else ffn
         self.linear_fc1 = GroupedLinear(num_local_experts, hidden, widths, config)
         self.activation = WeightedActivation(config)

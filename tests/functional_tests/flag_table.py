@@ -131,7 +131,6 @@ ROWS = (
     Row("fp4", {"fp4_format": "e2m1"}, "--fp4-format requires Transformer Engine",
         note="with Transformer Engine our own refusal"),
     Row("experts with biases", {"disable_bias_linear": None}, "has experts without biases."),
-    Row("latent MoE", {"moe_latent_size": 32}, "has no latent projections."),
     Row("interleaved gate and up projections", {"moe_mlp_glu_interleave_size": 32},
         "keeps gate and up projections apart."),
     Row("probabilities on the input",

@@ -28,7 +28,7 @@ OF_CONFIG = (
     {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
     {"moe_expert_capacity_factor": 1.0},
     {"moe_expert_rank_capacity_factor": 1.5},
-    {"fp8": "hybrid"}, {"fp4": "e2m1"}, {"add_bias_linear": True}, {"moe_latent_size": 16},
+    {"fp8": "hybrid"}, {"fp4": "e2m1"}, {"add_bias_linear": True},
     {"moe_apply_probs_on_input": True},
     {"overlap_moe_expert_parallel_comm": True},
     {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},

@@ -234,7 +234,8 @@ def test_our_layer_beside_an_attention_variant() -> None:
     config = EchoTransformerConfig(
         num_layers=2, hidden_size=8, num_attention_heads=2, num_moe_experts=4,
         moe_ffn_hidden_size=8, moe_layer_freq=[0, 1], add_bias_linear=False, moe_enable_echo=True,
-        normalization="RMSNorm", transformer_impl="transformer_engine", linear_attention_freq=[1, 1],
+        normalization="RMSNorm", transformer_impl="transformer_engine",
+        linear_attention_freq=[1, 1],
         experimental_attention_variant="gated_delta_net", linear_conv_kernel_dim=4,
         linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
         linear_num_value_heads=2,

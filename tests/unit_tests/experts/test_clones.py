@@ -33,6 +33,12 @@ def test_expert_tensor_parallelism(ranks: int) -> None:
     run("expert_tensor_parallelism", ranks)
 
 
+@launch.on_ranks(2, slow=(4,))
+def test_latent_experts(ranks: int) -> None:
+    """Between the two projections of Megatron's latent MoE, with clones and without."""
+    run("latent", ranks)
+
+
 @launch.on_ranks(3, slow=(2, 4))
 def test_balance(ranks: int) -> None:
     """No rank computes more than the bound, the buffer is that size, and nothing is dropped."""

@@ -176,6 +176,42 @@ def check_expert_tensor_parallelism() -> None:
         StepEnd.of(layer.config).overflow.check()
 
 
+class Projection(torch.nn.Module):
+    """Stands in for Transformer Engine's linear layer, in which Megatron projects latent tokens."""
+
+    def __init__(self, in_features: int, out_features: int, **_: Any) -> None:
+        super().__init__()
+        drawn = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(3))
+        self.weight = torch.nn.Parameter(drawn.double())
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        return hidden @ self.weight.T, None
+
+
+def check_latent() -> None:
+    """Experts and clones of the latent width against a dense loop between two projections."""
+    latent = HIDDEN // 2
+    stand_ins = {"HAVE_TE": True, "TELinear": Projection}
+    for kind, slots, every in (("hot", 0, 0), ("hot", 2, 1), ("random", 2, 0)):
+        with mock.patch.multiple("megatron.core.transformer.moe.moe_layer", **stand_ins):
+            layer = cloned(
+                2, torch.float64, slots, moe_latent_size=latent, moe_echo_check_every=every
+            )
+        case = case_of(kind, 2, torch.float64)
+        assert layer.experts.linear_fc1.weight.shape[2] == latent
+        down, up = (part.weight.detach() for part in (layer.fc1_latent_proj, layer.fc2_latent_proj))
+        given = replace(case, hidden=case.hidden @ down.T, weight=case.weight @ up)
+        expected = dense(layer, given)
+        to_latent = expected["dx"]
+        expected |= {"dx": to_latent @ down, "output": expected["output"] @ up.T}
+        found = errors(run(layer, case), expected)
+        assert max(found.values()) <= 1e-12, (kind, slots, found)
+        to_down = to_latent.T @ case.mine().hidden
+        error = (layer.fc1_latent_proj.weight.grad - to_down).abs().max()
+        assert error <= 1e-12 * to_down.abs().max()
+        StepEnd.of(layer.config).overflow.check()
+
+
 def check_dense_fp64() -> None:
     against(torch.float64, 1e-12, KINDS, 2, 2 if dist.get_world_size() == 3 else 1)
 
