@@ -35,9 +35,10 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
     """Megatron's ``MoELayer`` with this package's dispatcher and experts.
 
     A token's way: ``route`` (Megatron's router) -> ``preprocess`` (project tokens, with
-    ``--moe-latent-size``, and plan the clones) -> ``dispatch`` (into a row on each rank that computes it) -> ``routed_experts_compute`` ->
-    ``combine`` (home, and summed) -> ``postprocess`` (plus the shared expert). Megatron's
-    ``forward`` calls them in this order, as its recomputation does.
+    ``--moe-latent-size``, and plan the clones) -> ``dispatch`` (into a row on each rank that
+    computes it) -> ``routed_experts_compute`` -> ``combine`` (home, and summed) -> ``postprocess``
+    (plus the shared expert). Megatron's ``forward`` calls them in this order, as its recomputation
+    does.
     """
 
     token_dispatcher: EchoTokenDispatcher
