@@ -24,7 +24,7 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@launch.on_ranks(2, slow=(3,))
 def test_the_results_of_all_gather(ranks: int) -> None:
     print(launch.run(["the_results_of_all_gather"], ranks, script=WORKER).check().output)
 

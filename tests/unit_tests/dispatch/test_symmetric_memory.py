@@ -12,7 +12,7 @@ def run(check: str, ranks: int) -> None:
     launch.run([check], ranks, script=WORKER).check()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@launch.on_ranks(1, 2, slow=(3,))
 def test_as_all_gather(ranks: int) -> None:
     """The all-gather's results, but for the order of a sum, with clones and without."""
     run("as_all_gather", ranks)
@@ -24,7 +24,7 @@ def test_buffers_may_hold_anything(ranks: int) -> None:
     run("spoiled", ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@launch.on_ranks(2, slow=(3,))
 def test_ranks_that_are_late(ranks: int) -> None:
     """Delays anywhere, many times, and the right rows each time."""
     run("delays", ranks)
@@ -35,7 +35,7 @@ def test_the_same_movement_again(ranks: int) -> None:
     run("the_same_movement_again", ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@launch.on_ranks(2, slow=(3,))
 def test_weights_of_clones(ranks: int) -> None:
     """What the collectives bring; no host read, ranks that are late, NaN in buffers."""
     run("weights", ranks)

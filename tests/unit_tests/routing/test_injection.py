@@ -1,14 +1,15 @@
 """The node that injects the losses: against an explicit loss, and compiled without a break."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import launch
 import pytest
 import torch
+import torch._dynamo.config
 from torch import Tensor
 
+from megatron_echo import cpu_backend
 from megatron_echo.routing import aux_loss
 from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores, register
 
@@ -127,22 +128,15 @@ def compiled() -> None:
             step(again, call).backward()
             losses.asked.pop()
             torch.testing.assert_close(logits.grad, again.grad, rtol=1e-12, atol=1e-12)
-        assert len(compiled_once) <= 2, "each call compiles again"
+        assert 1 <= len(compiled_once) <= 2, "never compiled, or by each call again"
 
 
 def test_compiles_without_a_break() -> None:
     """``fullgraph=True``: the same gradients, and late weights, from a graph compiled before."""
-    environment = {k: v for k, v in os.environ.items() if k != "TORCHDYNAMO_DISABLE"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch.run([], script=Path(__file__), env={"TORCHDYNAMO_DISABLE": "0"}).check()
 
 
 if __name__ == "__main__":
+    cpu_backend.disable()
+    torch._dynamo.config.disable = False  # set as torch was imported
     compiled()
