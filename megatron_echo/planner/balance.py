@@ -337,54 +337,51 @@ def _greedy(
 ) -> Tensor:
     """Tokens moved, ``[E, R]``, with at most ``num_slots`` experts to a receiver.
 
-    ``R * S`` times: the fullest donor gives the emptiest receiver with a free slot as much as it
-    needs of the donor's largest expert that is not cloned there yet. Several targets are tried at
+    ``R * S`` times: the emptiest receiver with a free slot takes the largest expert of a donor, or
+    as much of it as it needs. Where experts are large enough, the fullest donor gives, one in the
+    receiver's node before others; where none is, the one with the largest, as a slot is what is
+    scarce. A donor may fall below the target and become a receiver. Several targets are tried at
     once (dimension V), because a bound that the slots cannot reach is a bad target; the plan with
     the lowest maximum wins, then the one with fewer clones (the lower cost, between nodes), then
     the earlier one.
     """
     ranks = load.shape[0]
     per_rank = tokens.shape[0] // ranks
-    device = load.device
-    index = torch.arange(NUM_TARGETS, device=device)
-    percent = torch.where(index == 0, 0, (1 << index) // 2)  # made on the device: no copy, no wait
-    targets = (bound + (load.max() - bound).clamp(min=0) * percent // 100).repeat(2)
-    variants = targets.shape[0]
-    may_overshoot = torch.arange(variants, device=device)[:, None] < NUM_TARGETS
-    excess = load - targets[:, None]
+    variant = torch.arange(NUM_TARGETS, device=load.device)[:, None]  # made there: no copy, no wait
+    targets = bound + (load.max() - bound).clamp(min=0) * (variant * variant) // 500
+    excess = load - targets
     free = torch.full_like(excess, num_slots)
-    cost = excess.new_zeros(variants, 1)
-    left = tokens.reshape(1, ranks, per_rank).repeat(variants, 1, 1)
-    moved = left.new_zeros(variants, ranks, ranks * per_rank)  # [V, receiver, expert]
-    columns = torch.arange(per_rank, device=device)
+    cost = torch.zeros_like(targets)
+    left = tokens.reshape(1, ranks, per_rank).repeat(NUM_TARGETS, 1, 1)
+    largest = left.amax(2)  # [V, R]: of the experts' tokens that are still at home
+    moved = left.new_zeros(NUM_TARGETS, ranks * ranks * per_rank)  # [V, receiver * expert]
+    left = left.flatten(1)
+    columns = torch.arange(per_rank, device=load.device)
     for _ in range(ranks * num_slots):
-        donor_excess, donor = _first_max(_keys(excess))
-        need = torch.where(free > 0, -excess, 0).clamp_(min=0)
-        inside = _inside(donor, ranks, ranks_per_node)
-        worth = need * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
-        _, receiver = _first_max(_keys(worth))
-        price = torch.where(inside.gather(1, receiver), INTRA_NODE_COST, INTER_NODE_COST)
-        row = donor.unsqueeze(2).expand(variants, 1, per_rank)
-        place = (receiver * ranks + donor) * per_rank + columns
-        cloned = moved.view(variants, -1).gather(1, place) > 0
-        available = torch.where(cloned, 0, left.gather(1, row).squeeze(1))
-        held, expert = _first_max(_keys(available))
-        piece = torch.minimum(need.gather(1, receiver), held)
-        piece = torch.where(may_overshoot, piece, torch.minimum(piece, donor_excess))
-        piece = torch.where(donor_excess > 0, piece, 0)
-        moved.view(variants, -1).scatter_add_(1, place.gather(1, expert), piece)
-        left.view(variants, -1).scatter_add_(1, donor * per_rank + expert, -piece)
-        excess.scatter_add_(1, donor, -piece)
-        excess.scatter_add_(1, receiver, piece)
-        cost += (piece > 0) * price
-        # A receiver that found nothing to take is given up, so that the others get their turn.
-        used = torch.where(piece > 0, 1, num_slots)
-        free.scatter_add_(1, receiver, -used)
-    highest = (excess + targets[:, None]).amax(1)
+        need, receiver = _first_max(_keys(torch.where(free > 0, -excess, 0).clamp_(min=0)))
+        inside = _inside(receiver, ranks, ranks_per_node)
+        fit = torch.where(inside, 2 * FAR, FAR) + excess
+        part = largest * torch.where(inside, INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT)
+        worth = torch.where(largest >= need, fit, part)
+        best, donor = _first_max(_keys(torch.where((excess > 0) & (need > 0), worth, 0)))
+        price = torch.where(inside.gather(1, donor), INTRA_NODE_COST, INTER_NODE_COST)
+        rest = left.gather(1, donor * per_rank + columns)
+        held, expert = _first_max(_keys(rest))
+        piece = torch.where(best > 0, torch.minimum(need, held), 0)
+        home = donor * per_rank + expert
+        moved.scatter_add_(1, receiver * (ranks * per_rank) + home, piece)
+        left.scatter_add_(1, home, -piece)
+        rest = rest.scatter_add(1, expert, -piece)
+        largest.scatter_(1, donor, rest.amax(1, keepdim=True))
+        excess.scatter_add_(1, donor, -piece).scatter_add_(1, receiver, piece)
+        given = piece > 0
+        cost += given * price
+        free.scatter_add_(1, receiver, -given.long())
+    highest = (excess + targets).amax(1)
     reached = torch.maximum(highest, bound)
     others = torch.where(reached == reached.amin(), 0, INTER_NODE_COST * ranks * num_slots + 1)
     _, best = _first_max(_keys(-(cost.squeeze(1) + others)))
-    return moved.index_select(0, best).squeeze(0).t().contiguous()
+    return moved.index_select(0, best).view(ranks, -1).t().contiguous()
 
 
 def _give_up_small_clones(moved: Tensor, load: Tensor, bound: Tensor, minimum: int) -> Tensor:

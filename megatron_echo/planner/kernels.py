@@ -190,70 +190,63 @@ def _serve_quotas(
 @triton.jit
 def _greedy(
     moved, left, trial, tokens, load, bound, node_size, R: tl.constexpr, E: tl.constexpr,
-    S: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr, TARGETS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """The greedy for all targets at once, then the best of their plans into ``moved``."""
     rank = tl.arange(0, BLOCK_R)
-    variant = tl.arange(0, BLOCK_V)
+    variant = tl.arange(0, TARGETS)
     column = tl.arange(0, BLOCK_M)
     is_rank = (rank < R)[None, :]
-    real = variant < 2 * STEPS
-    index = variant % STEPS
-    percent = tl.where(index == 0, 0, (1 << index) // 2)
-    target = bound + tl.maximum(tl.max(load, axis=0) - bound, 0) * percent // 100
-    overshoot = variant < STEPS
+    gap = tl.maximum(tl.max(load, axis=0) - bound, 0)
+    target = bound + gap * (variant * variant) // 500
     excess = tl.where(is_rank, load[None, :] - target[:, None], 0)
-    free = tl.where(is_rank & real[:, None], S, 0)
-    cost = tl.zeros((BLOCK_V,), tl.int32)
+    free = tl.where(is_rank, S, tl.zeros((TARGETS, BLOCK_R), tl.int32))
+    cost = tl.zeros((TARGETS,), tl.int32)
     expert_at = rank[:, None] * M + column[None, :]
     inside = (rank < R)[:, None] & (column < M)[None, :]
     share = tl.load(tokens + expert_at, mask=inside, other=0)
-    for v in range(2 * STEPS):
+    largest = tl.broadcast_to(tl.max(share, axis=1)[None, :], (TARGETS, BLOCK_R))
+    for v in range(TARGETS):
         tl.store(left + v * E + expert_at, share, mask=inside)
     tl.debug_barrier()
     step = 0
     while step < R * S:
-        donor_excess, donor = _first_max(excess, rank[None, :], 1)
-        need = tl.maximum(tl.where(free > 0, -excess, 0), 0)
+        hole = tl.maximum(tl.where(free > 0, -excess, 0), 0)
+        need, receiver = _first_max(hole, rank[None, :], 1)
+        fit, weight = _FAR + excess, _weight(rank[None, :], receiver[:, None], node_size, BY_NODE)
         if BY_NODE:
-            worth = need * _weight(rank[None, :], donor[:, None], node_size, BY_NODE)
-            _, receiver = _first_max(worth, rank[None, :], 1)
-            in_need = _pick(need, rank[None, :], receiver[:, None], 1)
-        else:
-            in_need, receiver = _first_max(need, rank[None, :], 1)
+            fit += tl.where(weight == _INTRA, _FAR, 0)
+        worth = tl.where(largest >= need[:, None], fit, largest * weight)
+        worth = tl.where((excess > 0) & (need > 0)[:, None], worth, 0)
+        best, donor = _first_max(worth, rank[None, :], 1)
         cell = variant * E + donor * M
-        live = (real & (donor < R))[:, None] & (column < M)[None, :]
-        place = trial + (variant * R + receiver)[:, None] * E + (donor * M)[:, None] + column
-        cloned = tl.load(place, mask=live, other=0) > 0
-        rest = tl.load(left + cell[:, None] + column[None, :], mask=live, other=0)
-        most, expert = _first_max(tl.where(cloned, 0, rest), column[None, :], 1)
-        piece = tl.minimum(in_need, most)
-        piece = tl.where(overshoot, piece, tl.minimum(piece, donor_excess))
-        piece = tl.where(donor_excess > 0, piece, 0)
+        row = left + cell[:, None] + column[None, :]
+        rest = tl.load(row, mask=(donor < R)[:, None] & (column < M)[None, :], other=0)
+        held, expert = _first_max(rest, column[None, :], 1)
+        piece = tl.where(best > 0, tl.minimum(need, held), 0)
         given = piece > 0
-        target_cell = (variant * R + receiver) * E + donor * M + expert
+        rest -= tl.where(column[None, :] == expert[:, None], piece[:, None], 0)
         tl.debug_barrier()  # every warp has read its copy of this step's cells
-        tl.store(trial + target_cell, piece, mask=given & real)
-        tl.store(left + cell + expert, most - piece, mask=given & real)
+        tl.store(trial + (variant * R + receiver) * E + donor * M + expert, piece, mask=given)
+        tl.store(left + cell + expert, held - piece, mask=given)
         tl.debug_barrier()
         cost += tl.where(given, _cost(donor, receiver, node_size, BY_NODE), 0)
         is_receiver = rank[None, :] == receiver[:, None]
         is_donor = rank[None, :] == donor[:, None]
+        largest = tl.where(is_donor, tl.max(rest, axis=1)[:, None], largest)
         excess += tl.where(is_receiver, piece[:, None], 0) - tl.where(is_donor, piece[:, None], 0)
-        free -= tl.where(is_receiver, tl.where(given, 1, S)[:, None], 0)
-        waiting = tl.max(tl.where(free > 0, -excess, 0), axis=1) > 0
-        stuck = (donor_excess <= 0) | (waiting == 0)
-        step = tl.where(tl.min(tl.where(real, stuck.to(tl.int32), 1), axis=0) > 0, R * S, step + 1)
+        free -= tl.where(is_receiver & given[:, None], 1, 0)
+        step = tl.where(tl.max(piece, axis=0) > 0, step + 1, R * S)
     highest = tl.max(tl.where(is_rank, excess + target[:, None], 0), axis=1)
-    reached = tl.where(real, tl.maximum(highest, bound), 1 << 62)
+    reached = tl.maximum(highest, bound)
     ahead = reached == tl.min(reached, axis=0)
     cost = tl.where(ahead, cost, _INTER_COST * R * S + 1).to(tl.int64)
-    _, best = _first_max(-cost, variant, 0)
+    _, chosen = _first_max(-cost, variant, 0)
     cells = tl.arange(0, BLOCK_X)
     for start in range(0, R * E, BLOCK_X):
         at = start + cells
-        value = tl.load(trial + best * R * E + at, mask=at < R * E, other=0)
+        value = tl.load(trial + chosen * R * E + at, mask=at < R * E, other=0)
         tl.store(moved + (at % E) * R + at // E, value, mask=at < R * E)
 
 
@@ -338,8 +331,8 @@ def _plan_kernel(
     counts, slot_expert, allocation, load_before, load_after, num_clones,
     tokens, moved, quota, left, trial, scale, minimum, node_size,
     R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, RELAXED: tl.constexpr, BY_NODE: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    EXACT: tl.constexpr, RELAXED: tl.constexpr, BY_NODE: tl.constexpr, TARGETS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     _sum_counts(counts, tokens, R, E, BLOCK_R, BLOCK_E)
@@ -382,7 +375,7 @@ def _plan_kernel(
     else:
         _greedy(
             moved, left, trial, tokens, load, bound, node_size, R, E, S,
-            M, BY_NODE, STEPS, BLOCK_V, BLOCK_R, BLOCK_M, BLOCK_E,
+            M, BY_NODE, TARGETS, BLOCK_R, BLOCK_M, BLOCK_E,
         )  # fmt: skip
     tl.debug_barrier()
     if minimum > 0:
@@ -411,8 +404,7 @@ def constants(
         "EXACT": is_exact,
         "RELAXED": relaxed,
         "BY_NODE": by_node,
-        "STEPS": NUM_TARGETS,
-        "BLOCK_V": triton.next_power_of_2(2 * NUM_TARGETS),
+        "TARGETS": NUM_TARGETS,
         "BLOCK_R": block_ranks,
         "BLOCK_M": triton.next_power_of_2(per_rank) if is_exact else columns,
         "BLOCK_E": min(256, tile // block_ranks),
@@ -442,7 +434,7 @@ def plan_tensors(
     is_exact = num_slots >= experts // ranks
     is_relaxed = balance_scale(tolerance) > balance_scale(0.0)
     quotas = (8 if is_relaxed else 1) if is_exact else 0
-    trials = (8 if is_relaxed else 0) if is_exact else 2 * NUM_TARGETS
+    trials = (8 if is_relaxed else 0) if is_exact else NUM_TARGETS
     plan = {
         "slot_expert": counts.new_full((ranks, num_slots), -1),
         "allocation": counts.new_empty(experts, ranks),

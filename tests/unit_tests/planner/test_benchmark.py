@@ -77,3 +77,22 @@ def test_more_tolerance_never_costs_more_clones_on_average(workload: str) -> Non
         for tolerance in (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     ]
     assert clones == sorted(clones, reverse=True)
+
+
+LOGNORMAL = [(8, 256, 1.5, 2, 0), (8, 256, 1.0, 2, 2), (8, 128, 1.0, 1, 2)]
+"""R, E, sigma, S and seed of draws in which a greedy that looks at ranks alone wastes slots."""
+
+
+@pytest.mark.parametrize(("ranks", "experts", "sigma", "slots", "seed"), LOGNORMAL)
+def test_few_slots_reach_what_published_planners_reach(ranks, experts, sigma, slots, seed) -> None:
+    """A deep hole with few slots gets experts that fill it, not those of the fullest rank."""
+    generator = np.random.default_rng([seed, ranks, experts, int(sigma * 10)])
+    popularity = generator.lognormal(0, sigma, experts)
+    tokens = generator.multinomial(4096 * ranks, popularity / popularity.sum())
+    counts = torch.zeros(ranks, experts, dtype=torch.int64)
+    counts[0] = torch.from_numpy(tokens)
+    published = [
+        benchmark.plan_from(counts, planner(tokens, ranks, slots)).load_after.max()
+        for planner in BASELINES.values()
+    ]
+    assert plan_clones(counts, slots).load_after.max() <= min(published)
