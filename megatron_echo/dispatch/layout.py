@@ -179,9 +179,6 @@ class PairPlaces:
     Attributes:
         place: int32 ``[T, K]``, ``r * (B + 1) + row`` for a row of rank ``r``; row B of this rank
             where a pair has none.
-        first: int32 ``[T, K]``, the same for the first pair of a token on each rank, and none for
-            the others: where tokens are sent, each once to a rank.
-        lead: int32 ``[T, K]``, the row, on the rank of ``place``, of that first pair.
         received: int32 ``[B]``, of each row of this rank its own number, B if it is empty.
         ends: int32 ``[G]``, end offset of each padded group of this rank, not above B.
         need: int64 scalar, rows that would hold everything that this rank computes.
@@ -189,18 +186,10 @@ class PairPlaces:
     """
 
     place: Tensor
-    first: Tensor
-    lead: Tensor
     received: Tensor
     ends: Tensor
     need: Tensor
     dropped: Tensor
-
-
-def _first_equal(values: Tensor) -> Tensor:
-    """int64 ``[T, K]``, the first column of each row with the value of this one."""
-    equal = values.unsqueeze(2) == values.unsqueeze(1)
-    return equal.to(torch.uint8).argmax(2)
 
 
 def place_pairs(
@@ -229,18 +218,14 @@ def place_pairs(
     stride = num_rows + 1
     place = expert // num_groups * stride + row
     place.masked_fill_(row >= num_rows, rank * stride + num_rows)
-    place = torch.empty_like(place).scatter_(0, order, place).view(experts.shape)
-    first_column = _first_equal(torch.where(place % stride < num_rows, place // stride, -1))
-    is_first = first_column == torch.arange(experts.shape[1], device=key.device)
+    place = torch.empty_like(place).scatter_(0, order, place)
 
     row = torch.arange(num_rows, device=key.device)
     filled = (starts + counts.total)[rank]
     filled = torch.cat((filled, filled.new_zeros(1)))
     filled = filled.index_select(0, torch.searchsorted(ends[rank], row, right=True))
     return PairPlaces(
-        place=place.int(),
-        first=place.masked_fill(~is_first, rank * stride + num_rows).int(),
-        lead=(place.gather(1, first_column) % stride).int(),
+        place=place.view(experts.shape).int(),
         received=row.masked_fill_(row >= filled, num_rows).int(),
         ends=ends[rank].clamp(max=num_rows).int(),
         need=ends[rank, -1],

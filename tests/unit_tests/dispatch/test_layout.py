@@ -333,12 +333,3 @@ def test_sources_find_the_rows_that_receivers_would(
         assert (part.need, part.dropped) == (layout.need, layout.dropped)
         assert {part.place.dtype, part.received.dtype, part.ends.dtype} == {torch.int32}
     assert torch.equal(found, expected)
-    for rank, part in enumerate(places):  # a token is sent once to a rank, to the first of its rows
-        for token, row in enumerate(part.place.tolist()):
-            sent = {place // stride: place for place in reversed(row) if place % stride < num_rows}
-            leads = [sent.get(place // stride, place) for place in row]
-            for k, place in enumerate(row):
-                is_none = place % stride == num_rows
-                assert part.lead[token, k] == (num_rows if is_none else leads[k] % stride)
-                is_first = not is_none and place == leads[k] and place not in row[:k]
-                assert part.first[token, k] == (place if is_first else nowhere[rank])
