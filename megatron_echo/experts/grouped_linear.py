@@ -98,6 +98,11 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return grouped_outer_reference(left, right, ends)
 
 
+def _is_cast_first(rows: Tensor) -> bool:
+    """CUDA has no fast grouped product of fp32: there each part of a gradient is rounded."""
+    return rows.is_cpu
+
+
 class GroupedGemm(ABC):
     """What computes the grouped products of a layer; keeps no state."""
 
@@ -156,7 +161,7 @@ class TorchGemm(GroupedGemm):
 
     @override
     def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        if left.is_cpu:  # CUDA has no fast grouped product of fp32: there each part is rounded
+        if _is_cast_first(left):
             left, right = left.to(dtype), right.to(dtype)
         return grouped_outer(left, right, ends).to(dtype)
 
