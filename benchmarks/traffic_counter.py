@@ -29,6 +29,12 @@ _NO_WORK = {"empty", "new_empty", "empty_like", "new_empty_strided", "empty_stri
 _FILLS = {"zero_", "fill_", "copy_", "zeros", "ones", "full", "new_zeros", "zeros_like", "arange"}
 _GATHERS = {"index_select", "gather", "index", "embedding"}
 _SCATTERS = {"index_copy_", "scatter_", "index_add_", "scatter_add_", "index_put_"}
+_ON_GPU = (
+    "dispatch.permute",
+    "dispatch.transports.weights",
+    "experts.activation",
+    "experts.grouped_linear",
+)
 _COPIES_SENT = {
     "_allgather_base_": lambda given, got, ranks: given * (ranks - 1),
     "_reduce_scatter_base_": lambda given, got, ranks: given * (ranks - 1) // ranks,
@@ -75,17 +81,10 @@ class Facts:
     clones: float
     slot_expert: list[list[int]] = field(default_factory=list)
 
-    def moved(self, purpose: str, height: int) -> tuple[float, float]:
-        """Rows that one movement of ``PeerBuffers`` reads or writes, and those of other ranks.
-
-        Args:
-            purpose: its name there.
-            height: rows of one matrix, for weights and gradients.
-        """
+    def moved(self, purpose: str) -> tuple[float, float]:
+        """Rows that one movement of ``PeerBuffers`` reads or writes, and those of other ranks."""
         if purpose == "counts":
             return self.ranks, self.ranks - 1
-        if purpose in ("weights", "gradients"):
-            return self.clones * height, self.clones * height
         return self.pairs, self.away
 
 
@@ -195,13 +194,15 @@ class _CountedMemory(PeerMemory):
 def kernels(counter: Counter) -> Iterator[None]:
     """Put the formulas in place of what fake tensors cannot run, and let the layer take them."""
     package = "megatron_echo"
-    on_gpu = [f"{package}.{name}.on_gpu" for name in ("dispatch.permute", "experts.activation")]
+    on_gpu = [f"{package}.{name}.on_gpu" for name in _ON_GPU]
     replaced: dict[str, Any] = {
         **dict.fromkeys(on_gpu, lambda _: True),
         f"{package}.dispatch.dispatcher.planner_backend": lambda _: _planner(counter),
         f"{package}.host_copy.HostCopy.read": _host_read(counter),
         f"{package}.experts.grouped_linear._is_cast_first": lambda _: False,
+        f"{package}.experts.grouped_linear._takes_grouped_mm": lambda *_: True,
         f"{package}.experts.grouped_linear.grouped_outer": _outer(counter),
+        f"{package}.experts.kernels.product": _product(counter),
         f"{package}.dispatch.transports.peer_buffers.peer_memory": lambda _: _CountedMemory(
             counter
         ),
@@ -249,6 +250,14 @@ def _outer(counter: Counter) -> Callable[..., Tensor]:
     return outer
 
 
+def _product(counter: Counter) -> Callable[..., Tensor]:
+    def product(rows: Tensor, home: Tensor, *_: Any, clones_into: Tensor) -> Tensor:
+        counter.kernel(0)
+        return clones_into
+
+    return product
+
+
 def _row_kernels(counter: Counter) -> dict[str, Any]:
     """``dispatch/kernels.py``: an index is read, and rows in use are read and written."""
 
@@ -260,8 +269,8 @@ def _row_kernels(counter: Counter) -> dict[str, Any]:
         counter.kernel((read + written) * row + index.itemsize * written)
         return output
 
-    def sum_rows(source: Tensor, index: Tensor) -> Tensor:
-        output = source.new_empty(len(index), source.shape[1], dtype=wide_dtype(source.dtype))
+    def sum_rows(source: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        output = source.new_empty(len(index), source.shape[1], dtype=dtype)
         read = min(index.numel(), counter.facts.pairs) * source.shape[1] * source.itemsize
         counter.kernel(read + _nbytes(output) + _nbytes(index))
         return output
@@ -306,7 +315,7 @@ def _peer_kernels(counter: Counter) -> dict[str, Any]:
 
     def put_rows(own: Tensor, offsets: Tensor, values: Tensor, places: Tensor) -> None:
         row = values.shape[1] * values.itemsize
-        rows, away = counter.facts.moved(purpose[0], 1)
+        rows, away = counter.facts.moved(purpose[0])
         counter.kernel(_nbytes(values) + _nbytes(places) + rows * row, away * row)
 
     def pull_rows(
@@ -316,16 +325,30 @@ def _peer_kernels(counter: Counter) -> dict[str, Any]:
         if output is None:
             output = own.new_empty(len(places), own.shape[1], dtype=wide_dtype(own.dtype))
         row = own.shape[1] * own.itemsize
-        slots = max(len(counter.facts.slot_expert[0]), 1)
-        height = len(own) // slots if purpose[0] == "gradients" else len(places) // slots
-        rows, away = counter.facts.moved(purpose[0], height)
+        rows, away = counter.facts.moved(purpose[0])
         counter.kernel(_nbytes(output) + _nbytes(places) + rows * row, away * row)
         return output
+
+    def put_matrices(own: Tensor, offsets: Tensor, matrices: Tensor, source: Tensor) -> None:
+        moved = counter.facts.clones * _nbytes(matrices[0])
+        is_offer = len(offsets) == 1
+        counter.kernel(2 * moved + _nbytes(source), 0 if is_offer else moved)
+
+    def add_matrices(
+        own: Tensor, offsets: Tensor, places: Tensor, slots: int, home: Tensor
+    ) -> None:
+        elements, clones = home[0].numel(), counter.facts.clones
+        read = clones * elements * own.itemsize
+        homes = clones * elements * home.itemsize  # at most: an expert may have several clones
+        is_here = len(offsets) == 1
+        counter.kernel(read + 2 * homes + _nbytes(places), 0 if is_here else read)
 
     place = "megatron_echo.dispatch.transports."
     return {
         f"{place}kernels.put_rows": put_rows,
         f"{place}kernels.pull_rows": pull_rows,
+        f"{place}kernels.put_matrices": put_matrices,
+        f"{place}kernels.add_matrices": add_matrices,
         f"{place}peer_buffers.PeerBuffers.push": named(PeerBuffers.push),
         f"{place}peer_buffers.PeerBuffers.pull": named(PeerBuffers.pull),
     }

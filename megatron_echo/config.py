@@ -211,6 +211,13 @@ class EchoConfigMixin:
         check=_check_peer_capacity,
         metavar="X",
     )
+    moe_echo_fp32_sums_on_the_wire: bool = flag(
+        False,
+        "With all_gather: partial sums of a token's experts travel in fp32, which is twice the "
+        "bytes. Without it each is rounded once to the tokens' dtype, as with the other "
+        "transports, and they are added in fp32.",
+        group="echo",
+    )
     moe_echo_row_alignment: int = flag(
         1,
         "Each expert's rows are padded to a multiple of this, for kernels that want it.",

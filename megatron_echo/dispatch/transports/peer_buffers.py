@@ -86,6 +86,43 @@ class PeerBuffers(PerModel):
         both = zip(buffers, moved, strict=True)
         return [buffer.pull(places, into) for buffer, (_, places) in both]
 
+    def push_matrices(self, name: str, matrices: Tensor, source: Tensor) -> Tensor:
+        """Write matrices into slots of other ranks and give back a view of this rank's slots.
+
+        Args:
+            name: the purpose.
+            matrices: ``[M, out, in]``, contiguous.
+            source: int32 ``[R, S]``, which of them goes to each slot of each rank, -1 for none.
+
+        Returns:
+            ``[S, out, in]``, *in the buffer*. Slots that nobody wrote hold anything.
+        """
+        (_, out, width), slots = matrices.shape, source.shape[1]
+        (buffer,) = self._take(name, slots * out, [matrices.flatten(0, 1)])
+        buffer.put_matrices(matrices, source)
+        self._memory.barrier()
+        return buffer.own[:-1].view(slots, out, width)
+
+    def add_matrices(
+        self, name: str, matrices: Tensor, used: Tensor, places: Tensor, home: Tensor
+    ) -> None:
+        """Lay matrices open in slots, and add those of all ranks that this one wants.
+
+        Args:
+            name: the purpose.
+            matrices: ``[S, out, in]``, contiguous.
+            used: int32 ``[S]``, each slot's own number where it is laid open, else -1.
+            places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
+            home: ``[m, out, in]``, contiguous; see ``PeerRows.add_matrices``.
+        """
+        slots = len(matrices)
+        (buffer,) = self._take(
+            name, matrices.shape[0] * matrices.shape[1], [matrices.flatten(0, 1)]
+        )
+        buffer.offer_matrices(matrices, used)
+        self._memory.barrier()
+        buffer.add_matrices(places, slots, home)
+
     @property
     def nbytes(self) -> int:
         """Bytes held on this rank."""
