@@ -115,8 +115,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             ``[B, H]``, and no bias.
         """
         dispatcher = self.token_dispatcher
-        rows, row_counts, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)
-        output, _ = self.experts(rows, row_counts, row_probs, dispatcher.clones)
+        rows, ends, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)
+        output, _ = self.experts(rows, ends, row_probs, dispatcher.clones)
         return dispatcher.combine_preprocess(output), None
 
     def combine(self, output: Tensor) -> Tensor:
@@ -135,8 +135,6 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         dispatcher = EchoTokenDispatcher(self.config, self._groups, num_slots=0)
         dispatcher.role = Role.UNRECORDED  # the largest buffer, and no record
         tokens = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
-        rows, row_counts, row_probs = dispatcher.dispatch_postprocess(
-            *dispatcher.token_dispatch(*tokens)
-        )
-        output, _ = self.experts(rows, row_counts, row_probs)
+        rows, ends, row_probs = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*tokens))
+        output, _ = self.experts(rows, ends, row_probs)
         return dispatcher.token_combine(dispatcher.combine_preprocess(output))

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from megatron_echo.dispatch.layout import PairCounts, histogram
 from megatron_echo.dispatch.transports import PeerBuffers, SymmetricMemoryTransport
 
 TOKENS, TOPK, HIDDEN, GROUPS, STEPS = 300, 3, 1024, 4, 20
@@ -20,7 +21,12 @@ def check_step(transport: SymmetricMemoryTransport, step: int, device: torch.dev
     probs = torch.rand(TOKENS, TOPK, generator=generator).to(device).requires_grad_()
     chosen = experts < ranks * GROUPS
 
-    delivery = transport.dispatch(hidden, experts, probs, ranks * TOKENS * TOPK + 64)
+    sent = histogram(experts.reshape(-1).to(torch.int64), ranks * GROUPS + 1)
+    everyone = [torch.empty_like(sent, device="cpu") for _ in range(ranks)]
+    dist.all_gather(everyone, sent.cpu())
+    counts = PairCounts.of(torch.stack(everyone)[:, :-1].to(device), rank)
+    num_rows = ranks * TOKENS * TOPK + 64
+    delivery = transport.dispatch(hidden, experts, probs, num_rows, counts=counts)
     output = transport.combine(delivery.rows * 2, delivery.receipt)
     (output * weight).sum().backward(retain_graph=True)
     copies = chosen.sum(1, keepdim=True)
@@ -28,8 +34,8 @@ def check_step(transport: SymmetricMemoryTransport, step: int, device: torch.dev
     assert hidden.grad is not None
     assert torch.equal(hidden.grad, (2 * copies * weight.float()).bfloat16())
     total = delivery.probs[: int(delivery.ends[-1])].sum()  # behind them is anything
-    sent = torch.where(chosen, probs, 0).sum()
-    dist.all_reduce(sums := torch.stack((total, sent)).detach().cpu())
+    brought = torch.where(chosen, probs, 0).sum()
+    dist.all_reduce(sums := torch.stack((total, brought)).detach().cpu())
     torch.testing.assert_close(sums[0], sums[1])
     probs.grad = None
     total.backward()

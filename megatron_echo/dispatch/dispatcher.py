@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.call_roles import Role
 from megatron_echo.collectives import all_gather
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
-from megatron_echo.dispatch.layout import histogram, round_rows, share_of
-from megatron_echo.dispatch.reroute import Clones, physical_experts
+from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
+from megatron_echo.dispatch.reroute import Clones, pair_counts, physical_experts
 from megatron_echo.dispatch.transports import (
     AllGatherTransport,
     AllToAllTransport,
@@ -72,12 +72,6 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
     return chosen.scatter_(1, place, expert)[:, 1 : topk + 1].int()
 
 
-def _lengths(ends: Tensor) -> Tensor:
-    """int64 ``[G]``, the rows between the ends ``[G]`` of groups."""
-    ends = ends.to(torch.int64)
-    return torch.diff(ends, prepend=ends.new_zeros(1))
-
-
 def _millionths(part: Tensor, whole: int) -> Tensor:
     """``part / whole`` in millionths, rounded up."""
     return (part * 10**6 + whole - 1) // max(whole, 1)
@@ -92,6 +86,7 @@ class _Call:
     experts: Tensor
     plan: ClonePlan | None = None
     clones: Clones | None = None
+    counts: PairCounts | None = None
     receipt: Any = None
     ends: Tensor | None = None
 
@@ -195,15 +190,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """
         experts = compact_routing(routing_map, self._topk)
         self._step_end.overflow.record_tokens(len(experts), self.ep_group)
-        plan, clones, physical = None, None, experts
-        if self._slots > 0:
-            plan = self._plan(experts)
-            announced = self._weights.announce(plan.slot_expert)
-            clones = Clones(plan.slot_expert, self._local, self._weights, announced)
-            physical = physical_experts(experts, plan, self.ep_rank)
+        call = _Call(hidden_states.shape, hidden_states.dtype, experts)
+        self._call = call = self._with_plan(call)
         if self.role.counts:
-            self._observe(plan, experts)
-        self._call = _Call(hidden_states.shape, hidden_states.dtype, physical, plan, clones)
+            self._observe(call.plan, experts)
         weights = _CompactProbs.apply(probs, experts)
         if self.role.counts:
             self._step_end.record_routing(self.layer_number, experts, weights)
@@ -224,13 +214,33 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             self._step_end.trace.record(self.layer_number, self._stage, plan)
 
     @torch.no_grad()
-    def _plan(self, experts: Tensor) -> ClonePlan:
-        """Count this rank's pairs, gather the counts, and plan: the same bits on every rank."""
-        local = histogram(experts.reshape(-1).to(torch.int64), self._experts + 1)
-        counts = all_gather(local[None, : self._experts], self.ep_group)
-        return self._planner(
-            counts, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node
+    def _with_plan(self, call: _Call) -> _Call:
+        """Gather the counts of all ranks, plan, and send each pair to an expert or its clone.
+
+        The only exchange of counts, left out where nobody needs them. Every rank makes the same
+        plan, bit by bit.
+        """
+        if self._slots == 0 and not self._transport.needs_counts:
+            return call
+        local = histogram(call.experts.reshape(-1).to(torch.int64), self._experts + 1)
+        routed = all_gather(local[None, : self._experts], self.ep_group)
+        if self._slots == 0:
+            return replace(call, counts=PairCounts.of(routed, self.ep_rank))
+        plan = self._planner(
+            routed, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node
         )
+        below, up_to = plan.split_up_to(self.ep_rank)
+        split = up_to - below
+        return replace(
+            call,
+            experts=physical_experts(call.experts, plan, split),
+            plan=plan,
+            clones=Clones(
+                plan.slot_expert, self._local, self._weights,
+                self._weights.announce(plan.slot_expert),
+            ),
+            counts=pair_counts(plan, below, split) if self._transport.needs_counts else None,
+        )  # fmt: skip
 
     @property
     def plan(self) -> ClonePlan | None:
@@ -246,8 +256,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert."""
         call, tokens = self._current(), hidden_states.shape[0]
         delivery = self._transport.dispatch(
-            hidden_states, call.experts, probs, self.buffer_rows(tokens), self._is_training
-        )
+            hidden_states, call.experts, probs, self.buffer_rows(tokens),
+            self._is_training, call.counts,
+        )  # fmt: skip
         self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends)
         if self._is_training:
             self._record(delivery, tokens)
@@ -271,12 +282,12 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """Say where the groups are.
 
         Returns:
-            The rows ``[B, H]``, int64 ``[G]`` rows of each group (on the device), and the rows'
-            probabilities ``[B]``.
+            The rows ``[B, H]``, int32 ``[G]`` the end of each group, and the rows' probabilities
+            ``[B]``.
         """
         ends = self._current().ends
         assert ends is not None, "token_dispatch has not been called"
-        return hidden_states, _lengths(ends), probs
+        return hidden_states, ends, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Nothing: the transport takes rows."""

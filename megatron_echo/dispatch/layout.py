@@ -6,6 +6,7 @@ group ordered by (source rank, token, k), which is the order of Megatron's own p
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -150,6 +151,28 @@ def build_layout(
 
 
 @dataclass(frozen=True)
+class PairCounts:
+    """Pairs of one call for each physical expert, int64 ``[R, G]``; known before tokens travel.
+
+    Attributes:
+        total: from all source ranks.
+        below: from the ranks below this one.
+        own: from this rank.
+    """
+
+    total: Tensor
+    below: Tensor
+    own: Tensor
+
+    @classmethod
+    def of(cls, counts: Tensor, rank: int) -> Self:
+        """From what each source rank sends, int64 ``[R, R * G]``."""
+        below = (counts.cumsum(0) - counts)[rank]  # of one shape on all ranks
+        shape = len(counts), -1
+        return cls(counts.sum(0).view(shape), below.view(shape), counts[rank].view(shape))
+
+
+@dataclass(frozen=True)
 class PairPlaces:
     """Where the pairs of one source rank go, and what comes to it. B rows on each of R ranks.
 
@@ -170,25 +193,23 @@ class PairPlaces:
 
 
 def place_pairs(
-    experts: Tensor, counts: Tensor, rank: int, num_rows: int, alignment: int = 1
+    experts: Tensor, counts: PairCounts, rank: int, num_rows: int, alignment: int = 1
 ) -> PairPlaces:
     """Find, at its source, the row of each pair that :func:`build_layout` finds where it arrives.
 
     Args:
         experts: integer ``[T, K]``, physical experts ``r * G + g``; ``R * G`` for none.
-        counts: int64 ``[R, R * G]``, pairs that each source rank sends to each physical expert.
-        rank: this source rank; ``counts[rank]`` is the histogram of ``experts``.
+        counts: of this call; ``own`` is the histogram of ``experts``.
+        rank: this source rank.
         num_rows: B.
         alignment: rows of each group are padded to a multiple of this.
     """
-    ranks, physical = counts.shape
-    num_groups = physical // ranks
-    size = counts.sum(0).view(ranks, num_groups)
-    starts, ends, behind = place_groups(size, num_rows, alignment)
+    num_groups = counts.total.shape[1]
+    starts, ends, behind = place_groups(counts.total, num_rows, alignment)
     # Of each expert the first row of this source; the pairs without one begin at row B.
-    first = starts.reshape(-1) + (counts.cumsum(0) - counts)[rank]
+    first = (starts + counts.below).reshape(-1)
     first = torch.cat((first, first.new_full((1,), num_rows)))
-    sent = counts[rank].cumsum(0)
+    sent = counts.own.reshape(-1).cumsum(0)
     sent = torch.cat((sent.new_zeros(1), sent))
     key = experts.reshape(-1)
     order = key.argsort(stable=True)
@@ -200,7 +221,7 @@ def place_pairs(
     place = torch.empty_like(place).scatter_(0, order, place)
 
     row = torch.arange(num_rows, device=key.device)
-    filled = (starts + size)[rank]
+    filled = (starts + counts.total)[rank]
     filled = torch.cat((filled, filled.new_zeros(1)))
     filled = filled.index_select(0, torch.searchsorted(ends[rank], row, right=True))
     return PairPlaces(

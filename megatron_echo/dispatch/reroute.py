@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_echo.dispatch.layout import PairCounts
 from megatron_echo.dispatch.transports.weights import WeightTransport
 from megatron_echo.planner import ClonePlan
 
@@ -43,7 +44,23 @@ def home_experts(experts: Tensor, per_rank: int, num_slots: int) -> Tensor:
     return experts + experts // per_rank * num_slots
 
 
-def physical_experts(experts: Tensor, plan: ClonePlan, rank: int) -> Tensor:
+def pair_counts(plan: ClonePlan, below: Tensor, own: Tensor) -> PairCounts:
+    """What a plan sends to each physical expert.
+
+    Args:
+        plan: of R ranks.
+        below: int64 ``[E, R]``, the split of the ranks below this one; see ``split_up_to``.
+        own: likewise, that of this rank.
+    """
+    ranks, num_experts = plan.counts.shape
+    home = torch.arange(num_experts, device=own.device).view(ranks, -1)
+    expert = torch.cat((home, plan.slot_expert), dim=1)  # [R, G], -1 in unused slots
+    cell = expert.clamp(min=0) * ranks + torch.arange(ranks, device=own.device)[:, None]
+    parts = torch.stack((plan.allocation, below, own)).flatten(1).index_select(1, cell.reshape(-1))
+    return PairCounts(*parts.view(3, *cell.shape).masked_fill_(expert < 0, 0))
+
+
+def physical_experts(experts: Tensor, plan: ClonePlan, split: Tensor) -> Tensor:
     """Send each pair to its expert's home or to one of its clones, as the plan splits them.
 
     An expert's pairs are counted in the order of (token, k); the first go to the lowest rank that
@@ -53,7 +70,7 @@ def physical_experts(experts: Tensor, plan: ClonePlan, rank: int) -> Tensor:
         experts: int32 ``[T, K]``, logical ids in ``[0, E]``; E stands for no expert. Their
             histogram is ``plan.counts[rank]``.
         plan: the plan made from it.
-        rank: this source rank.
+        split: int64 ``[E, R]``, ``plan.split_for(rank)`` of this source rank.
 
     Returns:
         int32 ``[T, K]``, ``rank * (m + S) + group``; ``R * (m + S)`` for no expert.
@@ -73,7 +90,7 @@ def physical_experts(experts: Tensor, plan: ClonePlan, rank: int) -> Tensor:
     cell_id = cell_id.t().reshape(-1)
     cell_id = torch.cat((cell_id, cell_id.new_full((1,), ranks * groups)))
     # Pairs in the order of experts fall into the cells [E, R] of the split, one after the other.
-    ends = plan.split_for(rank).reshape(-1).cumsum(0)
+    ends = split.reshape(-1).cumsum(0)
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
     cell = torch.searchsorted(ends, torch.arange(flat.numel(), device=flat.device), right=True)

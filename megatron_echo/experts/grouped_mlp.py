@@ -175,24 +175,23 @@ class EchoGroupedMLP(MegatronModule):
     def forward(
         self,
         hidden_states: Tensor,
-        tokens_per_expert: Tensor,
+        ends: Tensor,
         probs: Tensor,
         clones: Clones | None = None,
     ) -> tuple[Tensor, None]:
         """Compute all experts, and the clones of other ranks' experts.
 
         Args:
-            hidden_states: ``[B, H]``, rows grouped by expert; rows beyond the sum of
-                ``tokens_per_expert`` are not read.
-            tokens_per_expert: integer ``[m]``, with clones ``[m + S]``, rows of each expert and
-                slot, on the rows' device.
+            hidden_states: ``[B, H]``, rows grouped by expert; rows beyond the last end are not
+                read.
+            ends: int32 ``[m]``, with clones ``[m + S]``, end offset of each expert's and slot's
+                rows.
             probs: ``[B]``, the router's probability of each row.
             clones: which experts sit in the slots.
 
         Returns:
             ``[B, H]``, anything in the rows beyond the last expert's; and no bias.
         """
-        ends = tokens_per_expert.cumsum(0).to(torch.int32)
         if clones is not None and probs.requires_grad and not hidden_states.requires_grad:
             # fc1's backward pass has exchanges: it must not depend on whether its weight is frozen.
             hidden_states = hidden_states.detach().requires_grad_()

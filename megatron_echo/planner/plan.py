@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_echo.planner.split import split_for
+from megatron_echo.planner.split import split_up_to
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,9 @@ class ClonePlan:
         then tokens stay in the node, then the rest is dealt out in rank order. Summed over the
         sources it is ``allocation`` exactly, and ``split_for(rank).sum(1)`` is ``counts[rank]``.
         """
-        return split_for(self.counts, self.allocation, rank, self.ranks_per_node)
+        below, up_to = self.split_up_to(rank)
+        return up_to - below
+
+    def split_up_to(self, rank: int) -> Tensor:
+        """The same of all source ranks below ``rank``, and of those and ``rank``: ``[2, E, R]``."""
+        return split_up_to(self.counts, self.allocation, rank, self.ranks_per_node)

@@ -7,7 +7,7 @@ from typing import Any, override
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.dispatch.layout import build_layout
+from megatron_echo.dispatch.layout import PairCounts, build_layout
 from megatron_echo.dispatch.permute import pairs_to_rows, rows_to_tokens, tokens_to_rows
 
 
@@ -39,12 +39,18 @@ class TokenTransport(ABC):
     """Brings each token-expert pair into its row, with static shapes, and the results back.
 
     One object serves all calls of a layer and keeps no state of them.
+
+    Attributes:
+        needs_counts: whether :meth:`dispatch` must be told what arrives.
     """
+
+    needs_counts = False
 
     @abstractmethod
     def dispatch(
-        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int, is_limited: bool = True
-    ) -> Delivery:
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int,
+        is_limited: bool = True, counts: PairCounts | None = None,
+    ) -> Delivery:  # fmt: skip
         """Bring each pair to its row on the rank that computes it.
 
         Args:
@@ -54,6 +60,7 @@ class TokenTransport(ABC):
             probs: ``[T, K]``.
             num_rows: B, the same on every rank; what does not fit is dropped.
             is_limited: False, in evaluation, where the wire may cut nothing off.
+            counts: of this call, where the transport ``needs_counts``.
         """
 
     @abstractmethod
@@ -125,8 +132,9 @@ class WholeTokenTransport(TokenTransport):
 
     @override
     def dispatch(
-        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int, is_limited: bool = True
-    ) -> Delivery:
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int,
+        is_limited: bool = True, counts: PairCounts | None = None,
+    ) -> Delivery:  # fmt: skip
         arrival = self.send(hidden, experts, probs, is_limited)
         # Those of ranks before this one wrap round, behind those of ranks after it.
         first, everywhere = self._group.rank() * self._groups, self._group.size() * self._groups + 1

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.collectives import reduce_scatter
-from megatron_echo.dispatch.layout import place_groups, wide_dtype
+from megatron_echo.dispatch.layout import PairCounts, place_groups, wide_dtype
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.environment import find_hybrid_ep
 from megatron_echo.per_model import PerModel
@@ -117,6 +116,8 @@ class _Combine(torch.autograd.Function):
 class HybridEPTransport(TokenTransport):
     """Dispatch and combine by HybridEP's kernels, over NVLink and between nodes."""
 
+    needs_counts = True
+
     def __init__(self, buffers: HybridEPBuffers, experts_per_rank: int, alignment: int = 1) -> None:
         """Set the sizes.
 
@@ -129,8 +130,10 @@ class HybridEPTransport(TokenTransport):
 
     @override
     def dispatch(
-        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int, is_limited: bool = True
-    ) -> Delivery:
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int,
+        is_limited: bool = True, counts: PairCounts | None = None,
+    ) -> Delivery:  # fmt: skip
+        assert counts is not None
         physical = self._buffers.group.size() * self._groups
         index = experts.to(torch.int64)
         dense = probs.new_zeros(len(probs), physical + 1).scatter(1, index, probs)
@@ -138,25 +141,19 @@ class HybridEPTransport(TokenTransport):
         dense, chosen = dense[:, :-1].float().contiguous(), chosen[:, :-1].contiguous()
         buffer = self._buffers.get(hidden.shape[1], len(hidden), self._groups)
         wire = _Wire(buffer, self._groups, num_rows, self._alignment)
-        rows, row_probs, counts, handle = _Dispatch.apply(hidden, dense, chosen, wire)
-        need, dropped = self._need(chosen, num_rows)
+        rows, row_probs, padded, handle = _Dispatch.apply(hidden, dense, chosen, wire)
+        size = counts.total[self._buffers.group.rank()]
+        _, ends, behind = place_groups(size, num_rows, self._alignment)
         has_dropped = (handle[-1] != 0).sum()  # its own flag: nothing is dropped silently
         return Delivery(
             rows=rows,
             probs=row_probs.to(probs.dtype),
-            ends=counts.cumsum(0).clamp(max=num_rows).int(),
-            need=need,
-            dropped=torch.maximum(dropped, has_dropped),
+            ends=padded.cumsum(0).clamp(max=num_rows).int(),
+            need=ends[-1],
+            dropped=torch.maximum(behind.sum(), has_dropped),
             receipt=(wire, handle),
         )
 
     @override
     def combine(self, rows: Tensor, receipt: tuple[_Wire, Any]) -> Tensor:
         return _Combine.apply(rows, *receipt).to(wide_dtype(rows.dtype))
-
-    @torch.no_grad()
-    def _need(self, chosen: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Rows that would hold all pairs of this rank, and pairs without a row."""
-        size = reduce_scatter(chosen.sum(0), self._buffers.group)
-        _, ends, behind = place_groups(size, num_rows, self._alignment)
-        return ends[-1], behind.sum()

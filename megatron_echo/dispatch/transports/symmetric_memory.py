@@ -1,11 +1,11 @@
 """Rows written straight to their place on the rank that computes them, and summed from there.
 
 Only rows that are needed travel, each once, over NVLink. A source knows the row of each of its
-pairs on any rank from the counts of all ranks (``place_pairs``), so nobody sorts what arrives. The
-counts and the rows are pushed there, results are pulled back; in backward gradients of results are
-pushed, those of rows pulled. ``peer_buffers.py`` says when a buffer may be written: counts, rows
-there and rows back have their own, so that each movement takes one barrier. Those of rows hold
-``2 (B + 1)`` rows on each rank, once for a model.
+pairs on any rank from the counts of all ranks (``place_pairs``), so nobody sorts what arrives. Rows
+are pushed there, results are pulled back; in backward gradients of results are pushed, those of
+rows pulled. ``peer_buffers.py`` says when a buffer may be written: rows there and rows back have
+their own, so that each movement takes one barrier. They hold ``2 (B + 1)`` rows on each rank, once
+for a model.
 """
 
 from typing import Any, override
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.dispatch.layout import PairPlaces, histogram, place_pairs
+from megatron_echo.dispatch.layout import PairCounts, place_pairs
 from megatron_echo.dispatch.permute import take_rows
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
@@ -66,6 +66,8 @@ class _Combine(torch.autograd.Function):
 class SymmetricMemoryTransport(TokenTransport):
     """Pushes rows and probabilities there, pulls results back; sums in the wide dtype, over k."""
 
+    needs_counts = True
+
     def __init__(self, buffers: PeerBuffers, experts_per_rank: int, alignment: int = 1) -> None:
         """Set the sizes.
 
@@ -78,9 +80,12 @@ class SymmetricMemoryTransport(TokenTransport):
 
     @override
     def dispatch(
-        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int, is_limited: bool = True
-    ) -> Delivery:
-        places = self._place(experts, num_rows)
+        self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int,
+        is_limited: bool = True, counts: PairCounts | None = None,
+    ) -> Delivery:  # fmt: skip
+        assert counts is not None
+        rank = self._buffers.group.rank()
+        places = place_pairs(experts, counts, rank, num_rows, self._alignment)
         receipt = places.place, places.received, places.ends[-1:]
         rows, row_probs = _Dispatch.apply(hidden, probs, *receipt, self._buffers)
         return Delivery(rows, row_probs, places.ends, places.need, places.dropped, receipt=receipt)
@@ -88,13 +93,3 @@ class SymmetricMemoryTransport(TokenTransport):
     @override
     def combine(self, rows: Tensor, receipt: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return _Combine.apply(rows, *receipt, self._buffers)
-
-    @torch.no_grad()
-    def _place(self, experts: Tensor, num_rows: int) -> PairPlaces:
-        """Tell all ranks how many pairs go to each expert, and find the place of each pair."""
-        ranks, rank = self._buffers.group.size(), self._buffers.group.rank()
-        count = histogram(experts.reshape(-1).to(torch.int64), ranks * self._groups + 1)
-        row_of_this_rank = torch.arange(ranks, device=count.device) * (ranks + 1) + rank
-        moved = [(count[None, :-1], row_of_this_rank[None].int())]
-        (counts,) = self._buffers.push("counts", moved, ranks)
-        return place_pairs(experts, counts, rank, num_rows, self._alignment)

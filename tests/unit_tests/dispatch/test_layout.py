@@ -7,7 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from megatron_echo.dispatch.layout import DispatchLayout, build_layout, place_pairs, round_rows
+from megatron_echo.dispatch.layout import (
+    DispatchLayout,
+    PairCounts,
+    build_layout,
+    place_pairs,
+    round_rows,
+)
 
 many = settings(deadline=None, max_examples=200, print_blob=True)
 
@@ -306,7 +312,7 @@ def test_sources_find_the_rows_that_receivers_would(
     num_rows = data.draw(st.integers(1, pairs + num_groups * (alignment - 1) + 1))
     counts = torch.stack([torch.bincount(e.flatten(), minlength=none + 1) for e in experts])
     places = [
-        place_pairs(experts[rank], counts[:, :none], rank, num_rows, alignment)
+        place_pairs(experts[rank], PairCounts.of(counts[:, :none], rank), rank, num_rows, alignment)
         for rank in range(ranks)
     ]
     stride = num_rows + 1

@@ -1,5 +1,7 @@
 """Invariants of the rerouting from logical to physical experts (property tests)."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from megatron_echo.dispatch.dispatcher import compact_routing
-from megatron_echo.dispatch.reroute import home_experts, physical_experts
+from megatron_echo.dispatch.layout import PairCounts
+from megatron_echo.dispatch.reroute import home_experts, pair_counts, physical_experts
 from megatron_echo.planner import ClonePlan, plan_clones
 
 properties = settings(deadline=None, max_examples=60, print_blob=True)
@@ -70,11 +73,12 @@ def check_reroute(choices: Tensor, plan: ClonePlan) -> None:
     slots, hosts = plan.slot_expert.shape[1], hosted(plan)
     nowhere = experts + ranks * slots
     everywhere = torch.zeros(experts, ranks, dtype=torch.int64)
+    sent = torch.zeros(ranks, nowhere, dtype=torch.int64)
     for rank in range(ranks):
         logical = choices[rank]
-        physical = physical_experts(logical, plan, rank)
+        physical = physical_experts(logical, plan, plan.split_for(rank))
         assert (physical.shape, physical.dtype) == (logical.shape, torch.int32)
-        assert torch.equal(physical, physical_experts(logical, plan, rank))
+        assert torch.equal(physical, physical_experts(logical, plan, plan.split_for(rank)))
         assert torch.equal(physical == nowhere, logical == experts)
         split = torch.zeros(experts, ranks, dtype=torch.int64)
         last_owner: dict[int, int] = {}
@@ -89,11 +93,17 @@ def check_reroute(choices: Tensor, plan: ClonePlan) -> None:
             split[expert, owner] += 1
         assert torch.equal(split, plan.split_for(rank))
         everywhere += split
+        sent[rank] = torch.bincount(physical.flatten().long(), minlength=nowhere + 1)[:nowhere]
         for row in physical.tolist():
             real = [place for place in row if place != nowhere]
             assert len(set(real)) == len(real)
     assert torch.equal(everywhere, plan.allocation)
     assert torch.equal(everywhere.sum(0), plan.load_after)
+    for rank in range(ranks):
+        below, up_to = plan.split_up_to(rank)
+        found, expected = pair_counts(plan, below, up_to - below), PairCounts.of(sent, rank)
+        for field in dataclasses.fields(PairCounts):
+            assert torch.equal(getattr(found, field.name), getattr(expected, field.name))
 
 
 @properties
@@ -108,7 +118,7 @@ def test_every_pair_goes_where_the_plan_says(
         per_rank = experts // choices.shape[0]
         for rank, logical in enumerate(choices):
             home = home_experts(logical, per_rank, slots)
-            assert torch.equal(physical_experts(logical, plan, rank), home)
+            assert torch.equal(physical_experts(logical, plan, plan.split_for(rank)), home)
 
 
 @properties
@@ -124,13 +134,13 @@ def test_tokens_in_another_order(
     check_reroute(choices[:, order], plan)
     nowhere = experts + ranks * slots
     for rank in range(ranks):
-        physical = physical_experts(choices[rank], plan, rank)
+        physical = physical_experts(choices[rank], plan, plan.split_for(rank))
         padding = choices.new_full((3, topk), experts)
         for padded, rows in (
             (torch.cat((choices[rank], padding)), slice(0, tokens)),
             (torch.cat((padding, choices[rank])), slice(3, None)),
         ):
-            found = physical_experts(padded, plan, rank)
+            found = physical_experts(padded, plan, plan.split_for(rank))
             assert torch.equal(found[rows], physical)
             assert (found == nowhere).sum() == (physical == nowhere).sum() + 3 * topk
 
@@ -176,9 +186,9 @@ def test_an_unused_slot_before_a_used_one() -> None:
     table = torch.tensor(padded, dtype=torch.int32)[:, :, None]
     check_reroute(table, plan)
     # Rank 1 keeps its four of expert 0 in the third slot, rank 0 sends it one more, its last.
-    first = physical_experts(table[0], plan, 0).flatten().tolist()
+    first = physical_experts(table[0], plan, plan.split_for(0)).flatten().tolist()
     assert first == [0] * 5 + [9] + [1] * 2 + [6]
-    second = physical_experts(table[1], plan, 1).flatten().tolist()
+    second = physical_experts(table[1], plan, plan.split_for(1)).flatten().tolist()
     assert second == [9] * 4 + [1] * 2 + [3] + [10] * 2
 
 
@@ -186,13 +196,15 @@ def test_a_slot_that_gets_no_tokens() -> None:
     plan = plan_by_hand([[3, 0], [0, 1]], [[1], [0]], {(0, 1): 0})
     table = torch.tensor([[0, 0, 0], [1, 2, 2]], dtype=torch.int32)[:, :, None]
     check_reroute(table, plan)
-    assert physical_experts(table[0], plan, 0).flatten().tolist() == [0, 0, 0]
+    assert physical_experts(table[0], plan, plan.split_for(0)).flatten().tolist() == [0, 0, 0]
 
 
 def test_a_clone_on_the_home_rank_is_not_used() -> None:
     """A plan that names a home rank's own expert in a slot: its tokens stay in the home group."""
     plan = plan_by_hand([[3, 1], [0, 1]], [[0], [-1]], {})
-    found = physical_experts(torch.tensor([[0, 1], [0, 2], [0, 2]], dtype=torch.int32), plan, 0)
+    found = physical_experts(
+        torch.tensor([[0, 1], [0, 2], [0, 2]], dtype=torch.int32), plan, plan.split_for(0)
+    )
     assert found.tolist() == [[0, 2], [0, 4], [0, 4]]
 
 
@@ -211,5 +223,7 @@ def test_no_host_read() -> None:
     """Nothing is read: it runs on meta tensors."""
     counts = torch.zeros(4, 8, dtype=torch.int64, device="meta")
     plan = plan_clones(counts, 2)
-    found = physical_experts(torch.zeros(5, 2, dtype=torch.int32, device="meta"), plan, 1)
+    found = physical_experts(
+        torch.zeros(5, 2, dtype=torch.int32, device="meta"), plan, plan.split_for(1)
+    )
     assert (found.shape, found.dtype) == ((5, 2), torch.int32)

@@ -308,11 +308,11 @@ def test_our_layer(single_rank, mode, kind):
         dispatcher = layer.token_dispatcher
         tokens, pairs = dispatcher.dispatch_preprocess(hidden.requires_grad_(), chosen, probs)
         tokens, pairs = dispatcher.token_dispatch(tokens, pairs)
-        rows, counts, row_probs = dispatcher.dispatch_postprocess(tokens, pairs)
+        rows, ends, row_probs = dispatcher.dispatch_postprocess(tokens, pairs)
         queue = FreeQueue(this_mode)
         kept = queue.ticket(rows)
         with kept.consumer():
-            output, _ = layer.experts(rows, counts, row_probs, dispatcher.clones)
+            output, _ = layer.experts(rows, ends, row_probs, dispatcher.clones)
         kept.free()
         ticket = queue.ticket(output)
         with ticket.consumer():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from planner_cases import EDGES
 
 from megatron_echo.planner import ClonePlan, balance_bound, plan_clones
-from megatron_echo.planner.split import split_for
+from megatron_echo.planner.split import split_up_to
 
 settings.register_profile("planner", deadline=None, max_examples=150, print_blob=True)
 settings.load_profile("planner")
@@ -286,7 +286,7 @@ def test_nodes_that_do_not_fit_the_split() -> None:
     counts = torch.ones(4, 8, dtype=torch.int64)
     plan = plan_clones(counts, 1)
     with pytest.raises(ValueError, match="ranks_per_node 3 does not divide 4 ranks"):
-        split_for(counts, plan.allocation, 0, ranks_per_node=3)
+        split_up_to(counts, plan.allocation, 0, ranks_per_node=3)
 
 
 def test_a_node_is_preferred_and_a_tolerance_saves_clones() -> None:
