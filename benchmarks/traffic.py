@@ -5,7 +5,7 @@
 The real layer runs on fake tensors, one rank of a pretended group; see ``traffic_counter.py``.
 Routing is drawn (experts wanted by a lognormal of spread 1.0) and planned by the real planner. Each
 figure is of a mean rank. *Necessary*: each token once to each rank that computes it, in bf16, there
-and back in both passes; each clone's weights twice, its gradient once in fp32. Megatron's own
+and back in both passes; each clone's weights twice, its gradient once, in bf16. Megatron's own
 dispatchers have this package's experts, so that the dispatchers compare.
 """
 
@@ -74,6 +74,7 @@ class Routing:
     Attributes:
         slot_expert: of the plan, ``[R, S]``.
         away: pairs of a mean rank that go to another one.
+        leads: its tokens, counted once for each rank that they go to.
         visits: its tokens, counted once for each other rank that they go to.
         node_visits: its tokens, counted once for each other node.
         clones: of a mean rank.
@@ -82,6 +83,7 @@ class Routing:
 
     slot_expert: list[list[int]]
     away: float
+    leads: float
     visits: float
     node_visits: float
     clones: float
@@ -97,7 +99,7 @@ class Routing:
 
 
 def _necessary(shape: Shape, visits: float, clones: float) -> float:
-    return visits * shape.hidden * 2 * 4 + clones * shape.expert_elements * (2 * 2 + 4)
+    return visits * shape.hidden * 2 * 4 + clones * shape.expert_elements * 2 * 3
 
 
 @functools.cache
@@ -121,11 +123,12 @@ def routing(shape: Shape, ranks: int, slots: int) -> Routing:
     plan = plan_clones(counts, slots, 0.02)
     groups = shape.experts // ranks + slots
     rank_node = torch.arange(ranks) // RANKS_PER_NODE
-    away = visits = node_visits = 0
+    away = leads = visits = node_visits = 0
     for rank, experts in enumerate(chosen):
-        target = physical_experts(experts.int(), plan, rank).long() // groups
+        target = physical_experts(experts.int(), plan, plan.split_for(rank)).long() // groups
         away += int((target != rank).sum())
         reached = torch.zeros(TOKENS, ranks).scatter_(1, target, 1)
+        leads += int(reached.sum())
         reached[:, rank] = 0
         visits += int(reached.sum())
         nodes = torch.zeros(TOKENS, int(rank_node[-1]) + 1)
@@ -135,7 +138,7 @@ def routing(shape: Shape, ranks: int, slots: int) -> Routing:
     used = plan.slot_expert >= 0
     home_node = rank_node[(plan.slot_expert // (shape.experts // ranks)).clamp(min=0)]
     elsewhere = used & (home_node != rank_node[:, None])
-    totals = (away, visits, node_visits, int(used.sum()), int(elsewhere.sum()))
+    totals = (away, leads, visits, node_visits, int(used.sum()), int(elsewhere.sum()))
     return Routing(plan.slot_expert.tolist(), *(total / ranks for total in totals))
 
 
@@ -183,9 +186,16 @@ def build(shape: Shape, ranks: int, slots: int, wire: str, weights: str) -> torc
         bf16=True, params_dtype=torch.bfloat16, moe_router_dtype="fp32",
         perform_initialization=False, **fields,
     )  # fmt: skip
-    if stock != wire:
-        return MoELayer(config, MoESubmodules(experts=EchoGroupedMLP), layer_number=1)
-    return EchoMoELayer(config)
+    if stock == wire:
+        return EchoMoELayer(config)
+
+    class FromCounts(EchoGroupedMLP):
+        """Megatron's dispatchers count the rows of each expert."""
+
+        def forward(self, rows: Tensor, counts: Tensor, probs: Tensor) -> Any:
+            return super().forward(rows, counts.cumsum(0).int(), probs)
+
+    return MoELayer(config, MoESubmodules(experts=FromCounts), layer_number=1)
 
 
 def count_layer(
@@ -197,7 +207,9 @@ def count_layer(
 
     drawn = routing(shape, ranks, slots)
     pairs = TOKENS * shape.topk
-    facts = Facts(ranks, pairs, drawn.away, drawn.clones, drawn.slot_expert)
+    facts = Facts(
+        ranks, pairs, drawn.away, drawn.leads, drawn.visits, drawn.clones, drawn.slot_expert
+    )
     counter = Counter(facts)
 
     def move(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:

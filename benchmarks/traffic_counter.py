@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_echo.dispatch.layout import wide_dtype
-from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 from megatron_echo.dispatch.transports.peer_memory import PeerMemory, PeerRows
 from megatron_echo.dispatch.transports.weights import PeerToPeerWeights
 from megatron_echo.memory.live_bytes import nothing_sent
@@ -71,6 +70,8 @@ class Facts:
         ranks: R.
         pairs: token-expert pairs that a rank computes, and sends in all.
         away: of them, those that go to other ranks.
+        leads: of its tokens, each once for each rank that computes it.
+        visits: of them, those on other ranks.
         clones: slots in use on a rank.
         slot_expert: of the plan, ``[R, S]``.
     """
@@ -78,14 +79,17 @@ class Facts:
     ranks: int
     pairs: int
     away: float
+    leads: float
+    visits: float
     clones: float
     slot_expert: list[list[int]] = field(default_factory=list)
 
-    def moved(self, purpose: str) -> tuple[float, float]:
-        """Rows that one movement of ``PeerBuffers`` reads or writes, and those of other ranks."""
-        if purpose == "counts":
-            return self.ranks, self.ranks - 1
-        return self.pairs, self.away
+    def moved(self, places: Tensor) -> tuple[float, float]:
+        """Rows that peers' places ``[T, C]`` name, and of them those of other ranks.
+
+        Tokens have several places, pairs one.
+        """
+        return (self.pairs, self.away) if places.shape[1] == 1 else (self.leads, self.visits)
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -269,8 +273,7 @@ def _row_kernels(counter: Counter) -> dict[str, Any]:
         counter.kernel((read + written) * row + index.itemsize * written)
         return output
 
-    def sum_rows(source: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-        output = source.new_empty(len(index), source.shape[1], dtype=dtype)
+    def sum_rows(source: Tensor, index: Tensor, output: Tensor) -> Tensor:
         read = min(index.numel(), counter.facts.pairs) * source.shape[1] * source.itemsize
         counter.kernel(read + _nbytes(output) + _nbytes(index))
         return output
@@ -304,18 +307,10 @@ def _activation_kernels(counter: Counter) -> dict[str, Any]:
 
 def _peer_kernels(counter: Counter) -> dict[str, Any]:
     """``transports/kernels.py``: what is named is written, or read, once; links carry the rest."""
-    purpose = [""]
-
-    def named(method: Callable) -> Callable:
-        def call(buffers: PeerBuffers, name: str, moved: Any, *rest: Any) -> Any:
-            purpose[0] = name
-            return method(buffers, name, moved, *rest)
-
-        return call
 
     def put_rows(own: Tensor, offsets: Tensor, values: Tensor, places: Tensor) -> None:
         row = values.shape[1] * values.itemsize
-        rows, away = counter.facts.moved(purpose[0])
+        rows, away = counter.facts.moved(places)
         counter.kernel(_nbytes(values) + _nbytes(places) + rows * row, away * row)
 
     def pull_rows(
@@ -325,7 +320,7 @@ def _peer_kernels(counter: Counter) -> dict[str, Any]:
         if output is None:
             output = own.new_empty(len(places), own.shape[1], dtype=wide_dtype(own.dtype))
         row = own.shape[1] * own.itemsize
-        rows, away = counter.facts.moved(purpose[0])
+        rows, away = counter.facts.moved(places)
         counter.kernel(_nbytes(output) + _nbytes(places) + rows * row, away * row)
         return output
 
@@ -349,8 +344,6 @@ def _peer_kernels(counter: Counter) -> dict[str, Any]:
         f"{place}kernels.pull_rows": pull_rows,
         f"{place}kernels.put_matrices": put_matrices,
         f"{place}kernels.add_matrices": add_matrices,
-        f"{place}peer_buffers.PeerBuffers.push": named(PeerBuffers.push),
-        f"{place}peer_buffers.PeerBuffers.pull": named(PeerBuffers.pull),
     }
 
 

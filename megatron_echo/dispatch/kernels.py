@@ -103,18 +103,20 @@ def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tens
     return output
 
 
-def sum_rows(source: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def sum_rows(source: Tensor, index: Tensor, into: Tensor | None = None) -> Tensor:
     """``source[index].sum(1)`` in the wide dtype, in order, ``[N, H]``; ``len(source)`` adds 0.
 
     Args:
         source: ``[B, H]``, as in :func:`take_rows`.
         index: int32 ``[N, C]``, up to and including B; C is at least 1.
-        dtype: to which sums are rounded; wide if None.
+        into: where sums are written and rounded to, contiguous ``[N, H]``; new and wide if None.
     """
-    shape, dtype = (index.shape[0], source.shape[1]), dtype or wide_dtype(source.dtype)
+    output = into
+    if output is None:
+        shape, dtype = (index.shape[0], source.shape[1]), wide_dtype(source.dtype)
+        output = source.new_empty(shape, dtype=dtype)
     if source.numel() == 0:
-        return source.new_zeros(shape, dtype=dtype)
-    output = source.new_empty(shape, dtype=dtype)
+        return output.zero_()
     constants = sum_constants(source.shape[1], source.element_size(), index.shape[1])
     _launch(_sum_rows_kernel, (source, index, output), constants)
     return output

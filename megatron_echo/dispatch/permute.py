@@ -60,12 +60,18 @@ def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tens
     return take_rows_reference(source, index)
 
 
-def _sum_rows(source: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`sum_rows_reference`, rounded once to ``dtype``; by a kernel on a GPU."""
+def sum_rows(source: Tensor, index: Tensor, into: Tensor) -> Tensor:
+    """:func:`sum_rows_reference`, rounded once, into contiguous ``[N, H]``; a kernel on a GPU."""
     if on_gpu(source):
         from megatron_echo.dispatch import kernels
 
-        return kernels.sum_rows(source, index, dtype)
+        return kernels.sum_rows(source, index, into)
+    return into.copy_(sum_rows_reference(source, index))
+
+
+def _sum_rows(source: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    if on_gpu(source):
+        return sum_rows(source, index, source.new_empty(len(index), source.shape[1], dtype=dtype))
     return sum_rows_reference(source, index).to(dtype)
 
 

@@ -47,16 +47,22 @@ def test_bytes_of_all_to_all() -> None:
     assert tokens * ROW * 4 <= counted["link"] <= tokens * (ROW * 4 + 2 * (3 * 4 + 4))
 
 
-def test_weights_follow_the_plan() -> None:
-    """Beside tokens, peer-to-peer and symmetric memory send what is necessary for clones."""
+def test_symmetric_memory_sends_what_is_necessary() -> None:
+    """Beside it 24 bytes of a pair: probabilities, their gradients, and who leads (K = 2)."""
     drawn = traffic.routing(SHAPE, RANKS, 2)
     assert 0 < drawn.clones < 2
-    for weights in ("p2p", "symmetric_memory"):
-        counted = [count("symmetric_memory", 2, way)["link"] for way in (weights, "p2p")]
-        assert counted[0] == pytest.approx(counted[1], rel=1e-3)
-    necessary = drawn.clones * SHAPE.expert_elements * 8
-    tokens = count("symmetric_memory", 2, "p2p")["link"] - necessary
-    assert tokens == pytest.approx(drawn.away * ROW * 4, rel=0.1)
+    counted = count("symmetric_memory", 2, "symmetric_memory")["link"]
+    beside = drawn.away * (4 + 4 + 3 * 8)
+    assert counted == pytest.approx(drawn.necessary(SHAPE) + beside, rel=0.02)
+
+
+def test_slots_that_are_not_used_cost_nothing() -> None:
+    """With symmetric memory; and with collectives no operators."""
+    few, many = (count("symmetric_memory", slots, "symmetric_memory") for slots in (1, 2))
+    assert many["operators"] == few["operators"]
+    assert many["memory"] == pytest.approx(few["memory"], rel=0.05)
+    few, many = (count("all_gather", slots, "collective") for slots in (1, 2))
+    assert many["collectives"] == few["collectives"]
 
 
 def test_operators_of_megatron_are_counted_with_its_host_reads() -> None:
@@ -70,7 +76,7 @@ def test_operators_of_megatron_are_counted_with_its_host_reads() -> None:
 def test_an_operator_reads_and_writes_once() -> None:
     from traffic_counter import Counter, Facts
 
-    with Counter(Facts(1, 4, 0, 0)) as counter:
+    with Counter(Facts(1, 4, 0, 4, 0, 0)) as counter:
         left, right = torch.ones(8, 4), torch.ones(1, 4)
         counter.reset()
         total = left + right.expand(8, 4)

@@ -67,24 +67,24 @@ class PeerBuffers(PerModel):
         return [buffer.own[:-1] for buffer in buffers]
 
     def pull(
-        self, name: str, moved: list[tuple[Tensor, Tensor]], into: Tensor | None = None
+        self, name: str, moved: list[tuple[Tensor, Tensor]], sums: Tensor | None = None
     ) -> list[Tensor]:
         """Lay rows open, and sum those of all ranks that this one wants.
 
         Args:
             name: the purpose.
             moved: rows ``[N, H]``, and the places to sum, int32 ``[T, C]``.
-            into: where to write the result of a single pair, contiguous ``[T, H]``.
+            sums: int32 ``[N, K]``; of the first pair, sums of these rows are laid open, N for none.
 
         Returns:
-            For each ``[T, H]``, in the wide dtype or that of ``into``.
+            For each ``[T, H]``, in the wide dtype.
         """
         buffers = self._take(name, len(moved[0][0]), [rows for rows, _ in moved])
-        for buffer, (rows, _) in zip(buffers, moved, strict=True):
-            buffer.offer(rows)
+        for number, (buffer, (rows, _)) in enumerate(zip(buffers, moved, strict=True)):
+            buffer.offer(rows, sums if number == 0 else None)
         self._memory.barrier()
         both = zip(buffers, moved, strict=True)
-        return [buffer.pull(places, into) for buffer, (_, places) in both]
+        return [buffer.pull(places) for buffer, (_, places) in both]
 
     def push_matrices(self, name: str, matrices: Tensor, source: Tensor) -> Tensor:
         """Write matrices into slots of other ranks and give back a view of this rank's slots.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_echo.dispatch.layout import wide_dtype
-from megatron_echo.dispatch.permute import add_rows
+from megatron_echo.dispatch.permute import add_rows, sum_rows
 from megatron_echo.environment import on_gpu
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -65,9 +65,17 @@ class PeerRows:
         index = places.reshape(-1).to(torch.int64)
         self.everyone.index_copy_(0, index, copies.reshape(-1, values.shape[1]))
 
-    def offer(self, rows: Tensor) -> None:
-        """Put ``[N, H]`` into this rank's own rows."""
-        self.own[:-1].copy_(rows)
+    def offer(self, rows: Tensor, sums: Tensor | None = None) -> None:
+        """Put ``[N, H]`` into this rank's own rows.
+
+        Args:
+            rows: of the same dtype.
+            sums: int32 ``[N, K]``, the rows to sum into each, N for none; None copies them.
+        """
+        if sums is None:
+            self.own[:-1].copy_(rows)
+        else:
+            sum_rows(rows, sums, self.own[:-1])
         if self.offsets is None:  # kernels do not read the last row
             self.own[-1].zero_()
 
