@@ -76,7 +76,9 @@ class _Dispatch(torch.autograd.Function):
         moved = [(hidden, leads), (probs.reshape(-1, 1), each), (told, each)]
         rows, row_probs, told = buffers.push("there", moved, len(received))
         empty = (received == len(received))[:, None]
-        told = told.masked_fill(empty, len(received)).int()
+        # Where ranks bring unequal numbers of tokens, which the end of the step refuses, it may be
+        # anything.
+        told = told.masked_fill(empty, len(received)).clamp_(0, len(received)).int()
         lead, sums = told[:, 0].contiguous(), told[:, 1:].contiguous()
         ctx.save_for_backward(place, leads, sums)
         ctx.buffers, ctx.dtypes = buffers, (hidden.dtype, probs.dtype)
