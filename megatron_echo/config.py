@@ -257,8 +257,9 @@ class EchoConfigMixin:
     )
     moe_echo_grouped_gemm: str = flag(
         "auto",
-        "What multiplies the experts' rows. torch: grouped_mm, for which the home weights are "
-        "copied beside the clones. triton: kernels of this package that read both where they lie. "
+        "What multiplies the experts' rows. torch: grouped_mm, with a kernel of this package for "
+        "rows of clones on a GPU, elsewhere with a copy of the home weights beside the clones. "
+        "triton: kernels of this package alone. "
         "auto: torch on a CPU, and on a GPU where grouped_mm has a kernel that does not wait for "
         "the host: bf16, compute capability 9 or 10, widths of a multiple of 8, fewer than 1,024 "
         "experts and slots on a rank. Elsewhere, from compute capability 8.0 on, triton.",
