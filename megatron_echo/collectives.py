@@ -16,7 +16,8 @@ Group = dist.ProcessGroup
 _Op = Callable[[Tensor, Group], Tensor]
 
 
-def _all_gather(tensor: Tensor, group: Group) -> Tensor:
+def gather(tensor: Tensor, group: Group) -> Tensor:
+    """:func:`all_gather` without gradients."""
     if group.size() == 1:
         return tensor
     output = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])
@@ -57,12 +58,12 @@ class _Collective(torch.autograd.Function):
 
 def all_gather(tensor: Tensor, group: Group) -> Tensor:
     """``[n, ...]`` of every rank, in rank order: ``[R * n, ...]``. Backward reduce-scatters."""
-    return _Collective.apply(tensor, group, _all_gather, _reduce_scatter)
+    return _Collective.apply(tensor, group, gather, _reduce_scatter)
 
 
 def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     """Sum ``[R * n, ...]`` over the ranks and keep this rank's ``[n, ...]``. Backward gathers."""
-    return _Collective.apply(tensor, group, _reduce_scatter, _all_gather)
+    return _Collective.apply(tensor, group, _reduce_scatter, gather)
 
 
 def all_to_all(tensor: Tensor, group: Group) -> Tensor:

@@ -211,6 +211,13 @@ class EchoConfigMixin:
         check=_check_peer_capacity,
         metavar="X",
     )
+    moe_echo_fp32_sums_on_the_wire: bool = flag(
+        False,
+        "With all_gather: partial sums of a token's experts travel in fp32, which is twice the "
+        "bytes. Without it each is rounded once to the tokens' dtype, as with the other "
+        "transports, and they are added in fp32.",
+        group="echo",
+    )
     moe_echo_row_alignment: int = flag(
         1,
         "Each expert's rows are padded to a multiple of this, for kernels that want it.",
@@ -250,8 +257,9 @@ class EchoConfigMixin:
     )
     moe_echo_grouped_gemm: str = flag(
         "auto",
-        "What multiplies the experts' rows. torch: grouped_mm, for which the home weights are "
-        "copied beside the clones. triton: kernels of this package that read both where they lie. "
+        "What multiplies the experts' rows. torch: grouped_mm, with a kernel of this package for "
+        "rows of clones on a GPU, elsewhere with a copy of the home weights beside the clones. "
+        "triton: kernels of this package alone. "
         "auto: torch on a CPU, and on a GPU where grouped_mm has a kernel that does not wait for "
         "the host: bf16, compute capability 9 or 10, widths of a multiple of 8, fewer than 1,024 "
         "experts and slots on a rank. Elsewhere, from compute capability 8.0 on, triton.",

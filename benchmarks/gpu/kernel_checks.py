@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_echo.dispatch import permute
 from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
+from megatron_echo.dispatch.transports.peer_memory import PeerRows
 from megatron_echo.experts.activation import ExpertActivation, weighted_activation
 from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
 from megatron_echo.planner import plan_clones
@@ -112,6 +113,43 @@ def move_rows_reference(tokens: Tensor, buffer: Tensor, rows: RowMap) -> Sequenc
     taken = permute.take_rows_reference(tokens, rows.token_of_row)
     assert rows.used is not None
     return taken[: int(rows.used)], permute.sum_rows_reference(buffer, rows.row_of)
+
+
+def matrix_inputs(
+    ranks: int, slots: int, experts: int, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of all ranks in one buffer, home matrices, and what is added to them: to some nothing.
+
+    Ranks are pretended: one memory holds the slots of all.
+    """
+    out, width = shape
+    rows = torch.randn(ranks * (slots * out + 1), width, device=device()).to(BF16)
+    home = torch.randn(experts, out, width, device=device()).to(BF16)
+    place = torch.randint(ranks * slots, (experts, ranks), device=device())
+    return rows, home, torch.where(torch.rand_like(place, dtype=FP32) < 0.7, -1, place).int()
+
+
+def move_matrices(rows: Tensor, home: Tensor, places: Tensor) -> Sequence[Tensor]:
+    """Home matrices into the slots of the first ranks, and those of all ranks back."""
+    return _moved(rows, home, places, permute.on_gpu(rows))
+
+
+def move_matrices_reference(rows: Tensor, home: Tensor, places: Tensor) -> Sequence[Tensor]:
+    """Of :func:`move_matrices`."""
+    return _moved(rows, home, places, False)
+
+
+def _moved(rows: Tensor, home: Tensor, places: Tensor, by_kernels: bool) -> Sequence[Tensor]:
+    rows, home, ranks = rows.clone(), home.clone(), places.shape[1]
+    stride = len(rows) // ranks
+    slots = (stride - 1) // home.shape[1]
+    offsets = torch.arange(ranks, device=rows.device) * (stride * rows.shape[1])
+    peers = PeerRows(rows[:stride], rows, offsets if by_kernels else None)
+    source = torch.full((ranks, slots), -1, dtype=torch.int32, device=rows.device)
+    source[0, -1], source[-1, 0] = 1, 0
+    peers.put_matrices(home, source)
+    peers.add_matrices(places, slots, home)
+    return rows.unflatten(0, (ranks, stride))[:, :-1], home
 
 
 # ------------------------------------------------------------------------- activation
@@ -253,6 +291,12 @@ def kernel_checks(dry: bool = False) -> list[KernelCheck]:
                     partial(row_inputs, max(8, tokens // size), columns // size, topk, dtype),
                     move_rows, move_rows_reference)
         for tokens, columns, topk, dtype in ROWS
+    ]  # fmt: skip
+    checks += [
+        KernelCheck(f"matrices of {out} x {width}, R={ranks}, S={slots}",
+                    partial(matrix_inputs, ranks, slots, experts, (out // size, width // size)),
+                    move_matrices, move_matrices_reference)
+        for ranks, slots, experts, out, width in ((8, 2, 16, 1536, 2048), (3, 1, 4, 400, 208))
     ]  # fmt: skip
     checks += [
         KernelCheck(f"{name}, {str(dtype)[6:]}",

@@ -13,8 +13,11 @@ def check_step(transport: SymmetricMemoryTransport, step: int, device: torch.dev
     """Every row comes back doubled, whoever had it; values are chosen so that sums are exact."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(step * ranks + rank)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device).requires_grad_()
-    weight = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device)
+    hidden, weight = (
+        torch.randint(-31, 32, (TOKENS, HIDDEN), generator=generator).bfloat16().to(device)
+        for _ in range(2)
+    )
+    hidden.requires_grad_()
     noise = torch.rand(TOKENS, ranks * GROUPS + 1, generator=generator)
     noise[:, : 1 + step % GROUPS] += 0.5  # the first experts are hot
     experts = noise.topk(TOPK).indices.int().to(device)

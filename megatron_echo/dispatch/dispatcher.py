@@ -153,7 +153,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         way = echo_setting(self.config, "moe_echo_token_transport")
         sizes = (self.num_groups, self._alignment)
         if way == "all_gather":
-            return AllGatherTransport(self.ep_group, *sizes)
+            is_wide = echo_setting(self.config, "moe_echo_fp32_sums_on_the_wire")
+            return AllGatherTransport(self.ep_group, *sizes, is_wide)
         if way == "hybrid_ep":
             return HybridEPTransport(HybridEPBuffers.of(self.config, self.ep_group), *sizes)
         if way == "symmetric_memory":

@@ -54,7 +54,7 @@ def _sum_rows_kernel(
     source, index, output, num_source, num_rows, H: tl.constexpr, C: tl.constexpr,
     UNROLLED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    wide = output.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # The first term is not added to 0, which would lose the sign of -0.
@@ -103,17 +103,20 @@ def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tens
     return output
 
 
-def sum_rows(source: Tensor, index: Tensor) -> Tensor:
+def sum_rows(source: Tensor, index: Tensor, into: Tensor | None = None) -> Tensor:
     """``source[index].sum(1)`` in the wide dtype, in order, ``[N, H]``; ``len(source)`` adds 0.
 
     Args:
         source: ``[B, H]``, as in :func:`take_rows`.
         index: int32 ``[N, C]``, up to and including B; C is at least 1.
+        into: where sums are written and rounded to, contiguous ``[N, H]``; new and wide if None.
     """
-    shape, dtype = (index.shape[0], source.shape[1]), wide_dtype(source.dtype)
+    output = into
+    if output is None:
+        shape, dtype = (index.shape[0], source.shape[1]), wide_dtype(source.dtype)
+        output = source.new_empty(shape, dtype=dtype)
     if source.numel() == 0:
-        return source.new_zeros(shape, dtype=dtype)
-    output = source.new_empty(shape, dtype=dtype)
+        return output.zero_()
     constants = sum_constants(source.shape[1], source.element_size(), index.shape[1])
     _launch(_sum_rows_kernel, (source, index, output), constants)
     return output

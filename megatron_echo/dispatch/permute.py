@@ -60,12 +60,19 @@ def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tens
     return take_rows_reference(source, index)
 
 
-def _sum_rows(source: Tensor, index: Tensor) -> Tensor:
+def sum_rows(source: Tensor, index: Tensor, into: Tensor) -> Tensor:
+    """:func:`sum_rows_reference`, rounded once, into contiguous ``[N, H]``; a kernel on a GPU."""
     if on_gpu(source):
-        from megatron_echo.dispatch.kernels import sum_rows
+        from megatron_echo.dispatch import kernels
 
-        return sum_rows(source, index)
-    return sum_rows_reference(source, index)
+        return kernels.sum_rows(source, index, into)
+    return into.copy_(sum_rows_reference(source, index))
+
+
+def _sum_rows(source: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    if on_gpu(source):
+        return sum_rows(source, index, source.new_empty(len(index), source.shape[1], dtype=dtype))
+    return sum_rows_reference(source, index).to(dtype)
 
 
 class _TokensToRows(torch.autograd.Function):
@@ -79,22 +86,22 @@ class _TokensToRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (row_of,) = ctx.saved_tensors
-        return _sum_rows(grad, row_of).to(ctx.dtype), None
+        return _sum_rows(grad, row_of, ctx.dtype), None
 
 
 class _RowsToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, buffer: Tensor, rows: RowMap) -> Tensor:
+    def forward(ctx: Any, buffer: Tensor, rows: RowMap, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(rows.row_src, rows.used)
         ctx.dtype, ctx.pairs_per_token = buffer.dtype, rows.pairs_per_token
-        return _sum_rows(buffer, rows.row_of)
+        return _sum_rows(buffer, rows.row_of, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         row_src, used = ctx.saved_tensors
         token_of_row = row_src // ctx.pairs_per_token
-        return take_rows(grad.to(ctx.dtype), token_of_row, used), None
+        return take_rows(grad.to(ctx.dtype), token_of_row, used), None, None
 
 
 class _PairsToRows(torch.autograd.Function):
@@ -120,12 +127,12 @@ def tokens_to_rows(tokens: Tensor, rows: RowMap) -> Tensor:
     return _TokensToRows.apply(tokens, rows)
 
 
-def rows_to_tokens(buffer: Tensor, rows: RowMap) -> Tensor:
-    """Sum the rows ``[B, H]`` of each token, in the order of k: ``[N, H]`` in the wide dtype.
+def rows_to_tokens(buffer: Tensor, rows: RowMap, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum the rows ``[B, H]`` of each token, in the order of k and the wide dtype: ``[N, H]``.
 
-    A token without rows gets zeros.
+    A token without rows gets zeros. The sum is rounded once to ``dtype``; None keeps it wide.
     """
-    return _RowsToTokens.apply(buffer, rows)
+    return _RowsToTokens.apply(buffer, rows, dtype or wide_dtype(buffer.dtype))
 
 
 def pairs_to_rows(pairs: Tensor, rows: RowMap) -> Tensor:

@@ -1,13 +1,13 @@
 """From logical to physical experts: which copy of an expert computes each token."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_echo.dispatch.layout import PairCounts
 from megatron_echo.dispatch.transports.weights import WeightTransport
-from megatron_echo.host_copy import HostCopy
 from megatron_echo.planner import ClonePlan
 
 
@@ -25,7 +25,7 @@ class Clones:
     slot_expert: Tensor
     experts_per_rank: int
     transport: WeightTransport
-    announced: HostCopy | None = None
+    announced: Any = None
 
     @property
     def slots(self) -> int:

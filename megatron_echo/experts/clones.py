@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import num_clone_slots
-from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.per_model import PerModel
@@ -26,7 +25,7 @@ class WeightPool(PerModel):
     """A stack of slots ``[S, out, in]`` for each projection, shared by all layers.
 
     Where the grouped products want all weights in one stack, it is ``[m + S, out, in]``, with the
-    home experts before the slots.
+    home experts before the slots. Where the transport has slots of its own, they are used instead.
     """
 
     def __init__(self) -> None:
@@ -112,13 +111,18 @@ class _ClonedLinear(torch.autograd.Function):
 def _filled(
     pool: WeightPool, gemm: GroupedGemm, weight: Tensor, clones: Clones, kept: Tensor | None = None
 ) -> Tensor:
-    """The pool's stack; in its last S matrices the clones, brought or taken from ``kept``."""
-    stack = pool.stack(weight, gemm.stack_size(len(weight), clones.slots))
+    """A stack with the clones, brought or taken from ``kept``, in its last S matrices."""
+    size, plan = gemm.stack_size(weight, clones.slots), (clones.slot_expert, clones.announced)
+    if size == clones.slots:
+        there = kept if kept is not None else clones.transport.push_in_place(weight, *plan)
+        if there is not None:
+            return there
+    stack = pool.stack(weight, size)
     slots = stack[-clones.slots :]
     if kept is not None:
         slots.copy_(kept)
     else:
-        clones.transport.push(weight, clones.slot_expert, clones.announced, slots)
+        clones.transport.push(weight, *plan, slots)
     return stack
 
 
@@ -127,18 +131,20 @@ def _weight_gradient(
 ) -> Tensor:
     """The gradient of the home experts, ``[m, out, in]``: parts summed wide and rounded once.
 
-    Some rows of all matrices at a time, so that what is wide is ``_WIDE_BYTES`` at most, and not a
-    second stack of all experts and slots.
+    Where parts come wide, some rows of all matrices at a time, so that what is wide is
+    ``_WIDE_BYTES`` at most, and not a second stack of all experts and slots.
     """
-    wide, out = wide_dtype(weight.dtype), grad.shape[1]
-    times = math.ceil(len(ends) * weight[0].numel() * wide.itemsize / _WIDE_BYTES)
-    step = math.ceil(out / max(times, 1) / _STEP) * _STEP
+    dtype, out = gemm.parts_dtype(rows), grad.shape[1]
     plan = (clones.slot_expert, clones.announced)
+    if dtype == weight.dtype:
+        return clones.transport.bring_home(gemm.outer(grad, rows, ends, dtype), *plan)
+    times = math.ceil(len(ends) * weight[0].numel() * dtype.itemsize / _WIDE_BYTES)
+    step = math.ceil(out / max(times, 1) / _STEP) * _STEP
     result = torch.empty_like(weight)
     for first in range(0, out, step):
         some = slice(first, first + step)  # no name for its parts: they would live on meanwhile
         result[:, some] = clones.transport.bring_home(
-            gemm.outer(grad[:, some], rows, ends, wide), *plan
+            gemm.outer(grad[:, some], rows, ends, dtype), *plan
         )
     return result
 

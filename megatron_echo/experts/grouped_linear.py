@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
+from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import on_gpu
 
 _ROW_BYTES = 16
@@ -98,12 +99,21 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return grouped_outer_reference(left, right, ends)
 
 
+def _is_cast_first(rows: Tensor) -> bool:
+    """CUDA has no fast grouped product of fp32: there each part of a gradient is rounded."""
+    return rows.is_cpu
+
+
 class GroupedGemm(ABC):
     """What computes the grouped products of a layer; keeps no state."""
 
     @abstractmethod
-    def stack_size(self, experts: int, slots: int) -> int:
-        """Matrices that the pool must hold for m home experts and S clones."""
+    def stack_size(self, weight: Tensor, slots: int) -> int:
+        """Matrices that the pool must hold for S clones beside home experts ``[m, out, in]``."""
+
+    @abstractmethod
+    def parts_dtype(self, rows: Tensor) -> torch.dtype:
+        """In what a weight gradient comes that is to be summed: wide, where that is to be had."""
 
     @abstractmethod
     def product(
@@ -139,26 +149,44 @@ class GroupedGemm(ABC):
 
 
 class TorchGemm(GroupedGemm):
-    """torch's ``grouped_mm``: it wants one stack, and so a copy of the home experts in the pool."""
+    """torch's ``grouped_mm``, which wants one stack.
+
+    On a GPU it multiplies the rows of the home experts, and this package's kernel those of the
+    clones. Elsewhere home experts are copied into the pool.
+    """
 
     @override
-    def stack_size(self, experts: int, slots: int) -> int:
-        return experts + slots
+    def stack_size(self, weight: Tensor, slots: int) -> int:
+        return slots if _has_kernel_for_clones(weight) else len(weight) + slots
+
+    @override
+    def parts_dtype(self, rows: Tensor) -> torch.dtype:
+        return wide_dtype(rows.dtype) if _is_cast_first(rows) else rows.dtype
 
     @override
     def product(
         self, rows: Tensor, weight: Tensor, stack: Tensor | None, ends: Tensor, *, transpose: bool
     ) -> Tensor:
+        home = len(weight)
+        if stack is not None and len(stack) < len(ends):
+            output = grouped_product(rows, weight.mT if transpose else weight, ends[:home])
+            from megatron_echo.experts import kernels
+
+            return kernels.product(rows, weight, stack, ends, transpose, clones_into=output)
         if stack is not None:
-            stack[: len(weight)].copy_(weight)
+            stack[:home].copy_(weight)
             weight = stack
         return grouped_product(rows, weight.mT if transpose else weight, ends)
 
     @override
     def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        if left.is_cpu:  # CUDA has no fast grouped product of fp32: there each part is rounded
+        if _is_cast_first(left):
             left, right = left.to(dtype), right.to(dtype)
         return grouped_outer(left, right, ends).to(dtype)
+
+
+def _has_kernel_for_clones(weight: Tensor) -> bool:
+    return on_gpu(weight) and weight.dtype != torch.float64
 
 
 class _GroupedLinear(torch.autograd.Function):

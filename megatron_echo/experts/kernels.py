@@ -50,8 +50,8 @@ def _swizzled(program, COLUMNS: tl.constexpr, SUPER: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def _product_kernel(
     rows, home, slots, ends, output, num_rows,
-    HOME: tl.constexpr, GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    IS_TRANSPOSED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+    HOME: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, IS_TRANSPOSED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, column_tile = _swizzled(tl.program_id(0), (OUT + BLOCK_N - 1) // BLOCK_N, SUPER)
@@ -62,7 +62,7 @@ def _product_kernel(
     group = tl.sum(((first_tiles <= tile) & (before < GROUPS - 1)).to(tl.int32), axis=0)
     start, end = _end(ends, group - 1, num_rows), _end(ends, group, num_rows)
     first_row = start + (tile - start // BLOCK_M - group) * BLOCK_M
-    if first_row >= end:
+    if (first_row >= end) | (group < FIRST):
         return
 
     row = first_row + tl.arange(0, BLOCK_M)
@@ -132,6 +132,7 @@ def product_constants(
     itemsize: int,
     is_transposed: bool,
     shared_memory: int = _LARGE_TILES,
+    first: int = 0,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Compile-time arguments of the kernel of :func:`product`, and its options.
 
@@ -143,11 +144,12 @@ def product_constants(
         itemsize: bytes of an element.
         is_transposed: the weights are ``[out, in]``.
         shared_memory: bytes that a block can have.
+        first: groups before it are left out.
     """
     blocks, options = _tile(rows // groups, itemsize, shared_memory)
     groups_block = triton.next_power_of_2(groups)
     constants = {
-        "HOME": home, "GROUPS": groups, "IN": widths[0], "OUT": widths[1],
+        "HOME": home, "GROUPS": groups, "FIRST": first, "IN": widths[0], "OUT": widths[1],
         "IS_TRANSPOSED": is_transposed, "BLOCK_G": groups_block, **blocks,
     }  # fmt: skip
     return constants, options
@@ -194,19 +196,21 @@ def _shared_memory(rows: Tensor) -> int:
 
 
 def product(
-    rows: Tensor, home: Tensor, slots: Tensor | None, ends: Tensor, is_transposed: bool
-) -> Tensor:
+    rows: Tensor, home: Tensor, slots: Tensor | None, ends: Tensor, is_transposed: bool,
+    clones_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g]``, or ``rows[g] @ w[g].T`` with ``is_transposed``: ``[B, o]``.
 
     Rows beyond the last end are neither read nor written. See ``pointer_gemm`` for the arguments.
+    With ``clones_into``, contiguous ``[B, o]``, only the rows of slots are computed, into it.
     """
     width = home.shape[1 if is_transposed else 2]
-    output = rows.new_empty(rows.shape[0], width)
+    output = rows.new_empty(rows.shape[0], width) if clones_into is None else clones_into
     if output.numel() == 0:
         return output
     constants, options = product_constants(
         rows.shape[0], len(home), len(ends), (rows.shape[1], width), rows.element_size(),
-        is_transposed, _shared_memory(rows),
+        is_transposed, _shared_memory(rows), 0 if clones_into is None else len(home),
     )  # fmt: skip
     tiles = rows.shape[0] // constants["BLOCK_M"] + len(ends)
     columns = triton.cdiv(width, constants["BLOCK_N"])

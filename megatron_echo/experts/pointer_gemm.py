@@ -16,6 +16,7 @@ from typing import override
 import torch
 from torch import Tensor
 
+from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import runs_triton
 from megatron_echo.experts.grouped_linear import GroupedGemm, grouped_outer, grouped_product
 
@@ -91,8 +92,12 @@ class PointerGemm(GroupedGemm):
     """The products above: the pool holds clones only."""
 
     @override
-    def stack_size(self, experts: int, slots: int) -> int:
+    def stack_size(self, weight: Tensor, slots: int) -> int:
         return slots
+
+    @override
+    def parts_dtype(self, rows: Tensor) -> torch.dtype:
+        return wide_dtype(rows.dtype)
 
     @override
     def product(

@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         if func.namespace == "c10d" and self._skips_collectives:
-            return _nothing_sent(func, args)
+            return nothing_sent(func, args)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _nothing_sent(func: Any, args: tuple) -> Any:
+def nothing_sent(func: Any, args: tuple) -> Any:
     """What a collective returns: its first argument, the outputs, and a finished work."""
     names = [argument.name for argument in func._schema.arguments]
     with no_dispatch():

@@ -98,15 +98,20 @@ class Arrival:
 class WholeTokenTransport(TokenTransport):
     """Tokens travel whole, once to a rank; there they are sorted into rows, and summed again."""
 
-    def __init__(self, group: dist.ProcessGroup, experts_per_rank: int, alignment: int = 1) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, experts_per_rank: int, alignment: int = 1,
+        sends_wide_sums: bool = False,
+    ) -> None:  # fmt: skip
         """Set the sizes.
 
         Args:
             group: the expert-parallel group, R ranks.
             experts_per_rank: G, physical experts on each rank.
             alignment: rows of each group are padded to a multiple of this.
+            sends_wide_sums: partial sums travel in the wide dtype, not in that of the rows.
         """
         self._group, self._groups, self._alignment = group, experts_per_rank, alignment
+        self._sends_wide_sums = sends_wide_sums
 
     @abstractmethod
     def send(self, hidden: Tensor, experts: Tensor, probs: Tensor, is_limited: bool) -> Arrival:
@@ -117,8 +122,8 @@ class WholeTokenTransport(TokenTransport):
         """Bring partial sums back to the tokens' ranks and add them up.
 
         Args:
-            partial: ``[N, H]`` in the wide dtype: for each token that arrived the sum over the
-                experts of this rank.
+            partial: ``[N, H]`` in the dtype in which it travels: for each token that arrived the
+                sum over the experts of this rank.
             receipt: the one of the ``Arrival``.
 
         Returns:
@@ -148,4 +153,5 @@ class WholeTokenTransport(TokenTransport):
     @override
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
         row_map, of_tokens = receipt
-        return self.send_back(rows_to_tokens(rows, row_map), of_tokens)
+        dtype = None if self._sends_wide_sums else rows.dtype
+        return self.send_back(rows_to_tokens(rows, row_map, dtype), of_tokens)

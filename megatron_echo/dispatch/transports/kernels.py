@@ -1,4 +1,4 @@
-"""Rows written to and summed from the memory of peers, in Triton; ``PeerRows`` has references.
+"""Rows and matrices of peers, written and summed in Triton; ``PeerRows`` has references.
 
 A place is ``rank * stride + row``; the last row of a rank stands for none and is not touched.
 Where the rows of each rank begin comes from a table on the device: how many elements lie between
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megatron_echo.dispatch.kernels import sum_constants
 from megatron_echo.dispatch.layout import wide_dtype
+
+_MATRIX_BLOCK = 4096  # elements of a program: 64 bytes and more for each of 128 threads
 
 
 @triton.jit
@@ -67,6 +69,46 @@ def _pull_rows_kernel(
     tl.store(output + token[:, None] * H + column[None, :], total, mask=inside)
 
 
+@triton.jit
+def _put_matrices_kernel(
+    matrices, own, offsets, source,
+    SIZE: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    target = tl.program_id(1)
+    matrix = tl.load(source + target)
+    if matrix < 0:
+        return
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = tl.multiple_of(tl.load(offsets + target // SLOTS), 16)
+    value = tl.load(matrices + matrix.to(tl.int64) * SIZE + element, mask=element < SIZE)
+    slot = (target % SLOTS).to(tl.int64) * SIZE
+    tl.store(own + offset + slot + element, value, mask=element < SIZE)
+
+
+@triton.jit
+def _add_matrices_kernel(
+    own, offsets, places, home,
+    SIZE: tl.constexpr, SLOTS: tl.constexpr, TERMS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    wide: tl.constexpr = tl.float64 if own.dtype.element_ty == tl.float64 else tl.float32
+    matrix = tl.program_id(1)
+    term = tl.arange(0, BLOCK_T)
+    if tl.max(tl.load(places + matrix * TERMS + term, mask=term < TERMS, other=-1), axis=0) < 0:
+        return
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < SIZE
+    pointers = home + matrix.to(tl.int64) * SIZE + element
+    total = tl.load(pointers, mask=inside).to(wide)
+    for number in range(TERMS):
+        place = tl.load(places + matrix * TERMS + number)
+        if place >= 0:
+            offset = tl.multiple_of(tl.load(offsets + place // SLOTS), 16)
+            slot = (place % SLOTS).to(tl.int64) * SIZE
+            total += tl.load(own + offset + slot + element, mask=inside).to(wide)
+    tl.store(pointers, total, mask=inside)
+
+
 def put_rows(own: Tensor, offsets: Tensor, values: Tensor, places: Tensor) -> None:
     """Write each value to its places.
 
@@ -103,6 +145,62 @@ def pull_rows(own: Tensor, offsets: Tensor, places: Tensor, into: Tensor | None 
         (own, offsets, places.contiguous(), output, tokens, len(own)),
     )  # fmt: skip
     return output
+
+
+def matrix_constants(size: int, slots: int, terms: int | None = None) -> dict[str, int]:
+    """Compile-time arguments of the kernels of matrices.
+
+    Args:
+        size: elements of a matrix.
+        slots: S.
+        terms: that :func:`add_matrices` sums at most; None for :func:`put_matrices`.
+    """
+    constants = {"SIZE": size, "SLOTS": slots, "BLOCK": _MATRIX_BLOCK}
+    if terms is not None:
+        constants |= {"TERMS": terms, "BLOCK_T": triton.next_power_of_2(terms)}
+    return constants
+
+
+def put_matrices(own: Tensor, offsets: Tensor, matrices: Tensor, source: Tensor) -> None:
+    """Write matrices to slots of ranks; nothing else is read or written.
+
+    Args:
+        own: ``[S * out + 1, in]``, this rank's rows.
+        offsets: int64 ``[R]``, as in :func:`put_rows`.
+        matrices: ``[M, out, in]``, contiguous, the same dtype.
+        source: int32 ``[R, S]``, which matrix goes to each slot, -1 for none.
+    """
+    constants = matrix_constants(matrices[0].numel(), source.shape[1])
+    _launch_matrices(
+        _put_matrices_kernel, source.numel(), constants,
+        (matrices, own, offsets, source.contiguous()),
+    )  # fmt: skip
+
+
+def add_matrices(own: Tensor, offsets: Tensor, places: Tensor, slots: int, home: Tensor) -> None:
+    """Add matrices of slots to those that are named; the others are neither read nor written.
+
+    Sums are made in the wide dtype, in the order of the columns, and rounded once.
+
+    Args:
+        own: ``[S * out + 1, in]``, this rank's rows.
+        offsets: int64 ``[R]``, as in :func:`put_rows`.
+        places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
+        slots: S.
+        home: ``[m, out, in]``, contiguous, any floating dtype.
+    """
+    constants = matrix_constants(home[0].numel(), slots, places.shape[1])
+    _launch_matrices(
+        _add_matrices_kernel, len(home), constants, (own, offsets, places.contiguous(), home)
+    )
+
+
+def _launch_matrices(kernel, matrices: int, constants: dict, arguments: tuple) -> None:
+    grid = (triton.cdiv(constants["SIZE"], constants["BLOCK"]), matrices)
+    if grid[0] * grid[1] == 0:
+        return
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
 
 
 def _launch(kernel, shaped: Tensor, constants: dict, arguments: tuple) -> None:

@@ -67,24 +67,61 @@ class PeerBuffers(PerModel):
         return [buffer.own[:-1] for buffer in buffers]
 
     def pull(
-        self, name: str, moved: list[tuple[Tensor, Tensor]], into: Tensor | None = None
+        self, name: str, moved: list[tuple[Tensor, Tensor]], sums: Tensor | None = None
     ) -> list[Tensor]:
         """Lay rows open, and sum those of all ranks that this one wants.
 
         Args:
             name: the purpose.
             moved: rows ``[N, H]``, and the places to sum, int32 ``[T, C]``.
-            into: where to write the result of a single pair, contiguous ``[T, H]``.
+            sums: int32 ``[N, K]``; of the first pair, sums of these rows are laid open, N for none.
 
         Returns:
-            For each ``[T, H]``, in the wide dtype or that of ``into``.
+            For each ``[T, H]``, in the wide dtype.
         """
         buffers = self._take(name, len(moved[0][0]), [rows for rows, _ in moved])
-        for buffer, (rows, _) in zip(buffers, moved, strict=True):
-            buffer.offer(rows)
+        for number, (buffer, (rows, _)) in enumerate(zip(buffers, moved, strict=True)):
+            buffer.offer(rows, sums if number == 0 else None)
         self._memory.barrier()
         both = zip(buffers, moved, strict=True)
-        return [buffer.pull(places, into) for buffer, (_, places) in both]
+        return [buffer.pull(places) for buffer, (_, places) in both]
+
+    def push_matrices(self, name: str, matrices: Tensor, source: Tensor) -> Tensor:
+        """Write matrices into slots of other ranks and give back a view of this rank's slots.
+
+        Args:
+            name: the purpose.
+            matrices: ``[M, out, in]``, contiguous.
+            source: int32 ``[R, S]``, which of them goes to each slot of each rank, -1 for none.
+
+        Returns:
+            ``[S, out, in]``, *in the buffer*. Slots that nobody wrote hold anything.
+        """
+        (_, out, width), slots = matrices.shape, source.shape[1]
+        (buffer,) = self._take(name, slots * out, [matrices.flatten(0, 1)])
+        buffer.put_matrices(matrices, source)
+        self._memory.barrier()
+        return buffer.own[:-1].view(slots, out, width)
+
+    def add_matrices(
+        self, name: str, matrices: Tensor, used: Tensor, places: Tensor, home: Tensor
+    ) -> None:
+        """Lay matrices open in slots, and add those of all ranks that this one wants.
+
+        Args:
+            name: the purpose.
+            matrices: ``[S, out, in]``, contiguous.
+            used: int32 ``[S]``, each slot's own number where it is laid open, else -1.
+            places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
+            home: ``[m, out, in]``, contiguous; see ``PeerRows.add_matrices``.
+        """
+        slots = len(matrices)
+        (buffer,) = self._take(
+            name, matrices.shape[0] * matrices.shape[1], [matrices.flatten(0, 1)]
+        )
+        buffer.offer_matrices(matrices, used)
+        self._memory.barrier()
+        buffer.add_matrices(places, slots, home)
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_echo.dispatch.permute import add_rows
+from megatron_echo.dispatch.layout import wide_dtype
+from megatron_echo.dispatch.permute import add_rows, sum_rows
 from megatron_echo.environment import on_gpu
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -64,9 +65,17 @@ class PeerRows:
         index = places.reshape(-1).to(torch.int64)
         self.everyone.index_copy_(0, index, copies.reshape(-1, values.shape[1]))
 
-    def offer(self, rows: Tensor) -> None:
-        """Put ``[N, H]`` into this rank's own rows."""
-        self.own[:-1].copy_(rows)
+    def offer(self, rows: Tensor, sums: Tensor | None = None) -> None:
+        """Put ``[N, H]`` into this rank's own rows.
+
+        Args:
+            rows: of the same dtype.
+            sums: int32 ``[N, K]``, the rows to sum into each, N for none; None copies them.
+        """
+        if sums is None:
+            self.own[:-1].copy_(rows)
+        else:
+            sum_rows(rows, sums, self.own[:-1])
         if self.offsets is None:  # kernels do not read the last row
             self.own[-1].zero_()
 
@@ -84,6 +93,69 @@ class PeerRows:
         assert self.everyone is not None
         total = add_rows(self.everyone, places)
         return total if into is None else into.copy_(total)
+
+    def put_matrices(self, matrices: Tensor, source: Tensor) -> None:
+        """Write matrices ``[M, out, in]`` into slots of ranks, out rows for each.
+
+        Args:
+            matrices: contiguous; H is in.
+            source: int32 ``[R, S]``, which of them goes to each slot, -1 for none. No two ranks
+                write the same slot.
+        """
+        if self.offsets is not None:
+            from megatron_echo.dispatch.transports import kernels
+
+            kernels.put_matrices(self.own, self.offsets, matrices, source)
+            return
+        assert self.everyone is not None
+        (ranks, slots), out, stride = source.shape, matrices.shape[1], len(self.own)
+        first = torch.arange(ranks, device=source.device)[:, None] * stride
+        first = first + torch.arange(slots, device=source.device) * out
+        rows = first.reshape(-1, 1) + torch.arange(out, device=source.device)
+        wanted = source.reshape(-1).to(torch.int64)
+        nowhere = len(self.everyone) - 1  # nobody reads it in a buffer of matrices
+        rows = rows.masked_fill_(wanted[:, None] < 0, nowhere)
+        sent = matrices.index_select(0, wanted.clamp_(min=0))
+        self.everyone.index_copy_(0, rows.flatten(), sent.flatten(0, 1))
+
+    def offer_matrices(self, matrices: Tensor, used: Tensor) -> None:
+        """Put matrices ``[S, out, in]`` into this rank's own slots.
+
+        Args:
+            matrices: contiguous.
+            used: int32 ``[S]``, each slot's own number, -1 where it may hold anything.
+        """
+        if self.offsets is None:
+            self.offer(matrices.flatten(0, 1))
+            return
+        from megatron_echo.dispatch.transports import kernels
+
+        here = torch.zeros_like(self.offsets[:1])
+        kernels.put_matrices(self.own, here, matrices, used[None])
+
+    def add_matrices(self, places: Tensor, slots: int, home: Tensor) -> None:
+        """Add matrices that lie in slots to those of this rank.
+
+        Args:
+            places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
+            slots: S.
+            home: ``[m, out, in]``, contiguous; sums are wide, in the order of the columns, and
+                rounded once. A matrix to which nothing is added keeps its bits.
+        """
+        if self.offsets is not None:
+            from megatron_echo.dispatch.transports import kernels
+
+            kernels.add_matrices(self.own, self.offsets, places, slots, home)
+            return
+        assert self.everyone is not None
+        total, stride = home.to(wide_dtype(home.dtype)), len(self.own)
+        row = torch.arange(home.shape[1], device=home.device)
+        for place in places.to(torch.int64).unbind(1):
+            first = place // slots * stride + place % slots * home.shape[1]
+            rows = first.clamp_(min=0)[:, None] + row
+            part = self.everyone.index_select(0, rows.flatten()).view_as(home)
+            total = torch.where((place >= 0)[:, None, None], total + part, total)
+        home.copy_(total)
 
 
 class PeerMemory(ABC):

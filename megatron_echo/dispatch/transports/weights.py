@@ -3,11 +3,12 @@
 ``collective`` exchanges one expert for each pair of ranks and slot, whatever the plan: static, and
 R times the bytes that one slot of each rank holds. ``p2p`` sends only the slots in use, and for
 that the host must know the plan: one asynchronous copy of it for each layer call.
-``symmetric_memory`` sends only those too, and the host knows nothing: each rank reads what it wants
-where its peers lay it open.
+``symmetric_memory`` sends only those too, and the host knows nothing: homes write into the slots of
+their peers, and read the gradients that lie there.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, override
 
 import torch
@@ -15,8 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_echo.collectives import exchange
+from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
+from megatron_echo.environment import on_gpu
 from megatron_echo.host_copy import HostCopy
+
+_EXCHANGED_BYTES = 1 << 30
+"""Of weights that travel at once; or one slot of each rank, where that is more."""
 
 
 class WeightTransport(ABC):
@@ -34,18 +40,27 @@ class WeightTransport(ABC):
         """
         self._group, self._rank, self._experts = group, group.rank(), experts_per_rank
 
-    def announce(self, slot_expert: Tensor) -> HostCopy | None:
-        """Begin what a plan needs before its weights travel.
+    def announce(self, slot_expert: Tensor) -> Any:
+        """Begin what a plan needs before its weights travel; once for a call of a layer.
 
         Args:
             slot_expert: int64 ``[R, S]``, the expert in each slot, -1 if unused.
+
+        Returns:
+            What the other methods take as ``announced``.
+        """
+        return None
+
+    def push_in_place(self, weight: Tensor, slot_expert: Tensor, announced: Any) -> Tensor | None:
+        """As :meth:`push`, into slots of the transport's own; None where it has none.
+
+        Returns:
+            ``[S, out, in]``, good until the next movement.
         """
         return None
 
     @abstractmethod
-    def push(
-        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
-    ) -> None:
+    def push(self, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:
         """Fill this rank's slots. Those without an expert hold anything afterwards.
 
         Args:
@@ -56,13 +71,14 @@ class WeightTransport(ABC):
         """
 
     @abstractmethod
-    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: Any) -> Tensor:
         """Add the gradients of clones to those of their home experts.
 
         The order is fixed; experts without clones keep their bits.
 
         Args:
-            grads: ``[m + S, out, in]`` of this rank's experts and slots; used up.
+            grads: ``[m + S, out, in]`` of this rank's experts and slots, contiguous; used up. Sums
+                are in the wide dtype, and rounded once where these are narrower.
             slot_expert: int64 ``[R, S]``.
             announced: what :meth:`announce` gave for it.
 
@@ -76,33 +92,38 @@ class WeightTransport(ABC):
 
 
 class CollectiveWeights(WeightTransport):
-    """One exchange a slot, of one expert for each rank: the buffers are R experts, not R * S.
+    """Exchanges of one expert for each pair of ranks and slot, some slots at a time.
 
     Gradients are added in the order of slots, then ranks.
     """
 
-    def push(
-        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
-    ) -> None:
+    def push(self, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:
         """See :class:`WeightTransport`; an unused slot gets some expert's weights."""
-        wanted = slot_expert.t() - self._rank * self._experts
-        wanted = wanted.clamp_(0, self._experts - 1).contiguous()
+        wanted = slot_expert - self._rank * self._experts
+        wanted = wanted.clamp_(0, self._experts - 1)
         homes = (slot_expert[self._rank] // self._experts).clamp_(min=0)
-        for slot, home in enumerate(homes.split(1)):
-            received = exchange(weight.index_select(0, wanted[slot]), self._group)
-            slots[slot] = received.index_select(0, home).squeeze(0)
+        for some in self._parts(slots):
+            sent = weight.index_select(0, wanted[:, some].flatten())
+            received = exchange(sent, self._group).unflatten(0, (self._group.size(), -1))
+            number = torch.arange(received.shape[1], device=sent.device)
+            slots[some] = received[homes[some], number]
 
     @override
-    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: Any) -> Tensor:
         ranks, experts = self._group.size(), self._experts
         target = slot_expert - self._rank * experts
-        target.masked_fill_((target < 0) | (target >= experts), experts)  # slot 0 is sent by then
-        for slot, local in enumerate(target.unbind(1)):
-            sent = grads[experts + slot].expand(ranks, *grads.shape[1:])
-            received = exchange(sent.contiguous(), self._group)
-            for source in range(ranks):
-                grads.index_add_(0, local[source : source + 1], received[source : source + 1])
+        is_here = (target >= 0) & (target < experts)
+        for some in self._parts(grads[experts:]):
+            parts = grads[experts:][some]
+            received = exchange(parts.expand(ranks, *parts.shape).flatten(0, 1), self._group)
+            targets = target.masked_fill(~is_here, experts)[:, some]
+            _add_in_order(grads, experts, received, targets)
         return grads[:experts]
+
+    def _parts(self, slots: Tensor) -> list[slice]:
+        """Slots that travel at once, all of them or as many as fill ``_EXCHANGED_BYTES``."""
+        number = max(1, _EXCHANGED_BYTES // (self._group.size() * slots[0].nbytes))
+        return [slice(first, first + number) for first in range(0, len(slots), number)]
 
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
         """See :class:`WeightTransport`; the same for every plan."""
@@ -126,11 +147,8 @@ class PeerToPeerWeights(WeightTransport):
         self.host_copies += 1
         return HostCopy(slot_expert)
 
-    def push(
-        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
-    ) -> None:
+    def push(self, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:
         """See :class:`WeightTransport`; an unused slot is not written."""
-        assert announced is not None
         weight = weight.detach()
         transfers = []
         for slot, experts in enumerate(zip(*announced.read(), strict=True)):
@@ -142,9 +160,9 @@ class PeerToPeerWeights(WeightTransport):
                     transfers.append(self._transfer(dist.irecv, slots[slot], home))
         _complete(transfers)
 
-    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: Any) -> Tensor:
         """See :class:`WeightTransport`; a slot at a time, so that at most R experts arrive."""
-        assert announced is not None
+        totals: dict[int, Tensor] = {}
         for slot, experts in enumerate(zip(*announced.read(), strict=True)):
             transfers, arrivals = [], []
             for rank, expert in enumerate(experts):
@@ -157,7 +175,11 @@ class PeerToPeerWeights(WeightTransport):
                     transfers.append(self._transfer(dist.isend, part, home))
             _complete(transfers)
             for local, part in arrivals:
-                grads[local] += part
+                if local not in totals:
+                    totals[local] = grads[local].to(wide_dtype(grads.dtype))
+                totals[local] += part
+        for local, total in totals.items():
+            grads[local] = total
         return grads[: self._experts]
 
     @override
@@ -168,11 +190,26 @@ class PeerToPeerWeights(WeightTransport):
         return dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
 
 
-class SymmetricMemoryWeights(WeightTransport):
-    """Slots pull their experts, and homes the gradients of their clones, added up over ranks.
+@dataclass(frozen=True)
+class _Places:
+    """What a plan says to one rank, int32.
 
-    A rank lays open all of its experts to begin with, and in the end what is in its slots. It has
-    one clone of an expert at most, as the planner makes them.
+    Attributes:
+        source: ``[R, S]``, which expert of this rank goes to each slot, -1 for none.
+        used: ``[S]``, each slot's own number, -1 where it is unused.
+        clones: ``[m, R]``, ``rank * S + slot`` of the clones of each of its experts, -1 for none.
+    """
+
+    source: Tensor
+    used: Tensor
+    clones: Tensor
+
+
+class SymmetricMemoryWeights(WeightTransport):
+    """Homes push experts into slots, and add the gradients of their clones, rank after rank.
+
+    A rank has one clone of an expert at most, as the planner makes them. Only slots in use are
+    written or laid open, and only homes that have clones are touched.
     """
 
     def __init__(self, buffers: PeerBuffers, experts_per_rank: int) -> None:
@@ -185,50 +222,67 @@ class SymmetricMemoryWeights(WeightTransport):
         super().__init__(buffers.group, experts_per_rank)
         self._buffers = buffers
 
-    def push(
-        self, weight: Tensor, slot_expert: Tensor, announced: HostCopy | None, slots: Tensor
-    ) -> None:
-        """See :class:`WeightTransport`; an unused slot gets zeros."""
-        expert = slot_expert[self._rank]
-        home = expert // self._experts
-        first = (expert % self._experts).masked_fill_(expert < 0, -1)
-        places = self._places(home, first, weight)
-        rows = weight.detach().flatten(0, 1)
-        self._buffers.pull("weights", [(rows, places[:, None])], slots.view(-1, slots.shape[2]))
+    @override
+    def announce(self, slot_expert: Tensor) -> _Places:
+        ranks, slots = slot_expert.shape
+        local = slot_expert - self._rank * self._experts
+        local.masked_fill_((local < 0) | (local >= self._experts), -1)
+        slot = torch.arange(slots, device=local.device)
+        place = torch.arange(ranks * slots, device=local.device).view(ranks, slots)
+        clones = local.new_full((ranks, self._experts + 1), -1)
+        clones.scatter_(1, local.remainder(self._experts + 1), place)  # -1 becomes the last
+        return _Places(
+            source=local.int(),
+            used=slot.masked_fill_(slot_expert[self._rank] < 0, -1).int(),
+            clones=clones[:, :-1].t().int().contiguous(),
+        )
 
     @override
-    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
-        ranks, slots = slot_expert.shape
+    def push_in_place(self, weight: Tensor, slot_expert: Tensor, announced: _Places) -> Tensor:
+        return self._buffers.push_matrices("weights", weight.detach(), announced.source)
+
+    @override
+    def push(self, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:
+        slots.copy_(self.push_in_place(weight, slot_expert, announced))
+
+    @override
+    def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: _Places) -> Tensor:
         home, parts = grads[: self._experts], grads[self._experts :]
-        local = torch.arange(self._experts, device=grads.device) + self._rank * self._experts
-        holds = slot_expert[None] == local[:, None, None]  # [m, R, S]
-        slot = torch.arange(slots, device=grads.device)
-        slot = torch.where(holds, slot, -1).amax(2)
-        rank = torch.arange(ranks, device=grads.device).expand_as(slot)
-        places = self._places(rank.reshape(-1), slot.reshape(-1), parts)
-        places = places.view(self._experts, ranks, -1).transpose(1, 2).flatten(0, 1)
-        (total,) = self._buffers.pull("gradients", [(parts.flatten(0, 1), places)])
-        home += total.view_as(home)
+        places = announced.used, announced.clones
+        self._buffers.add_matrices("gradients", parts, *places, home)
         return home
-
-    def _places(self, rank: Tensor, matrix: Tensor, matrices: Tensor) -> Tensor:
-        """Where the rows of some matrices lie, one after the other, int32.
-
-        Args:
-            rank: int64 ``[n]``, who has it.
-            matrix: int64 ``[n]``, which one there, -1 for none.
-            matrices: those of a rank, ``[M, out, in]``.
-        """
-        many, out = matrices.shape[:2]
-        stride = many * out + 1
-        row = torch.arange(out, device=rank.device)
-        place = (rank * stride + matrix * out)[:, None] + row
-        none = (self._rank + 1) * stride - 1
-        return place.masked_fill_(matrix[:, None] < 0, none).flatten().int()
 
     @override
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
         return int((slot_expert >= 0).sum()) * expert_bytes
+
+
+def _add_in_order(grads: Tensor, experts: int, received: Tensor, targets: Tensor) -> None:
+    """Add matrices to those of home experts: slot after slot, and in each rank after rank.
+
+    Args:
+        grads: ``[m + S, out, in]``, contiguous; the matrix behind the home experts is overwritten.
+        experts: m.
+        received: ``[R * n, out, in]``, n slots of each rank.
+        targets: int64 ``[R, n]``, the home expert of each, m for none.
+    """
+    ranks, slots = targets.shape
+    if not on_gpu(grads):
+        for slot, of_slot in enumerate(targets.unbind(1)):
+            grads[: experts + 1].index_add_(0, of_slot, received[slot::slots].to(grads.dtype))
+        return
+    from megatron_echo.dispatch.transports import kernels
+
+    # Clones of an expert are on different ranks: R columns, sorted.
+    order = torch.arange(slots, device=targets.device) * ranks
+    order = order + torch.arange(ranks, device=targets.device)[:, None]
+    nothing = ranks * slots
+    columns = order.new_full((ranks, experts + 1), nothing).scatter_(1, targets, order)
+    columns = columns[:, :-1].t().sort(1).values
+    places = columns % ranks * slots + columns // ranks
+    places = places.masked_fill_(columns == nothing, -1).int()
+    here = torch.zeros(1, dtype=torch.int64, device=grads.device)
+    kernels.add_matrices(received, here, places, nothing, grads[:experts])
 
 
 def _complete(transfers: list[dist.P2POp]) -> None:

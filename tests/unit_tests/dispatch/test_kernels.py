@@ -10,6 +10,7 @@ from unittest import mock
 import launch
 import pytest
 import torch
+import triton_interpreter
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -82,6 +83,20 @@ def test_every_number_of_terms(name: str, terms: int) -> None:
     index = draw.index((7, terms), 30)
     source = draw.source(30, 33, DTYPES[name], index)
     check_same_bits(sum_rows(source, index), permute.sum_rows_reference(source, index))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_sums_are_rounded_once_to_what_is_asked_for(name: str) -> None:
+    """256 + 1 + 1 + ... in bf16, 2048 in fp16: nothing is left of the ones if each is rounded."""
+    source = torch.ones(9, 40, dtype=DTYPES[name])
+    source[0] = first = 256 if name == "bf16" else 2048
+    index = torch.arange(9, dtype=torch.int32)[None]
+    with triton_interpreter.mended():
+        into = source.new_empty(1, 40)
+        result = sum_rows(source, index, into)
+    assert result is into
+    check_same_bits(result, permute.sum_rows_reference(source, index).to(DTYPES[name]))
+    assert (result == first + 8).all()
 
 
 @pytest.mark.parametrize("name", DTYPES)

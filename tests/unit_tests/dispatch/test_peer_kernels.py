@@ -3,17 +3,26 @@
 Ranks are pretended: ordinary tensors of this process, at addresses of their own.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import triton_interpreter
 from torch import Tensor
 from unit_tests.dispatch.test_kernels import DTYPES, check_same_bits, run_script
 
 from megatron_echo.dispatch.kernels import sum_constants
+from megatron_echo.dispatch.transports.kernels import matrix_constants
 from megatron_echo.dispatch.transports.peer_memory import PeerRows
 
 RANK = 1
+
+
+@pytest.fixture(autouse=True)
+def mended_interpreter() -> Iterator[None]:
+    with triton_interpreter.mended():
+        yield
 
 
 def pretended(ranks: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[PeerRows, ...]:
@@ -73,6 +82,54 @@ def test_counts_and_values_that_are_not_contiguous() -> None:
     assert torch.equal(peers.pull(places), torch.stack((torch.zeros(4), parts[0][0])))
 
 
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("width", [5, 1400])
+def test_matrices_as_the_references(name: str, width: int) -> None:
+    """Pushed to slots and added from slots; what is not named is neither written nor read."""
+    ranks, slots, out, dtype = 3, 2, 4, DTYPES[name]
+    generator = torch.Generator().manual_seed(width)
+    reference, peers, *parts = pretended(ranks, slots * out, width, dtype)
+    matrices = torch.randn(4, out, width, generator=generator).to(dtype)
+    source = torch.tensor([[2, -1], [-1, 0], [-1, -1]], dtype=torch.int32)
+    before = [part.clone() for part in parts]
+    for memory in (reference, peers):
+        memory.put_matrices(matrices, source)
+    slot = [[part[:-1].view(slots, out, width) for part in of] for of in (parts, before)]
+    for number, (part, expected) in enumerate(zip(parts, reference.everyone.chunk(ranks))):
+        check_same_bits(part[:-1], expected[:-1])
+        check_same_bits(slot[0][number][1 - number % 2], slot[1][number][1 - number % 2])
+    assert torch.equal(slot[0][0][0], matrices[2])
+    assert torch.equal(slot[0][1][1], matrices[0])
+
+    home = torch.randn(3, out, width, generator=generator).to(dtype)
+    home[1] = float("nan")  # nothing is added to it
+    expected = home.clone()
+    places = torch.tensor([[0, 3, -1], [-1, -1, -1], [-1, -1, 5]], dtype=torch.int32)
+    reference.add_matrices(places, slots, expected)
+    peers.add_matrices(places, slots, home)
+    check_same_bits(home[::2], expected[::2])
+    assert home[1].isnan().all()
+
+
+def test_only_slots_in_use_are_laid_open() -> None:
+    _, peers, *parts = pretended(2, 6, 5, torch.float32)
+    before = parts[RANK].clone()
+    peers.offer_matrices(torch.ones(3, 2, 5), torch.tensor([-1, 1, -1], dtype=torch.int32))
+    assert (parts[RANK][2:4] == 1).all()
+    check_same_bits(parts[RANK][:2], before[:2])
+    check_same_bits(parts[RANK][4:], before[4:])
+
+
+def test_sums_of_matrices_are_rounded_once() -> None:
+    """256 + 1 + 1 in bf16."""
+    _, peers, *parts = pretended(2, 1, 8, torch.bfloat16)
+    for part in parts:
+        part.fill_(1)
+    home = torch.full((1, 1, 8), 256, dtype=torch.bfloat16)
+    peers.add_matrices(torch.tensor([[0, 1]], dtype=torch.int32), 1, home)
+    assert (home == 258).all()
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -81,7 +138,8 @@ from megatron_echo.dispatch.transports import kernels
 
 for name, stored, summed, constants in {cases}:
     kernel = getattr(kernels, name)
-    types = {{"values": "*" + stored, "own": "*" + stored, "output": "*" + summed,
+    types = {{"matrices": "*" + stored, "home": "*" + summed, "source": "*i32",
+             "values": "*" + stored, "own": "*" + stored, "output": "*" + summed,
              "offsets": "*i64", "places": "*i32", "tokens": "i32", "stride": "i32"}}
     signature = {{argument: types.get(argument, "constexpr") for argument in kernel.arg_names}}
     pointers = [n for n, word in enumerate(signature.values()) if word.startswith("*")]
@@ -103,6 +161,8 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
         constants = sum_constants(columns, DTYPES[name].itemsize, terms)
         cases.append(("_put_rows_kernel", name, "fp32", constants))
         cases.append(("_pull_rows_kernel", name, "fp32", constants))
+    cases.append(("_put_matrices_kernel", "bf16", "bf16", matrix_constants(4096 * 7168, 2)))
+    cases.append(("_add_matrices_kernel", "bf16", "bf16", matrix_constants(4096 * 7168, 2, 8)))
     with_full_rows = len(cases)
     cases.append(("_put_rows_kernel", "i64", "i64", sum_constants(40, 8, 64)))
     cases.append(("_pull_rows_kernel", "fp32", "fp32", sum_constants(1, 4, 1)))

@@ -63,7 +63,7 @@ class OneRank(WeightTransport):
 
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: HostCopy | None) -> Tensor:
         experts = len(grads) - slot_expert.shape[1]
-        return grads[:experts].index_add_(0, slot_expert[0], grads[experts:].clone())
+        return grads[:experts].index_add_(0, slot_expert[0], grads[experts:])
 
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
         return 0
@@ -113,6 +113,18 @@ def test_exact_sums_are_the_bits_of_torch(
             assert torch.equal(result, reference)
         matrices = [len(stack) for stack in pool.stacks]
         assert matrices == ([SLOTS] if has_clones else [])
+
+
+@pytest.mark.parametrize("ends", [[4, 9, 16, 20, 24], [0, 9, 9, 9, 20], [0, 0, 0, 24, 24]])
+def test_clones_where_they_lie(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: torch multiplies home rows, the kernel those of clones; no copy of the home."""
+    expected, _ = linear(TorchGemm(), torch.bfloat16, ends, has_clones=True)
+    monkeypatch.setattr(grouped_linear_module, "_has_kernel_for_clones", lambda weight: True)
+    for keep in (True, False):
+        results, pool = linear(TorchGemm(), torch.bfloat16, ends, has_clones=True, keep=keep)
+        for result, reference in zip(results, expected, strict=True):
+            assert torch.equal(result, reference)
+        assert [len(stack) for stack in pool.stacks] == [SLOTS]
 
 
 def test_gradients_of_clones_are_rounded_once() -> None:

@@ -122,8 +122,9 @@ def check_spoiled() -> None:
             same_bits(result, clean)
     buffers = PeerBuffers.of(first.config, first.ep_group)
     assert buffers is PeerBuffers.of(second.config, second.ep_group)
-    # rows and probabilities there, rows and probabilities' gradients back; without gradients rows
-    assert len(buffers.rows) == 4 + 3
+    # rows, probabilities and leads there, rows and probabilities' gradients back; in evaluation no
+    # gradients
+    assert len(buffers.rows) == 5 + 4
     assert buffers.nbytes == sum(rows.own.nbytes for rows in buffers.rows)
 
 

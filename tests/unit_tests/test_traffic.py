@@ -1,0 +1,86 @@
+"""The counts of ``benchmarks/traffic.py``: against sizes worked out by hand, and its command."""
+
+import sys
+
+import launch
+import pytest
+import torch
+
+sys.path.insert(0, str(launch.ROOT / "benchmarks"))
+
+traffic = pytest.importorskip("traffic")
+SHAPE = traffic.Shape(hidden=64, ffn=32, experts=16, topk=2)
+RANKS, ROW = 8, 64 * 2  # bytes of a token in bf16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks():  # type: ignore[no-untyped-def]
+    with traffic.pretended_ranks(RANKS):
+        yield
+
+
+def count(wire: str, slots: int = 0, weights: str = "collective") -> dict:
+    return traffic.count_layer(SHAPE, RANKS, slots, wire, weights)[1]
+
+
+def test_necessary_bytes() -> None:
+    """By a loop over the tokens of a routing without clones."""
+    chosen = traffic.choices(SHAPE, RANKS)
+    visits = sum(
+        len({expert // 2 for expert in token.tolist()} - {rank})
+        for rank, experts in enumerate(chosen)
+        for token in experts[:200]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traffic, "TOKENS", 200)
+        patch.setattr(traffic, "choices", lambda *_: chosen[:, :200])
+        drawn = traffic.routing.__wrapped__(SHAPE, RANKS, 0)
+    assert drawn.visits == visits / RANKS
+    assert drawn.necessary(SHAPE) == visits / RANKS * ROW * 4
+    assert drawn.node_visits == drawn.clones == 0
+
+
+def test_bytes_of_all_to_all() -> None:
+    """A place for each token at each other rank, four times; ids and probabilities beside it."""
+    counted = count("all_to_all")
+    tokens = (RANKS - 1) * traffic.TOKENS
+    assert tokens * ROW * 4 <= counted["link"] <= tokens * (ROW * 4 + 2 * (3 * 4 + 4))
+
+
+def test_symmetric_memory_sends_what_is_necessary() -> None:
+    """Beside it 24 bytes of a pair: probabilities, their gradients, and who leads (K = 2)."""
+    drawn = traffic.routing(SHAPE, RANKS, 2)
+    assert 0 < drawn.clones < 2
+    counted = count("symmetric_memory", 2, "symmetric_memory")["link"]
+    beside = drawn.away * (4 + 4 + 3 * 8)
+    assert counted == pytest.approx(drawn.necessary(SHAPE) + beside, rel=0.02)
+
+
+def test_slots_that_are_not_used_cost_nothing() -> None:
+    """With symmetric memory; and with collectives no operators."""
+    few, many = (count("symmetric_memory", slots, "symmetric_memory") for slots in (1, 2))
+    assert many["operators"] == few["operators"]
+    assert many["memory"] == pytest.approx(few["memory"], rel=0.05)
+    few, many = (count("all_gather", slots, "collective") for slots in (1, 2))
+    assert many["collectives"] == few["collectives"]
+
+
+def test_operators_of_megatron_are_counted_with_its_host_reads() -> None:
+    for wire, reads in (("Megatron alltoall", 5), ("Megatron allgather", 2)):
+        counted = count(wire)
+        assert counted["host_reads"] == reads
+        assert counted["collectives"] == 7
+        assert 40 < counted["operators"] < 80
+
+
+def test_an_operator_reads_and_writes_once() -> None:
+    from traffic_counter import Counter, Facts
+
+    with Counter(Facts(1, 4, 0, 4, 0, 0)) as counter:
+        left, right = torch.ones(8, 4), torch.ones(1, 4)
+        counter.reset()
+        total = left + right.expand(8, 4)
+        total[2:4].view(-1)
+        total.index_select(0, torch.zeros(2, dtype=torch.int64))
+    assert counter.count.operators == 3  # the index is one
+    assert counter.count.memory == (32 + 4 + 32) * 4 + 2 * 8 + (2 * 8 * 4 + 2 * 8)
