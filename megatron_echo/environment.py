@@ -9,7 +9,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
+import socket
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,6 +183,26 @@ def peer_memory_refusal(ranks: int) -> str | None:
         if symmetric_memory.get_backend(torch.device("cuda")) is None:
             return "needs a PyTorch with symmetric memory for CUDA. Use another transport."
     return None
+
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def machine_number() -> int:
+    """A number below 2^32 of this machine since it was started."""
+    boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
+    return zlib.crc32((socket.gethostname() + boot).encode())
+
+
+def has_peer_memory() -> bool:
+    """Whether this process's GPU reaches the memory of the others that it sees."""
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    if symmetric_memory.get_backend(torch.device("cuda")) is None:
+        return False
+    here = torch.cuda.current_device()
+    others = (other for other in range(torch.cuda.device_count()) if other != here)
+    return all(torch.cuda.can_device_access_peer(here, other) for other in others)
 
 
 def versions() -> dict[str, str | None]:

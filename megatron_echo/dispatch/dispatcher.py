@@ -28,6 +28,7 @@ from megatron_echo.dispatch.transports import (
     SymmetricMemoryTransport,
     SymmetricMemoryWeights,
     TokenTransport,
+    Transports,
     WeightTransport,
 )
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
@@ -132,8 +133,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
         self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
-        self._transport = self._make_transport()
-        self._weights = self._make_weight_transport()
+        self._ways = Transports.of(config, config, self.ep_group)
+        self._transport = self._make_transport(self._ways.tokens)
+        self._weights = self._make_weight_transport(self._ways.weights)
         self._step_end = StepEnd.of(config)
         self._is_traced = self.ep_rank == 0 and get_pg_rank(pg_collection.expt_dp) == 0
         self._stage = get_pg_rank(pg_collection.pp)
@@ -141,8 +143,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self.role = Role.RECORDED
         self.layer_number = 0
 
-    def _make_transport(self) -> TokenTransport:
-        way = echo_setting(self.config, "moe_echo_token_transport")
+    def _make_transport(self, way: str) -> TokenTransport:
         sizes = (self.num_groups, self._alignment)
         if way == "all_gather":
             return AllGatherTransport(self.ep_group, *sizes)
@@ -153,8 +154,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
         return AllToAllTransport(self.ep_group, *sizes, peer_capacity)
 
-    def _make_weight_transport(self) -> WeightTransport:
-        way = echo_setting(self.config, "moe_echo_expert_dispatcher_type")
+    def _make_weight_transport(self, way: str) -> WeightTransport:
         if way == "symmetric_memory" and self._slots > 0:
             buffers = PeerBuffers.of(self.config, self.ep_group)
             return SymmetricMemoryWeights(buffers, self._local)
@@ -188,6 +188,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
         """
         experts = compact_routing(routing_map, self._topk)
+        self._ways.announce(len(experts), self._slots)
         self._step_end.overflow.record_tokens(len(experts), self.ep_group)
         call = _Call(hidden_states.shape, hidden_states.dtype, experts)
         self._call = call = self._with_plan(call)

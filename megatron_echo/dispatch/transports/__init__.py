@@ -2,6 +2,7 @@
 
 from megatron_echo.dispatch.transports.all_gather import AllGatherTransport
 from megatron_echo.dispatch.transports.all_to_all import AllToAllTransport
+from megatron_echo.dispatch.transports.automatic import Transports
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.hybrid_ep import HybridEPBuffers, HybridEPTransport
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
@@ -25,5 +26,6 @@ __all__ = [
     "SymmetricMemoryTransport",
     "SymmetricMemoryWeights",
     "TokenTransport",
+    "Transports",
     "WeightTransport",
 ]
