@@ -69,6 +69,18 @@ def find_hybrid_ep() -> Any:
     return buffer if "non_blocking" in parameters else None
 
 
+_OLDEST_NCCL_EP = (2, 30, 4)
+
+
+def find_nccl_ep() -> Any:
+    """Megatron's module over NCCL EP; None where Transformer Engine or NCCL is too old for it."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    if fused_a2a.new_nccl_ep_buffer is None or torch.cuda.nccl.version() < _OLDEST_NCCL_EP:
+        return None
+    return fused_a2a
+
+
 HAVE_TRANSFORMER_ENGINE = _find_transformer_engine()
 HAVE_APEX = _find_apex()
 HAVE_MASKED_SOFTMAX_KERNEL = importlib.util.find_spec("scaled_masked_softmax_cuda") is not None

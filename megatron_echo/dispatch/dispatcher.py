@@ -23,6 +23,8 @@ from megatron_echo.dispatch.transports import (
     Delivery,
     HybridEPBuffers,
     HybridEPTransport,
+    NcclEPContext,
+    NcclEPTransport,
     PeerBuffers,
     PeerToPeerWeights,
     SymmetricMemoryTransport,
@@ -149,6 +151,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             return AllGatherTransport(self.ep_group, *sizes)
         if way == "hybrid_ep":
             return HybridEPTransport(HybridEPBuffers.of(self.config, self.ep_group), *sizes)
+        if way == "nccl_ep":
+            return NcclEPTransport(NcclEPContext.of(self.config, self.ep_group), *sizes)
         if way == "symmetric_memory":
             return SymmetricMemoryTransport(PeerBuffers.of(self.config, self.ep_group), *sizes)
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")

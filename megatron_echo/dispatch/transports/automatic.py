@@ -6,21 +6,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_echo.compatibility import engine_refusal
 from megatron_echo.config import echo_setting
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
-from megatron_echo.environment import (
-    find_hybrid_ep,
-    has_peer_memory,
-    machine_number,
-)
+from megatron_echo.environment import has_peer_memory, machine_number
 from megatron_echo.per_model import PerModel
 
-ENGINES = ("hybrid_ep",)
+ENGINES = ("hybrid_ep", "nccl_ep")
 """Token transports of others, the one to be preferred first."""
 
 INSTALL = {
     "hybrid_ep": "DeepEP's branch hybrid-ep",
+    "nccl_ep": "Transformer Engine >= 2.20 with NCCL EP and NCCL >= 2.30.4",
 }
 
 
@@ -33,7 +31,7 @@ class Topology:
         has_nccl: the group's tensors are on GPUs.
         is_one_machine: all ranks run on one machine.
         has_peer_memory: each GPU reaches the memory of the others of its machine.
-        engines: those of :data:`ENGINES` that all ranks have and whose dtype this is.
+        engines: those of :data:`ENGINES` that all ranks can use with their flags.
     """
 
     ranks: int
@@ -48,13 +46,12 @@ class Topology:
         return self.is_one_machine and self.has_peer_memory
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, dtype: torch.dtype) -> "Topology":
+    def of(cls, group: dist.ProcessGroup, config: Any) -> "Topology":
         """Ask all ranks of a group; they call it together, and on GPUs the host waits once."""
         ranks = group.size()
         if ranks == 1 or "nccl" not in str(dist.get_backend_config(group)):
             return cls(ranks, has_nccl=False)
-        found = {"hybrid_ep": find_hybrid_ep()}
-        lacks = [int(dtype != torch.bfloat16 or found[engine] is None) for engine in ENGINES]
+        lacks = [int(engine_refusal(engine, config) is not None) for engine in ENGINES]
         machine = machine_number()
         device = torch.device("cuda", torch.cuda.current_device())
         most, least, lacks_peers, *lacks = highest(
@@ -146,7 +143,7 @@ class Transports(PerModel):
         self.tokens = echo_setting(config, "moe_echo_token_transport")
         self.weights = echo_setting(config, "moe_echo_expert_dispatcher_type")
         if "auto" in (self.tokens, self.weights):
-            self._topology = Topology.of(group, config.params_dtype)
+            self._topology = Topology.of(group, config)
             has_graph = config.cuda_graph_impl != "none"
             tokens, weights = choose(self._topology, config.params_dtype, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens

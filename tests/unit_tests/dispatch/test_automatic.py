@@ -10,6 +10,7 @@ import torch.distributed as dist
 from moe_cases import layer_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_echo import compatibility
 from megatron_echo.dispatch.transports import automatic
 from megatron_echo.dispatch.transports.automatic import Topology, Transports, choose, token_bytes
 
@@ -18,7 +19,8 @@ CPU = Topology(8, has_nccl=False)
 LINKED = Topology(8, True, has_peer_memory=True)
 UNLINKED = Topology(8, True)
 NODES = Topology(16, True, is_one_machine=False, has_peer_memory=True)
-ENGINE = Topology(16, True, False, True, ("hybrid_ep",))
+NCCL_EP = Topology(16, True, False, True, ("nccl_ep",))
+BOTH = Topology(16, True, False, True, ("hybrid_ep", "nccl_ep"))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,8 @@ ENGINE = Topology(16, True, False, True, ("hybrid_ep",))
         (UNLINKED, BF16, "all_to_all", "p2p", "collective"),
         (NODES, BF16, "all_to_all", "p2p", "collective"),
         (NODES, FP32, "all_gather", "p2p", "collective"),
-        (ENGINE, BF16, "hybrid_ep", "p2p", "collective"),
+        (NCCL_EP, BF16, "nccl_ep", "p2p", "collective"),
+        (BOTH, BF16, "hybrid_ep", "p2p", "collective"),
     ],
 )
 def test_what_is_chosen(
@@ -67,9 +70,10 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, others: list[int] | None = None, **found: Any) -> None:
     """GPUs over NCCL; what another rank has, in the order in which ranks tell each other."""
-    mine = {"has_peer_memory": True, "find_hybrid_ep": None, **found}
-    for name, value in mine.items():
-        monkeypatch.setattr(automatic, name, lambda value=value: value)
+    for name, value in {"find_hybrid_ep": None, "find_nccl_ep": None, **found}.items():
+        if name != "has_peer_memory":
+            monkeypatch.setattr(compatibility, name, lambda value=value: value)
+    monkeypatch.setattr(automatic, "has_peer_memory", lambda: found.get("has_peer_memory", True))
     monkeypatch.setattr(automatic, "machine_number", lambda: 7)
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -84,30 +88,31 @@ def pretend(monkeypatch: pytest.MonkeyPatch, others: list[int] | None = None, **
     ("found", "others", "dtype", "expected"),
     [
         ({}, None, BF16, Topology(8, True, True, True)),
-        ({}, [9, -9, 0, 1], BF16, Topology(8, True, False, True)),
-        ({}, [7, -7, 1, 1], BF16, Topology(8, True, True, False)),
-        ({"has_peer_memory": False}, [7, -7, 0, 1], BF16, Topology(8, True, True, False)),
-        ({"find_hybrid_ep": 1}, [9, -9, 0, 0], BF16,
-         Topology(8, True, False, True, ("hybrid_ep",))),
-        ({"find_hybrid_ep": 1}, [9, -9, 0, 1], BF16, Topology(8, True, False, True)),
+        ({}, [9, -9, 0, 1, 1], BF16, Topology(8, True, False, True)),
+        ({}, [7, -7, 1, 1, 1], BF16, Topology(8, True, True, False)),
+        ({"has_peer_memory": False}, [7, -7, 0, 1, 1], BF16, Topology(8, True, True, False)),
+        ({"find_nccl_ep": 1}, [9, -9, 0, 1, 0], BF16, Topology(8, True, False, True, ("nccl_ep",))),
+        ({"find_nccl_ep": 1}, [9, -9, 0, 0, 1], BF16, Topology(8, True, False, True)),
+        ({"find_hybrid_ep": 1, "find_nccl_ep": 1}, None, BF16,
+         Topology(8, True, True, True, ("hybrid_ep", "nccl_ep"))),
         ({"find_hybrid_ep": 1}, None, FP32, Topology(8, True, True, True)),
     ],
     ids=["linked", "nodes", "one lacks links", "this lacks links", "an engine",
-         "an engine that one lacks", "fp32"],
+         "an engine that one lacks", "two engines", "fp32"],
 )  # fmt: skip
 def test_ranks_decide_by_what_all_have(
     found: dict[str, Any], others: list[int] | None, dtype: torch.dtype, expected: Topology,
     group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     pretend(monkeypatch, others, **found)
-    assert Topology.of(group, dtype) == expected
+    assert Topology.of(group, layer_config(8, 2, dtype)) == expected
 
 
 def test_without_nccl_nothing_is_asked(group: dist.ProcessGroup) -> None:
     """Nor by a word of the flags, nor twice in a model."""
     with mock.patch.object(automatic, "highest", side_effect=AssertionError):
-        assert Topology.of(group, BF16) == Topology(8, has_nccl=False)
         config = layer_config(8, 2, BF16)
+        assert Topology.of(group, config) == Topology(8, has_nccl=False)
         ways = Transports.of(config, config, group)
         assert (ways.tokens, ways.weights) == ("all_gather", "collective")
         assert Transports.of(config, config, group) is ways
@@ -135,11 +140,12 @@ def test_what_is_said(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch)
     assert line_of(group).endswith(
         "Chosen by auto: one machine whose GPUs reach each other's memory."
     )
-    pretend(monkeypatch, [9, -9, 0, 1])
+    pretend(monkeypatch, [9, -9, 0, 1, 1])
     assert line_of(group).endswith(
-        "several machines, engines found: none. Better: hybrid_ep (DeepEP's branch hybrid-ep)."
+        "several machines, engines found: none. Better: hybrid_ep (DeepEP's branch hybrid-ep), or "
+        "nccl_ep (Transformer Engine >= 2.20 with NCCL EP and NCCL >= 2.30.4)."
     )
-    pretend(monkeypatch, [9, -9, 0, 0], find_hybrid_ep=1)
+    pretend(monkeypatch, [9, -9, 0, 0, 1], find_hybrid_ep=1)
     assert line_of(group).endswith("several machines, engines found: hybrid_ep.")
     pretend(monkeypatch, has_peer_memory=False)
     assert "Chosen by auto: one machine without peer memory" in line_of(group)
