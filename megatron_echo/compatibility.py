@@ -7,6 +7,9 @@ and makes ``docs/flags.md`` of them.
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from megatron_echo.environment import find_hybrid_ep, find_nccl_ep
 from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS
 
 _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
@@ -187,6 +190,64 @@ def _is_sinkhorn(config: Any) -> bool:
 def settings_taken_over(config: Any) -> list[str]:
     """What a user should know about accepted settings, a line each."""
     return [note for applies, note in _TAKEN_OVER if applies(config)]
+
+
+_ENGINE: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda c: c.expert_model_parallel_size == 1,
+        "has no other rank to send to. Use all_gather, or a larger expert-parallel size.",
+    ),
+    (
+        lambda c: c.params_dtype != torch.bfloat16,
+        "adds in bf16, not {config.params_dtype}. Use --bf16, or all_to_all.",
+    ),
+)
+"""With ``--moe-echo-token-transport hybrid_ep`` or ``nccl_ep``."""
+
+_NCCL_EP: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda c: getattr(c, "moe_echo_check_every", 0) > 0,
+        "has one number of experts in a process. Leave --moe-echo-check-every out.",
+    ),
+    (
+        lambda c: (rows := getattr(c, "moe_echo_row_alignment", 1)) & (rows - 1),
+        "aligns to powers of two, not {config.moe_echo_row_alignment}. Use another "
+        "--moe-echo-row-alignment.",
+    ),
+    (
+        # With another number evaluation needs more rows than training.
+        lambda c: (
+            getattr(c, "moe_received_token_capacity", None) is not None
+            or getattr(c, "moe_num_echo_experts", None) not in (None, 0, c.num_moe_experts)
+        ),
+        "has one size of buffer, for training and evaluation. Leave --moe-received-token-capacity "
+        "out, and use --moe-num-echo-experts {config.num_moe_experts} or 0.",
+    ),
+)
+"""Besides, with ``nccl_ep``."""
+
+
+def engine_refusal(way: str, config: Any) -> str | None:
+    """Why a token transport of others cannot be used here, and what to do; None if it can.
+
+    Args:
+        way: ``hybrid_ep`` or ``nccl_ep``.
+        config: the transformer's configuration.
+    """
+    for refused, reason in (*_ENGINE, *(_NCCL_EP if way == "nccl_ep" else ())):
+        if refused(config):
+            return reason.format(config=config)
+    if way == "hybrid_ep" and find_hybrid_ep() is None:
+        return (
+            "needs DeepEP with HybridEPBuffer, and a version that takes non_blocking. Install the "
+            "branch hybrid-ep of https://github.com/deepseek-ai/DeepEP, or use all_to_all."
+        )
+    if way == "nccl_ep" and find_nccl_ep() is None:
+        return (
+            "needs Transformer Engine with NCCL EP, and NCCL 2.30.4. Install Transformer Engine "
+            "2.20 built with NVTE_BUILD_WITH_NCCL_EP=1, or use all_to_all."
+        )
+    return None
 
 
 def config_refusal(config: Any) -> str | None:

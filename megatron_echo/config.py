@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from megatron_echo.compatibility import config_refusal
-from megatron_echo.environment import find_hybrid_ep, interprets_triton, peer_memory_refusal
+from megatron_echo.compatibility import config_refusal, engine_refusal
+from megatron_echo.environment import interprets_triton, peer_memory_refusal
 from megatron_echo.flags import (
     flag,
     flag_name,
@@ -59,18 +59,9 @@ def _check_peer_memory(value: str, config: Any) -> str | None:
 
 
 def _check_token_transport(value: str, config: Any) -> str | None:
-    if value != "hybrid_ep":
-        return _check_peer_memory(value, config)
-    if config.expert_model_parallel_size == 1:
-        return "has no other rank to send to. Use all_gather, or a larger expert-parallel size."
-    if config.params_dtype != torch.bfloat16:
-        return f"adds in bf16, not {config.params_dtype}. Use --bf16, or all_to_all."
-    if find_hybrid_ep() is None:
-        return (
-            "needs DeepEP with HybridEPBuffer, and a version that takes non_blocking. Install the "
-            "branch hybrid-ep of https://github.com/deepseek-ai/DeepEP, or use all_to_all."
-        )
-    return None
+    if value in ("hybrid_ep", "nccl_ep"):
+        return engine_refusal(value, config)
+    return _check_peer_memory(value, config)
 
 
 def _check_peer_capacity(value: float, config: Any) -> str | None:
@@ -104,7 +95,7 @@ def _check_skew(value: float, config: Any) -> str | None:
 
 def _check_expert_dispatcher(value: str, config: Any) -> str | None:
     if value == "p2p" and config.cuda_graph_impl != "none":
-        return "reads the plan on the host, which a CUDA graph cannot. Use collective."
+        return "reads the plan on the host, which a CUDA graph cannot. Use auto."
     return _check_peer_memory(value, config)
 
 
@@ -193,15 +184,15 @@ class EchoConfigMixin:
         choices=("raise", "drop"),
     )
     moe_echo_token_transport: str = flag(
-        "all_gather",
-        "How tokens reach the ranks that compute them. all_gather: every rank gets every token. "
-        "all_to_all: each token is sent once to each rank that computes one of its experts, in "
-        "equal parts. hybrid_ep: by DeepEP's HybridEP kernels, where deep_ep is installed. "
-        "symmetric_memory: each token is written straight into the rows where its experts compute "
-        "it; for ranks of one machine.",
+        "auto",
+        "How tokens reach the ranks that compute them. auto: by the topology, and says what. "
+        "all_gather: every rank gets every token. all_to_all: each token is sent once to each rank "
+        "that computes one of its experts, in equal parts. hybrid_ep: by DeepEP's HybridEP "
+        "kernels. nccl_ep, experimental: by those of NCCL EP. symmetric_memory: each token is "
+        "written straight into the rows where its experts compute it; for ranks of one machine.",
         group="echo",
         check=_check_token_transport,
-        choices=("all_gather", "all_to_all", "hybrid_ep", "symmetric_memory"),
+        choices=("auto", "all_gather", "all_to_all", "hybrid_ep", "nccl_ep", "symmetric_memory"),
     )
     moe_echo_peer_capacity: float = flag(
         1.0,
@@ -274,14 +265,14 @@ class EchoConfigMixin:
         group="echo",
     )
     moe_echo_expert_dispatcher_type: str = flag(
-        "collective",
-        "How weights of clones travel. collective: static exchanges, one for each slot. p2p: only "
-        "the slots in use, for which the host reads each plan; not within CUDA graphs. "
-        "symmetric_memory: only the slots in use, read by the ranks that want them; for ranks of "
-        "one machine.",
+        "auto",
+        "How weights of clones travel. auto: by the topology, and says what. collective: for each "
+        "slot an expert between each two ranks, in use or not. p2p: only the slots in use, for "
+        "which the host reads each plan; not within CUDA graphs. symmetric_memory: only the slots "
+        "in use, read by the ranks that want them; for ranks of one machine.",
         group="echo",
         check=_check_expert_dispatcher,
-        choices=("collective", "p2p", "symmetric_memory"),
+        choices=("auto", "collective", "p2p", "symmetric_memory"),
     )
     moe_echo_check_every: int = flag(
         0,

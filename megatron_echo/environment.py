@@ -9,7 +9,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
+import socket
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +67,18 @@ def find_hybrid_ep() -> Any:
         return None
     parameters = inspect.signature(buffer.dispatch_with_permute).parameters
     return buffer if "non_blocking" in parameters else None
+
+
+_OLDEST_NCCL_EP = (2, 30, 4)
+
+
+def find_nccl_ep() -> Any:
+    """Megatron's module over NCCL EP; None where Transformer Engine or NCCL is too old for it."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    if fused_a2a.new_nccl_ep_buffer is None or torch.cuda.nccl.version() < _OLDEST_NCCL_EP:
+        return None
+    return fused_a2a
 
 
 HAVE_TRANSFORMER_ENGINE = _find_transformer_engine()
@@ -180,6 +195,26 @@ def peer_memory_refusal(ranks: int) -> str | None:
         if symmetric_memory.get_backend(torch.device("cuda")) is None:
             return "needs a PyTorch with symmetric memory for CUDA. Use another transport."
     return None
+
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def machine_number() -> int:
+    """A number below 2^32 of this machine since it was started."""
+    boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
+    return zlib.crc32((socket.gethostname() + boot).encode())
+
+
+def has_peer_memory() -> bool:
+    """Whether this process's GPU reaches the memory of the others that it sees."""
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    if symmetric_memory.get_backend(torch.device("cuda")) is None:
+        return False
+    here = torch.cuda.current_device()
+    others = (other for other in range(torch.cuda.device_count()) if other != here)
+    return all(torch.cuda.can_device_access_peer(here, other) for other in others)
 
 
 def versions() -> dict[str, str | None]:

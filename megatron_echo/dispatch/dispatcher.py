@@ -23,11 +23,14 @@ from megatron_echo.dispatch.transports import (
     Delivery,
     HybridEPBuffers,
     HybridEPTransport,
+    NcclEPContext,
+    NcclEPTransport,
     PeerBuffers,
     PeerToPeerWeights,
     SymmetricMemoryTransport,
     SymmetricMemoryWeights,
     TokenTransport,
+    Transports,
     WeightTransport,
 )
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
@@ -139,8 +142,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
         self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
-        self._transport = self._make_transport()
-        self._weights = self._make_weight_transport()
+        self._ways = Transports.of(config, config, self.ep_group)
+        self._transport = self._make_transport(self._ways.tokens)
+        self._weights = self._make_weight_transport(self._ways.weights)
         self._step_end = StepEnd.of(config)
         places = (self.ep_rank, self.tp_rank, get_pg_rank(pg_collection.expt_dp))
         self._is_traced = places == (0, 0, 0)
@@ -149,21 +153,21 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self.role = Role.RECORDED
         self.layer_number = 0
 
-    def _make_transport(self) -> TokenTransport:
-        way = echo_setting(self.config, "moe_echo_token_transport")
+    def _make_transport(self, way: str) -> TokenTransport:
         sizes = (self.num_groups, self._alignment)
         if way == "all_gather":
             is_wide = echo_setting(self.config, "moe_echo_fp32_sums_on_the_wire")
             return AllGatherTransport(self.ep_group, *sizes, is_wide)
         if way == "hybrid_ep":
             return HybridEPTransport(HybridEPBuffers.of(self.config, self.ep_group), *sizes)
+        if way == "nccl_ep":
+            return NcclEPTransport(NcclEPContext.of(self.config, self.ep_group), *sizes)
         if way == "symmetric_memory":
             return SymmetricMemoryTransport(PeerBuffers.of(self.config, self.ep_group), *sizes)
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
         return AllToAllTransport(self.ep_group, *sizes, peer_capacity)
 
-    def _make_weight_transport(self) -> WeightTransport:
-        way = echo_setting(self.config, "moe_echo_expert_dispatcher_type")
+    def _make_weight_transport(self, way: str) -> WeightTransport:
         if way == "symmetric_memory" and self._slots > 0:
             buffers = PeerBuffers.of(self.config, self.ep_group)
             return SymmetricMemoryWeights(buffers, self._local)
@@ -198,6 +202,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """
         own = compact_routing(routing_map, self._topk)
         experts = all_gather(own, self.tp_group)
+        self._ways.announce(len(experts), self._slots)
         self._step_end.overflow.record_tokens(len(experts), self.ep_group)
         call = _Call(hidden_states.shape, hidden_states.dtype, experts)
         self._call = call = self._with_plan(call)

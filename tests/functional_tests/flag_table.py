@@ -108,7 +108,7 @@ ROWS = (
     Row("whole-step CUDA graph, spiky losses looked for", {**GRAPH, "check_for_spiky_loss": True},
         "cannot look at the loss inside a graph."),
     Row("whole-step CUDA graph, weights of clones by p2p",
-        {**GRAPH, "moe_echo_expert_dispatcher_type": "p2p"}, "Use collective."),
+        {**GRAPH, "moe_echo_expert_dispatcher_type": "p2p"}, "Use auto."),
     Row("whole-step CUDA graph and our own check", {**GRAPH, "moe_echo_check_every": 1},
         "adds work in some steps, which a CUDA graph cannot."),
     Row("asynchronous saving", {"async_save": True, "save": "{folder}", "save_interval": 1}),

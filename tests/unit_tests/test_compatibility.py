@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_echo import compatibility
 
@@ -21,7 +22,8 @@ PLAIN = SimpleNamespace(
     use_torch_fsdp2=False, use_megatron_fsdp=False, moe_use_upcycling=False,
     optimizer_cuda_graph=False, overlap_param_gather=False, fp16=False, rampup_batch_size=None,
     step_batch_size_schedule=None, check_for_spiky_loss=False, timing_log_level=0,
-    log_straggler=False,
+    log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
+    moe_echo_row_alignment=16, moe_received_token_capacity=None,
 )  # fmt: skip
 GRAPH = {"cuda_graph_impl": "full_iteration"}
 OF_CONFIG = (
@@ -55,6 +57,12 @@ OF_GRAPHS = (
     {"check_for_spiky_loss": True}, {"timing_log_level": 1}, {"log_straggler": True},
 )  # fmt: skip
 
+OF_ENGINES = ({"expert_model_parallel_size": 1}, {"params_dtype": torch.float32})
+OF_NCCL_EP = (
+    {"moe_echo_check_every": 5}, {"moe_echo_row_alignment": 48},
+    {"moe_received_token_capacity": 1.5}, {"moe_num_echo_experts": 4},
+)  # fmt: skip
+
 
 def fired(table: tuple, setting: dict) -> set[int]:
     namespace = SimpleNamespace(**vars(PLAIN) | setting)
@@ -68,8 +76,10 @@ def fired(table: tuple, setting: dict) -> set[int]:
         (compatibility._TAKEN_OVER, TAKEN_OVER),
         (compatibility._ARGUMENTS, OF_ARGUMENTS),
         (compatibility._WHOLE_STEP_GRAPH, OF_GRAPHS),
+        (compatibility._ENGINE, OF_ENGINES),
+        (compatibility._NCCL_EP, OF_NCCL_EP),
     ],
-    ids=["config", "taken over", "arguments", "graphs"],
+    ids=["config", "taken over", "arguments", "graphs", "engines", "nccl_ep"],
 )
 def test_every_row_fires(table: tuple, settings: tuple[dict, ...]) -> None:
     assert fired(table, {}) == set()

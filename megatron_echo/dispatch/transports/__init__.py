@@ -2,8 +2,10 @@
 
 from megatron_echo.dispatch.transports.all_gather import AllGatherTransport
 from megatron_echo.dispatch.transports.all_to_all import AllToAllTransport
+from megatron_echo.dispatch.transports.automatic import Transports
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.hybrid_ep import HybridEPBuffers, HybridEPTransport
+from megatron_echo.dispatch.transports.nccl_ep import NcclEPContext, NcclEPTransport
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 from megatron_echo.dispatch.transports.symmetric_memory import SymmetricMemoryTransport
 from megatron_echo.dispatch.transports.weights import (
@@ -20,10 +22,13 @@ __all__ = [
     "Delivery",
     "HybridEPBuffers",
     "HybridEPTransport",
+    "NcclEPContext",
+    "NcclEPTransport",
     "PeerBuffers",
     "PeerToPeerWeights",
     "SymmetricMemoryTransport",
     "SymmetricMemoryWeights",
     "TokenTransport",
+    "Transports",
     "WeightTransport",
 ]

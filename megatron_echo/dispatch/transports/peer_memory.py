@@ -7,9 +7,7 @@ a laptop. One rank, and meta tensors, have plain memory.
 
 import os
 import secrets
-import socket
 import tempfile
-import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,8 @@ from torch import Tensor
 
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.permute import add_rows, sum_rows
-from megatron_echo.environment import on_gpu
+from megatron_echo.environment import machine_number, on_gpu
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NOT_SHARED = (
     "symmetric_memory needs expert-parallel ranks on one machine that reach each other's memory, "
     "and these {fault}. Use another transport, or a smaller --expert-model-parallel-size."
@@ -279,7 +276,7 @@ def peer_memory(group: dist.ProcessGroup) -> PeerMemory:
     return memory
 
 
-def _highest(values: list[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
+def highest(values: list[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
     """Of each value the largest on any rank; the host waits."""
     tensor = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
@@ -288,11 +285,10 @@ def _highest(values: list[int], group: dist.ProcessGroup, device: torch.device) 
 
 def _common_number(group: dist.ProcessGroup, device: torch.device) -> int:
     """A random number below 2^52 that all ranks know; fails on all if a machine is not theirs."""
-    boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
-    machine = zlib.crc32((socket.gethostname() + boot).encode())
+    machine = machine_number()
     chosen = secrets.randbits(52) if group.rank() == 0 else 0
-    highest, lowest, number = _highest([machine, -machine, chosen], group, device)
-    if highest != -lowest:
+    most, least, number = highest([machine, -machine, chosen], group, device)
+    if most != -least:
         raise ValueError(_NOT_SHARED.format(fault="are on several"))
     return number
 
@@ -306,11 +302,11 @@ def _check_shared(
         rows = memory.allocate(2, 1, torch.float64)
     except (OSError, RuntimeError) as error:
         cause = error
-    is_failure = _highest([rows is None], group, device)[0]
+    is_failure = highest([rows is None], group, device)[0]
     if rows is not None and not is_failure:
         rows.offer(rows.own.new_full((1, 1), number if group.rank() == 0 else 0))
         memory.barrier()
         seen = rows.pull(torch.zeros(1, 1, dtype=torch.int32, device=device)).item()
-        is_failure = _highest([seen != number], group, device)[0]
+        is_failure = highest([seen != number], group, device)[0]
     if is_failure:
         raise ValueError(_NOT_SHARED.format(fault="do not")) from cause

@@ -29,6 +29,19 @@ def test_the_results_of_all_gather(ranks: int) -> None:
     print(launch.run(["the_results_of_all_gather"], ranks, script=WORKER).check().output)
 
 
+@pytest.mark.parametrize(
+    ("check", "ranks"), [("the_results_of_all_gather", 2), ("overflow", 2), ("no_host_sync", 2)]
+)
+def test_nccl_ep(check: str, ranks: int) -> None:
+    """The same over Megatron's wrappers of NCCL EP."""
+    launch.run([check], ranks, script=WORKER, env={"NCCL_EP": "1"}).check()
+
+
+def test_without_nccl_ep() -> None:
+    with pytest.raises(ValueError, match=r"nccl_ep needs Transformer Engine .* Install .* 2\.20"):
+        EchoTransformerConfig(**{**FIELDS, "moe_echo_token_transport": "nccl_ep"})
+
+
 @pytest.mark.parametrize("check", ["overflow", "no_host_sync", "evaluation"])
 def test_two_ranks(check: str) -> None:
     launch.run([check], 2, script=WORKER).check()

@@ -1,0 +1,168 @@
+"""What auto transports are, by topology; what is said of them; and that ranks decide together."""
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from moe_cases import layer_config
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_echo import compatibility
+from megatron_echo.dispatch.transports import automatic
+from megatron_echo.dispatch.transports.automatic import Topology, Transports, choose, token_bytes
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CPU = Topology(8, has_nccl=False)
+LINKED = Topology(8, True, has_peer_memory=True)
+UNLINKED = Topology(8, True)
+NODES = Topology(16, True, is_one_machine=False, has_peer_memory=True)
+NCCL_EP = Topology(16, True, False, True, ("nccl_ep",))
+BOTH = Topology(16, True, False, True, ("hybrid_ep", "nccl_ep"))
+
+
+@pytest.mark.parametrize(
+    ("topology", "dtype", "tokens", "weights", "in_a_graph"),
+    [
+        (CPU, FP32, "all_gather", "collective", "collective"),
+        (CPU, BF16, "all_gather", "collective", "collective"),
+        (LINKED, BF16, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
+        (LINKED, FP32, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
+        (UNLINKED, BF16, "all_to_all", "p2p", "collective"),
+        (NODES, BF16, "all_to_all", "p2p", "collective"),
+        (NODES, FP32, "all_gather", "p2p", "collective"),
+        (NCCL_EP, BF16, "nccl_ep", "p2p", "collective"),
+        (BOTH, BF16, "hybrid_ep", "p2p", "collective"),
+    ],
+)
+def test_what_is_chosen(
+    topology: Topology, dtype: torch.dtype, tokens: str, weights: str, in_a_graph: str
+) -> None:
+    assert choose(topology, dtype, has_graph=False) == (tokens, weights)
+    assert choose(topology, dtype, has_graph=True) == (tokens, in_a_graph)
+
+
+def test_bytes_of_tokens() -> None:
+    """DeepSeek-V3's sizes, 4,096 tokens a rank, eight ranks, one pass."""
+    sizes = {
+        way: token_bytes(way, 8, 4096, 7168, 8, BF16)
+        for way in ("all_gather", "all_to_all", "hybrid_ep", "symmetric_memory")
+    }
+    row = 4096 * 7168 * 2
+    assert sizes == {
+        "all_gather": 7 * row * 3,  # back in fp32
+        "all_to_all": 7 * row * 2,
+        "hybrid_ep": 7 * row * 2,
+        "symmetric_memory": 8 * row * 2,
+    }
+    assert token_bytes("all_to_all", 8, 4096, 7168, 8, BF16, 0.5) == 7 * row
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """Eight pretended ranks, of which this is the first."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, others: list[int] | None = None, **found: Any) -> None:
+    """GPUs over NCCL; what another rank has, in the order in which ranks tell each other."""
+    for name, value in {"find_hybrid_ep": None, "find_nccl_ep": None, **found}.items():
+        if name != "has_peer_memory":
+            monkeypatch.setattr(compatibility, name, lambda value=value: value)
+    monkeypatch.setattr(automatic, "has_peer_memory", lambda: found.get("has_peer_memory", True))
+    monkeypatch.setattr(automatic, "machine_number", lambda: 7)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def highest(values: list[int], *_: Any) -> list[int]:
+        return [max(pair) for pair in zip(values, others or values, strict=True)]
+
+    monkeypatch.setattr(automatic, "highest", highest)
+
+
+@pytest.mark.parametrize(
+    ("found", "others", "dtype", "expected"),
+    [
+        ({}, None, BF16, Topology(8, True, True, True)),
+        ({}, [9, -9, 0, 1, 1], BF16, Topology(8, True, False, True)),
+        ({}, [7, -7, 1, 1, 1], BF16, Topology(8, True, True, False)),
+        ({"has_peer_memory": False}, [7, -7, 0, 1, 1], BF16, Topology(8, True, True, False)),
+        ({"find_nccl_ep": 1}, [9, -9, 0, 1, 0], BF16, Topology(8, True, False, True, ("nccl_ep",))),
+        ({"find_nccl_ep": 1}, [9, -9, 0, 0, 1], BF16, Topology(8, True, False, True)),
+        ({"find_hybrid_ep": 1, "find_nccl_ep": 1}, None, BF16,
+         Topology(8, True, True, True, ("hybrid_ep", "nccl_ep"))),
+        ({"find_hybrid_ep": 1}, None, FP32, Topology(8, True, True, True)),
+    ],
+    ids=["linked", "nodes", "one lacks links", "this lacks links", "an engine",
+         "an engine that one lacks", "two engines", "fp32"],
+)  # fmt: skip
+def test_ranks_decide_by_what_all_have(
+    found: dict[str, Any], others: list[int] | None, dtype: torch.dtype, expected: Topology,
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pretend(monkeypatch, others, **found)
+    assert Topology.of(group, layer_config(8, 2, dtype)) == expected
+
+
+def test_without_nccl_nothing_is_asked(group: dist.ProcessGroup) -> None:
+    """Nor by a word of the flags, nor twice in a model."""
+    with mock.patch.object(automatic, "highest", side_effect=AssertionError):
+        config = layer_config(8, 2, BF16)
+        assert Topology.of(group, config) == Topology(8, has_nccl=False)
+        ways = Transports.of(config, config, group)
+        assert (ways.tokens, ways.weights) == ("all_gather", "collective")
+        assert Transports.of(config, config, group) is ways
+
+
+def line_of(group: dist.ProcessGroup, slots: int = 4, **fields: Any) -> str:
+    config = layer_config(8, 2, BF16, hidden_size=1000, moe_ffn_hidden_size=500, **fields)
+    return Transports(config, group).line(1000, slots)
+
+
+def test_what_is_said(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was chosen, why, the bytes of a layer, and what would be better."""
+    text = line_of(group)
+    assert text.startswith("tokens by all_gather: at most 84.0 MB a rank and layer; weights of")
+    assert (
+        "by collective: 336.0 MB, whatever the plan; both passes. Chosen by auto, without NCCL."
+        in text
+    )
+    by_hand = {"moe_echo_token_transport": "all_to_all", "moe_echo_expert_dispatcher_type": "p2p"}
+    text = line_of(group, **by_hand)
+    assert "by all_to_all: at most 56.0 MB a rank and layer; weights of clones by p2p" in text
+    assert text.endswith(": 12.0 MB a clone in use; both passes.")
+    assert "clones" not in line_of(group, slots=0, **by_hand)
+    pretend(monkeypatch)
+    assert line_of(group).endswith(
+        "Chosen by auto: one machine whose GPUs reach each other's memory."
+    )
+    pretend(monkeypatch, [9, -9, 0, 1, 1])
+    assert line_of(group).endswith(
+        "several machines, engines found: none. Better: hybrid_ep (DeepEP's branch hybrid-ep), or "
+        "nccl_ep (Transformer Engine >= 2.20 with NCCL EP and NCCL >= 2.30.4)."
+    )
+    pretend(monkeypatch, [9, -9, 0, 0, 1], find_hybrid_ep=1)
+    assert line_of(group).endswith("several machines, engines found: hybrid_ep.")
+    pretend(monkeypatch, has_peer_memory=False)
+    assert "Chosen by auto: one machine without peer memory" in line_of(group)
+
+
+def test_it_is_said_once(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the first rank, and of ranks that are there."""
+    config = layer_config(8, 2, BF16)
+    Transports(config, group).announce(10, 0)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    ways = Transports(config, group)
+    ways.announce(10, 0)
+    ways.announce(10, 0)
+    assert capsys.readouterr().out == f"[megatron_echo] {ways.line(10, 0)}\n"
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    Transports(config, group).announce(10, 0)
+    assert capsys.readouterr().out == ""
