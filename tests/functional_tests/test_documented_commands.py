@@ -99,6 +99,8 @@ WAYS = (
         test=f"{FUNCTIONAL}/test_flag_table.py::test_the_page_is_up_to_date"),
     Way(r"python benchmarks/planner\.py",
         run="python benchmarks/planner.py --quick --output {tmp}/planner"),
+    Way(r"python benchmarks/planner_slots\.py",
+        run="python benchmarks/planner_slots.py --quick"),
     Way(r"python benchmarks/moe_layer\.py",
         run="python benchmarks/moe_layer.py --quick --no-training --output {tmp}/layer"),
     Way(r"python benchmarks/same_mathematics\.py.*",
