@@ -25,6 +25,7 @@ from megatron_echo.flags import (
     value_type,
 )
 from megatron_echo.loss_settings import RouterLossSettings
+from megatron_echo.planner.slots import auto_slots
 
 
 def _check_enable_echo(value: bool, config: Any) -> str | None:
@@ -157,19 +158,19 @@ class EchoConfigMixin:
     )
     moe_num_echo_experts: int | None = flag(
         None,
-        "Slots for cloned experts, in total over the expert-parallel group. The default, "
-        "--num-experts, gives each rank as many slots as it has experts of its own, with which "
-        "balance is always possible and nothing can overflow. 0 is the layer without clones.",
+        "Slots for cloned experts, in total over the expert-parallel group. The default, auto, is "
+        "a table: 6 a rank for 256 experts on 8 ranks, 2 on 64. As many as a rank has experts, "
+        "--num-experts in total, balance any routing and cannot overflow. 0: no clones.",
         group="echo",
         check=_check_num_echo_experts,
         metavar="N",
+        none_word="auto",
     )
     moe_received_token_capacity: float | None = flag(
         None,
         "Rows of each rank's receive buffer, in units of perfect balance: 1.0 holds the tokens of "
-        "one rank times the top-k. The default, auto, never overflows without clones or with the "
-        "default number of slots. With fewer slots it is 1.25, and a step that needs more "
-        "overflows.",
+        "one rank times the top-k. The default, auto, never overflows without clones or with as "
+        "many slots as experts. With fewer it is 1.25, and a step that needs more overflows.",
         group="echo",
         check=_check_capacity,
         metavar="X",
@@ -382,7 +383,7 @@ def num_clone_slots(config: Any) -> int:
     if ranks == 1 or config.num_moe_experts is None:
         return 0
     total = echo_setting(config, "moe_num_echo_experts")
-    return (config.num_moe_experts if total is None else total) // ranks
+    return auto_slots(ranks, config.num_moe_experts) if total is None else total // ranks
 
 
 AUTO_CAPACITY = 1.25

@@ -36,7 +36,7 @@ def test_values_reach_the_namespace() -> None:
 def test_a_word_for_a_number_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse("--moe-num-echo-experts", "many")
-    assert "--moe-num-echo-experts: invalid int value: 'many'" in capsys.readouterr().err
+    assert "--moe-num-echo-experts: invalid int or auto value: 'many'" in capsys.readouterr().err
 
 
 def test_heterogeneous_configuration_is_refused_by_name() -> None:

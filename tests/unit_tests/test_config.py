@@ -24,13 +24,24 @@ def test_fields_on_both_bases(config_class: type) -> None:
     assert isinstance(config, base)
 
 
-def test_slots_default_to_the_experts_of_a_rank() -> None:
+def test_slots_default_to_the_experts_of_a_rank_where_those_are_few() -> None:
     assert EchoTransformerConfig(**MOE, moe_enable_echo=True).num_echo_slots_per_rank == 2
     assert EchoTransformerConfig(**MOE).num_echo_slots_per_rank == 0
     zero = EchoTransformerConfig(**MOE, moe_enable_echo=True, moe_num_echo_experts=0)
     assert zero.num_echo_slots_per_rank == 0
     alone = {**MOE, "expert_model_parallel_size": 1}
     assert EchoTransformerConfig(**alone, moe_enable_echo=True).num_echo_slots_per_rank == 0
+
+
+def test_many_ranks_get_few_slots_each_and_a_buffer_for_them() -> None:
+    """Of DeepSeek-V3's 256 experts at EP=64, 2 slots a rank; of all of them, the plan's bound."""
+    large = {**MOE, "num_moe_experts": 256, "expert_model_parallel_size": 64}
+    config = EchoTransformerConfig(**large, moe_enable_echo=True)
+    assert config.num_echo_slots_per_rank == 2
+    assert token_capacity(config, 2) == 1.25
+    full = EchoTransformerConfig(**large, moe_enable_echo=True, moe_num_echo_experts=256)
+    assert full.num_echo_slots_per_rank == 4
+    assert token_capacity(full, 4) is None
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_a_word_that_argparse_cannot_read(monkeypatch: pytest.MonkeyPatch) -> No
 
     for words, message in (
         (["--moe-enable-ecko"], "unrecognized arguments: --moe-enable-ecko. See --help."),
-        (["--moe-num-echo-experts", "many"], "invalid int value: 'many'. See --help."),
+        (["--moe-num-echo-experts", "many"], "invalid int or auto value: 'many'. See --help."),
     ):
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moe.py", *words])
         with pytest.raises(ValueError, match=message):
