@@ -11,6 +11,7 @@ import torch
 
 from megatron_echo.environment import find_hybrid_ep, find_nccl_ep
 from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS
+from megatron_echo.planner.slots import auto_slots
 
 _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
@@ -183,6 +184,12 @@ _WHOLE_STEP_GRAPH: tuple[tuple[Callable[[Any], Any], str], ...] = (
 """With ``--cuda-graph-impl full_iteration``."""
 
 
+def _given_or_auto_slots(config: Any) -> int:
+    """``--moe-num-echo-experts``, or what stands for it where it is not given."""
+    total, ranks = getattr(config, "moe_num_echo_experts", None), config.expert_model_parallel_size
+    return ranks * auto_slots(ranks, config.num_moe_experts) if total is None else total
+
+
 def _is_sinkhorn(config: Any) -> bool:
     return "sinkhorn" in config.moe_router_load_balancing_type
 
@@ -218,7 +225,7 @@ _NCCL_EP: tuple[tuple[Callable[[Any], Any], str], ...] = (
         # With another number evaluation needs more rows than training.
         lambda c: (
             getattr(c, "moe_received_token_capacity", None) is not None
-            or getattr(c, "moe_num_echo_experts", None) not in (None, 0, c.num_moe_experts)
+            or _given_or_auto_slots(c) not in (0, c.num_moe_experts)
         ),
         "has one size of buffer, for training and evaluation. Leave --moe-received-token-capacity "
         "out, and use --moe-num-echo-experts {config.num_moe_experts} or 0.",

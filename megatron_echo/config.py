@@ -386,6 +386,18 @@ def num_clone_slots(config: Any) -> int:
     return auto_slots(ranks, config.num_moe_experts) if total is None else total // ranks
 
 
+def expert_width(config: Any) -> int:
+    """Width of the rows that experts take and give: H, or the latent width."""
+    return config.moe_latent_size or config.hidden_size
+
+
+def expert_elements(config: Any) -> int:
+    """Elements of an expert's weights on a rank, or of its slice there."""
+    matrices = 3 if config.gated_linear_unit else 2
+    slices = config.expert_tensor_parallel_size
+    return matrices * expert_width(config) * config.moe_ffn_hidden_size // slices
+
+
 AUTO_CAPACITY = 1.25
 """Of perfect balance, where too few slots to promise it would need a buffer for the worst."""
 

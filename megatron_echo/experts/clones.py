@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.config import num_clone_slots
+from megatron_echo.config import expert_elements, num_clone_slots
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.per_model import PerModel
@@ -70,10 +70,8 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     if microbatches is not None:
         in_flight = min(in_flight, microbatches * chunks)
     calls = math.ceil(sum(frequency) / (stages * chunks)) * in_flight
-    matrices = 3 if config.gated_linear_unit else 2
-    ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
-    weights = matrices * (config.moe_latent_size or config.hidden_size) * ffn
-    return num_clone_slots(config) * calls * weights * config.params_dtype.itemsize
+    expert = expert_elements(config) * config.params_dtype.itemsize
+    return num_clone_slots(config) * calls * expert
 
 
 class _ClonedLinear(torch.autograd.Function):

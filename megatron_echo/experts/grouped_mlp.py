@@ -14,7 +14,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from megatron_echo.config import echo_setting
+from megatron_echo.config import echo_setting, expert_width
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.activation import expert_activation, weighted_activation
@@ -152,7 +152,7 @@ class EchoGroupedMLP(MegatronModule):
             get_pg_size(pg_collection.expt_tp),
         )
         self._data_parallel_rank = get_pg_rank(pg_collection.expt_dp)
-        hidden = config.moe_latent_size or config.hidden_size
+        hidden = expert_width(config)
         ffn = config.moe_ffn_hidden_size // self._place.tensor_ranks
         widths = ffn * 2 if config.gated_linear_unit else ffn
         self.linear_fc1 = GroupedLinear(num_local_experts, hidden, widths, config)

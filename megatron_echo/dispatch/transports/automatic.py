@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_echo.compatibility import engine_refusal
-from megatron_echo.config import echo_setting
+from megatron_echo.config import echo_setting, expert_elements, expert_width
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
 from megatron_echo.environment import has_peer_memory, machine_number
@@ -63,7 +63,7 @@ class Topology:
         return cls(ranks, True, most == -least, not lacks_peers, tuple(engines))
 
 
-def choose(topology: Topology, dtype: torch.dtype, has_graph: bool) -> tuple[str, str]:
+def choose(topology: Topology, has_graph: bool) -> tuple[str, str]:
     """What ``auto`` is for tokens and for the weights of clones: the one place where it is decided.
 
     =============================  ==========================  ===================================
@@ -72,55 +72,52 @@ def choose(topology: Topology, dtype: torch.dtype, has_graph: bool) -> tuple[str
     one, or not over NCCL          all_gather                  collective
     one machine, memory in reach   symmetric_memory            symmetric_memory
     else, an engine is installed   the engine                  p2p; in a CUDA graph collective
-    else                           the fewer bytes of          p2p; in a CUDA graph collective
-                                   all_to_all and all_gather
+    else                           all_gather                  p2p; in a CUDA graph collective
     =============================  ==========================  ===================================
 
-    The bytes are those of :func:`token_bytes`; of equal ones the all-gather, which sorts less.
+    ``all_to_all`` sends as many bytes as ``all_gather`` (:func:`token_bytes`) and sorts more.
 
     Args:
         topology: of the group.
-        dtype: of the tokens.
         has_graph: whether the step becomes a CUDA graph, in which the host cannot read a plan.
     """
     if not topology.has_nccl:
         return "all_gather", "collective"
     if topology.is_linked:
         return "symmetric_memory", "symmetric_memory"
-    weights = "collective" if has_graph else "p2p"
-    if topology.engines:
-        return topology.engines[0], weights
-    sizes = {way: token_bytes(way, topology.ranks, 1, 1, 1, dtype)
-             for way in ("all_gather", "all_to_all")}  # fmt: skip
-    return min(sizes, key=sizes.__getitem__), weights
+    tokens = topology.engines[0] if topology.engines else "all_gather"
+    return tokens, "collective" if has_graph else "p2p"
 
 
-def token_bytes(
-    way: str, ranks: int, tokens: int, hidden: int, topk: int, dtype: torch.dtype,
-    peer_capacity: float = 1.0,
-) -> int:  # fmt: skip
+def token_bytes(way: str, config: Any, ranks: int, tokens: int) -> int:
     """Bytes of rows that a rank sends to others at most, there and back; backward is the same.
 
-    With b bytes an element and w in the wide dtype: ``all_gather`` ``(R - 1) T H (b + w)``,
-    ``all_to_all`` ``(R - 1) C H 2 b``, the engines ``min(K, R - 1) T H 2 b``, ``symmetric_memory``
-    ``K T H 2 b``.
+    With H the width and b bytes an element: ``all_gather`` ``(R - 1) T H 2 b``, or with fp32 sums
+    on the wire ``(R - 1) T H (b + w)``; ``all_to_all`` ``(R - 1) C H 2 b``; the others, which send
+    a token once to a rank, ``min(K, R - 1) T H 2 b``.
+
+    Args:
+        way: a word of ``--moe-echo-token-transport`` but ``auto``.
+        config: the transformer's configuration.
+        ranks: R.
+        tokens: T.
     """
-    width, wide = dtype.itemsize, wide_dtype(dtype).itemsize
-    there_and_back = tokens * hidden * 2 * width
-    if way == "all_gather":
-        return (ranks - 1) * tokens * hidden * (width + wide)
-    if way == "all_to_all":
-        return round((ranks - 1) * there_and_back * peer_capacity)
-    return there_and_back * (topk if way == "symmetric_memory" else min(topk, ranks - 1))
+    dtype, copies = config.params_dtype, ranks - 1
+    back = dtype.itemsize
+    if way == "all_gather" and echo_setting(config, "moe_echo_fp32_sums_on_the_wire"):
+        back = wide_dtype(dtype).itemsize
+    elif way == "all_to_all":
+        copies *= echo_setting(config, "moe_echo_peer_capacity")
+    elif way != "all_gather":
+        copies = min(config.moe_router_topk, copies)
+    return round(copies * tokens * expert_width(config) * (dtype.itemsize + back))
 
 
 def clone_bytes(config: Any) -> int:
     """Bytes of a clone in both passes: weights, twice if brought again, and a wide gradient."""
-    matrices = 3 if config.gated_linear_unit else 2
-    elements = matrices * config.hidden_size * config.moe_ffn_hidden_size
     times = 2 if echo_setting(config, "moe_echo_recompute_expert_dispatch") else 1
     dtype = config.params_dtype
-    return elements * (times * dtype.itemsize + wide_dtype(dtype).itemsize)
+    return expert_elements(config) * (times * dtype.itemsize + wide_dtype(dtype).itemsize)
 
 
 class Transports(PerModel):
@@ -145,7 +142,7 @@ class Transports(PerModel):
         if "auto" in (self.tokens, self.weights):
             self._topology = Topology.of(group, config)
             has_graph = config.cuda_graph_impl != "none"
-            tokens, weights = choose(self._topology, config.params_dtype, has_graph)
+            tokens, weights = choose(self._topology, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens
             self.weights = weights if self.weights == "auto" else self.weights
         is_pretended = group.size() > 1 and dist.get_backend(group) == "fake"
@@ -165,10 +162,7 @@ class Transports(PerModel):
     def line(self, tokens: int, slots: int) -> str:
         """What :meth:`announce` prints."""
         config, ranks = self._config, self._group.size()
-        moved = token_bytes(
-            self.tokens, ranks, tokens, config.hidden_size, config.moe_router_topk,
-            config.params_dtype, echo_setting(config, "moe_echo_peer_capacity"),
-        )  # fmt: skip
+        moved = token_bytes(self.tokens, config, ranks, tokens)
         text = f"tokens by {self.tokens}: at most {_megabytes(2 * moved)} a rank and layer"
         each = clone_bytes(config)
         if slots and self.weights == "collective":

@@ -24,40 +24,38 @@ BOTH = Topology(16, True, False, True, ("hybrid_ep", "nccl_ep"))
 
 
 @pytest.mark.parametrize(
-    ("topology", "dtype", "tokens", "weights", "in_a_graph"),
+    ("topology", "tokens", "weights", "in_a_graph"),
     [
-        (CPU, FP32, "all_gather", "collective", "collective"),
-        (CPU, BF16, "all_gather", "collective", "collective"),
-        (LINKED, BF16, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
-        (LINKED, FP32, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
-        (UNLINKED, BF16, "all_to_all", "p2p", "collective"),
-        (NODES, BF16, "all_to_all", "p2p", "collective"),
-        (NODES, FP32, "all_gather", "p2p", "collective"),
-        (NCCL_EP, BF16, "nccl_ep", "p2p", "collective"),
-        (BOTH, BF16, "hybrid_ep", "p2p", "collective"),
+        (CPU, "all_gather", "collective", "collective"),
+        (LINKED, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
+        (UNLINKED, "all_gather", "p2p", "collective"),
+        (NODES, "all_gather", "p2p", "collective"),
+        (NCCL_EP, "nccl_ep", "p2p", "collective"),
+        (BOTH, "hybrid_ep", "p2p", "collective"),
     ],
 )
-def test_what_is_chosen(
-    topology: Topology, dtype: torch.dtype, tokens: str, weights: str, in_a_graph: str
-) -> None:
-    assert choose(topology, dtype, has_graph=False) == (tokens, weights)
-    assert choose(topology, dtype, has_graph=True) == (tokens, in_a_graph)
+def test_what_is_chosen(topology: Topology, tokens: str, weights: str, in_a_graph: str) -> None:
+    assert choose(topology, has_graph=False) == (tokens, weights)
+    assert choose(topology, has_graph=True) == (tokens, in_a_graph)
 
 
 def test_bytes_of_tokens() -> None:
-    """DeepSeek-V3's sizes, 4,096 tokens a rank, eight ranks, one pass."""
-    sizes = {
-        way: token_bytes(way, 8, 4096, 7168, 8, BF16)
-        for way in ("all_gather", "all_to_all", "hybrid_ep", "symmetric_memory")
-    }
+    """DeepSeek-V3's sizes, 4,096 tokens a rank, eight ranks, one pass; then other settings."""
+
+    def count(way: str, topk: int = 8, **fields: Any) -> int:
+        config = layer_config(8, topk, BF16, hidden_size=7168, **fields)
+        return token_bytes(way, config, 8, 4096)
+
     row = 4096 * 7168 * 2
-    assert sizes == {
-        "all_gather": 7 * row * 3,  # back in fp32
-        "all_to_all": 7 * row * 2,
-        "hybrid_ep": 7 * row * 2,
-        "symmetric_memory": 8 * row * 2,
-    }
-    assert token_bytes("all_to_all", 8, 4096, 7168, 8, BF16, 0.5) == 7 * row
+    for way in ("all_gather", "all_to_all", "hybrid_ep", "nccl_ep", "symmetric_memory"):
+        assert count(way) == 7 * row * 2
+    assert count("all_gather", moe_echo_fp32_sums_on_the_wire=True) == 7 * row * 3
+    assert (
+        count("all_to_all", moe_echo_peer_capacity=0.5, moe_echo_token_transport="all_to_all")
+        == 7 * row
+    )
+    assert count("symmetric_memory", topk=2) == 2 * row * 2
+    assert count("all_gather", moe_latent_size=1792) == 7 * row // 2
 
 
 @pytest.fixture
@@ -126,7 +124,7 @@ def line_of(group: dist.ProcessGroup, slots: int = 4, **fields: Any) -> str:
 def test_what_is_said(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was chosen, why, the bytes of a layer, and what would be better."""
     text = line_of(group)
-    assert text.startswith("tokens by all_gather: at most 84.0 MB a rank and layer; weights of")
+    assert text.startswith("tokens by all_gather: at most 56.0 MB a rank and layer; weights of")
     assert (
         "by collective: 336.0 MB, whatever the plan; both passes. Chosen by auto, without NCCL."
         in text
