@@ -26,8 +26,6 @@ def gather(tensor: Tensor, group: Group) -> Tensor:
 
 
 def _reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
-    if group.size() == 1:
-        return tensor
     output = tensor.new_empty(tensor.shape[0] // group.size(), *tensor.shape[1:])
     dist.reduce_scatter_tensor(output, tensor.contiguous(), group=group)
     return output
@@ -56,16 +54,20 @@ class _Collective(torch.autograd.Function):
         return ctx.back(grad, ctx.group), None, None, None
 
 
+def _collective(tensor: Tensor, group: Group, there: _Op, back: _Op) -> Tensor:
+    return tensor if group.size() == 1 else _Collective.apply(tensor, group, there, back)
+
+
 def all_gather(tensor: Tensor, group: Group) -> Tensor:
     """``[n, ...]`` of every rank, in rank order: ``[R * n, ...]``. Backward reduce-scatters."""
-    return _Collective.apply(tensor, group, gather, _reduce_scatter)
+    return _collective(tensor, group, gather, _reduce_scatter)
 
 
 def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     """Sum ``[R * n, ...]`` over the ranks and keep this rank's ``[n, ...]``. Backward gathers."""
-    return _Collective.apply(tensor, group, _reduce_scatter, gather)
+    return _collective(tensor, group, _reduce_scatter, gather)
 
 
 def all_to_all(tensor: Tensor, group: Group) -> Tensor:
     """Exchange equal parts: ``[R * n, ...]``, part r goes to rank r. Backward is the same."""
-    return _Collective.apply(tensor, group, exchange, exchange)
+    return _collective(tensor, group, exchange, exchange)

@@ -43,7 +43,7 @@ def build(
     ranks: int, wire: str, dtype: torch.dtype, slots: int | None, **fields: Any
 ) -> EchoMoELayer:
     """A layer with S slots on each rank; None: as many as experts."""
-    fields["moe_num_echo_experts"] = None if slots is None else slots * ranks
+    fields["moe_num_echo_experts"] = experts_for(ranks) if slots is None else slots * ranks
     return without_clones.build(ranks, wire, dtype, **fields)
 
 

@@ -194,9 +194,10 @@ def test_forward_and_backward_through_the_kernels(
             (permute.pairs_to_rows, pairs),
         ):
             leaf = given.clone().requires_grad_()
-            output = function(leaf, rows)
-            gradient = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
-            output.backward(gradient.view(output.shape).to(output.dtype))
+            with triton_interpreter.mended():
+                output = function(leaf, rows)
+                gradient = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
+                output.backward(gradient.view(output.shape).to(output.dtype))
             results[-1] += [output.detach(), leaf.grad]
     assert rows.used is not None
     used = int(rows.used)

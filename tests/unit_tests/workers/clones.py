@@ -94,7 +94,7 @@ def watched(layer: EchoMoELayer) -> Iterator[list[tuple[int, Clones | None]]]:
     seen: list[tuple[int, Clones | None]] = []
 
     def note(_: Any, args: tuple) -> None:
-        seen.append((int(args[1].sum()), args[3]))
+        seen.append((int(args[1][-1]), args[3]))
 
     hook = layer.experts.register_forward_pre_hook(note)
     yield seen
