@@ -249,11 +249,13 @@ def count_layer(
 
 def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """All transports and numbers of slots of one layer."""
+    from megatron_echo.planner import auto_slots
+
     shape = MODELS[model]
     home = shape.experts // ranks
     ours = [(wire, 0, "-") for wire in wires]
-    slots = [s for s in (2, home) if s <= home] if home > 1 else [home]
-    ours += itertools.product(wires, dict.fromkeys(slots), WEIGHTS)
+    slots = dict.fromkeys((auto_slots(ranks, shape.experts), home))
+    ours += itertools.product(wires, slots, WEIGHTS)
     stock = [("Megatron alltoall", 0, "-"), ("Megatron allgather", 0, "-")]
     for wire, number, weights in [*stock, *ours]:
         drawn = routing(shape, ranks, number)
