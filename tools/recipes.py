@@ -36,6 +36,7 @@ from megatron_echo.memory.estimate import estimate  # noqa: E402
 from megatron_echo.observe.simulate import parser as simulator_parser  # noqa: E402
 from megatron_echo.observe.simulate import search_of  # noqa: E402
 from megatron_echo.observe.simulation.search import Candidate, candidates  # noqa: E402
+from megatron_echo.planner import auto_slots  # noqa: E402
 
 EXAMPLES = ROOT / "examples"
 README = EXAMPLES / "README.md"
@@ -45,6 +46,9 @@ CLUSTER = "h100-nvl8"
 LOADS = ("ultraep-low", "ultraep-high")
 """The least and the most skew that has been published of real runs."""
 MOCK_DATA = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "31999")
+WITHOUT_PEERS = ("--moe-echo-expert-dispatcher-type", "p2p")
+"""An estimate has no peers: its tokens go by the all-gather, whose buffers are about those of
+symmetric memory."""
 WIDTH = 100
 
 
@@ -94,10 +98,7 @@ def settings_of(name: str) -> Namespace:
     parser.add_argument("--seq-length", type=int)
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--global-batch-size", type=int)
-    parser.add_argument("--moe-num-echo-experts", type=int)
-    parser.add_argument("--moe-echo-tolerance", type=float)
-    parser.add_argument("--moe-echo-token-transport")
-    parser.add_argument("--moe-echo-expert-dispatcher-type")
+    parser.add_argument("--num-experts", type=int)
     parser.add_argument("--recompute-granularity")
     return parser.parse_known_args(flags_of(name))[0]
 
@@ -117,7 +118,9 @@ def memory_lines(name: str) -> list[str]:
     stages = settings_of(name).pipeline_model_parallel_size
     wanted = sorted({0, min(1, stages - 1), stages - 1})
     flags = flags_of(name, [array for array in ARRAYS if array != "OFFLOAD"])
-    found = estimate([*flags, *MOCK_DATA], gpus_of(name), flash_attention=True, stages=wanted)
+    found = estimate(
+        [*flags, *WITHOUT_PEERS, *MOCK_DATA], gpus_of(name), flash_attention=True, stages=wanted
+    )
     most = max(found, key=lambda one: one.peak)
     parts = ", ".join(
         f"{part} {getattr(most, part) / 2**30:.1f}"
@@ -125,7 +128,8 @@ def memory_lines(name: str) -> list[str]:
     )
     return [
         f"Memory: python -m megatron_echo.memory.estimate --ranks {gpus_of(name)} "
-        f"--flash-attention --stages {' '.join(map(str, wanted))} -- all arrays but OFFLOAD",
+        f"--flash-attention --stages {' '.join(map(str, wanted))} -- all arrays but OFFLOAD, "
+        + " ".join(WITHOUT_PEERS),
         f"  {most.peak / 2**30:.1f} GiB on pipeline rank {most.rank} ({parts})",
     ]
 
@@ -140,9 +144,9 @@ def simulated(name: str, command: str, loads: str) -> tuple[Candidate, Candidate
     asked, search = settings_of(name), search_of(simulator_parser().parse_args(words))
     is_recomputed = asked.recompute_granularity is not None
     found = [one for one in candidates(search)[0] if one.layout.recompute == is_recomputed]
-    way = asked.moe_echo_expert_dispatcher_type
     plain = next(one for one in found if one.kind == "plain")
-    return plain, next(one for one in found if one.kind == "echo" and one.layout.weights_by == way)
+    # The simulator's p2p moves what symmetric memory does: each clone in use once.
+    return plain, next(one for one in found if one.layout.weights_by == "p2p")
 
 
 def gain_lines(name: str) -> list[str]:
@@ -152,9 +156,9 @@ def gain_lines(name: str) -> list[str]:
         f"--model {name.replace('_', '-')} --cluster {CLUSTER} --gpus {gpus_of(name)} "
         f"--ep {asked.expert_model_parallel_size} --pp {asked.pipeline_model_parallel_size} "
         f"--vpp {chunks_of(asked)} --offload-fraction 0 "
-        f"--token-transports {asked.moe_echo_token_transport} "
-        f"--slots {asked.moe_num_echo_experts // asked.expert_model_parallel_size} "
-        f"--tolerance {asked.moe_echo_tolerance:g} --seq-length {asked.seq_length} "
+        "--token-transports symmetric_memory "
+        f"--slots {auto_slots(asked.expert_model_parallel_size, asked.num_experts)} "
+        f"--seq-length {asked.seq_length} "
         f"--micro-batch-size {asked.micro_batch_size} "
         f"--global-batch-size {asked.global_batch_size}"
     )

@@ -3,15 +3,15 @@
 # config.json).
 #
 # figures: begin
-# 2048 GPUs of 80 GB; flags ef518dbc489c. Again: python tools/recipes.py --write deepseek_v3
+# 2048 GPUs of 80 GB; flags e2fb91bbb26b. Again: python tools/recipes.py --write deepseek_v3
 # Memory: python -m megatron_echo.memory.estimate --ranks 2048 --flash-attention --stages 0 1 15 --
-#   all arrays but OFFLOAD
-#   62.5 GiB on pipeline rank 15 (weights 12.8, gradients 25.6, optimizer 3.2, activations 20.8)
+#   all arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
+#   54.3 GiB on pipeline rank 15 (weights 12.8, gradients 25.6, optimizer 3.2, activations 12.7)
 # Gain: python -m megatron_echo.observe.simulate --model deepseek-v3 --cluster h100-nvl8 --gpus
-#   2048 --ep 8 --pp 16 --vpp 2 --offload-fraction 0 --token-transports all_gather --slots 32
-#   --tolerance 0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 16384 --loads ...
-#   ultraep-low: fullest rank 1.36 x the mean, with clones 1.02; +6 % tokens a second
-#   ultraep-high: fullest rank 3.98 x the mean, with clones 1.02; +124 % tokens a second
+#   2048 --ep 8 --pp 16 --vpp 2 --offload-fraction 0 --token-transports symmetric_memory --slots 6
+#   --seq-length 4096 --micro-batch-size 1 --global-batch-size 16384 --loads ...
+#   ultraep-low: fullest rank 1.36 x the mean, with clones 1.02; +13 % tokens a second
+#   ultraep-high: fullest rank 3.98 x the mean, with clones 1.02; +143 % tokens a second
 # figures: end
 
 MODEL=(
@@ -41,12 +41,9 @@ MOE=(
     --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # ours replace both
 )
 ECHO=(
+    # Slots for clones come from a table, transports from the topology: inside a node each token and
+    # each clone in use travels once over NVLink, and the host reads nothing.
     --moe-enable-echo
-    # As many slots as a rank has experts: balance is always possible, nothing overflows.
-    --moe-num-echo-experts 256 --moe-echo-tolerance 0.02
-    # Inside a node every rank gets every token. Few slots are in use at a time: p2p moves those
-    # only, for which the host reads each plan.
-    --moe-echo-token-transport all_gather --moe-echo-expert-dispatcher-type p2p
 )
 # EP fills a node, so tokens and clones travel over NVLink only; 16 pipeline ranks make room for 32
 # experts a layer on each GPU. The MTP layer, which ends in a loss of its own, and the loss are one

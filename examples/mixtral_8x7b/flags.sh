@@ -2,15 +2,15 @@
 # Mixtral 8x7B: 46.7 billion parameters, 12.9 active (arXiv 2401.04088 and its config.json).
 #
 # figures: begin
-# 64 GPUs of 80 GB; flags 69741d55e89c. Again: python tools/recipes.py --write mixtral_8x7b
+# 64 GPUs of 80 GB; flags 514b1fb08857. Again: python tools/recipes.py --write mixtral_8x7b
 # Memory: python -m megatron_echo.memory.estimate --ranks 64 --flash-attention --stages 0 1 3 --
-#   all arrays but OFFLOAD
-#   69.8 GiB on pipeline rank 0 (weights 3.5, gradients 7.0, optimizer 8.2, activations 51.1)
+#   all arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
+#   69.0 GiB on pipeline rank 0 (weights 3.5, gradients 7.0, optimizer 8.2, activations 50.3)
 # Gain: python -m megatron_echo.observe.simulate --model mixtral-8x7b --cluster h100-nvl8 --gpus 64
-#   --ep 8 --pp 4 --vpp 4 --offload-fraction 0 --token-transports all_gather --slots 1 --tolerance
-#   0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 1024 --loads ...
-#   ultraep-low: fullest rank 1.21 x the mean, with clones 1.02; -20 % tokens a second
-#   ultraep-high: fullest rank 3.06 x the mean, with clones 1.02; +53 % tokens a second
+#   --ep 8 --pp 4 --vpp 4 --offload-fraction 0 --token-transports symmetric_memory --slots 1
+#   --seq-length 4096 --micro-batch-size 1 --global-batch-size 1024 --loads ...
+#   ultraep-low: fullest rank 1.21 x the mean, with clones 1.02; -11 % tokens a second
+#   ultraep-high: fullest rank 3.06 x the mean, with clones 1.02; +67 % tokens a second
 # figures: end
 
 MODEL=(
@@ -29,12 +29,9 @@ MOE=(
     --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # ours replace both
 )
 ECHO=(
+    # Slots for clones come from a table, transports from the topology: inside a node each token and
+    # each clone in use travels once over NVLink, and the host reads nothing.
     --moe-enable-echo
-    # One slot a rank, as many as it has experts: balance is always possible, nothing overflows.
-    --moe-num-echo-experts 8 --moe-echo-tolerance 0.02
-    # Inside a node every rank gets every token. Few slots are in use at a time: p2p moves those
-    # only, for which the host reads each plan.
-    --moe-echo-token-transport all_gather --moe-echo-expert-dispatcher-type p2p
 )
 # EP fills a node, so tokens and clones travel over NVLink only. The pipeline, with its small
 # messages, goes between nodes; four chunks a rank shorten its bubble.

@@ -2,15 +2,15 @@
 # Qwen3-235B-A22B: 235 billion parameters, 22 active (arXiv 2505.09388 and its config.json).
 #
 # figures: begin
-# 256 GPUs of 80 GB; flags afdae978dd9a. Again: python tools/recipes.py --write qwen3_235b_a22b
+# 256 GPUs of 80 GB; flags a7ef031950a7. Again: python tools/recipes.py --write qwen3_235b_a22b
 # Memory: python -m megatron_echo.memory.estimate --ranks 256 --flash-attention --stages 0 1 7 --
-#   all arrays but OFFLOAD
-#   45.6 GiB on pipeline rank 0 (weights 8.8, gradients 17.6, optimizer 9.8, activations 9.4)
+#   all arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
+#   45.0 GiB on pipeline rank 0 (weights 8.8, gradients 17.6, optimizer 9.8, activations 8.7)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-235b-a22b --cluster h100-nvl8 --gpus
-#   256 --ep 8 --pp 8 --vpp 2 --offload-fraction 0 --token-transports all_gather --slots 16
-#   --tolerance 0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 2048 --loads ...
-#   ultraep-low: fullest rank 1.39 x the mean, with clones 1.02; +6 % tokens a second
-#   ultraep-high: fullest rank 3.31 x the mean, with clones 1.02; +103 % tokens a second
+#   256 --ep 8 --pp 8 --vpp 2 --offload-fraction 0 --token-transports symmetric_memory --slots 4
+#   --seq-length 4096 --micro-batch-size 1 --global-batch-size 2048 --loads ...
+#   ultraep-low: fullest rank 1.39 x the mean, with clones 1.02; +14 % tokens a second
+#   ultraep-high: fullest rank 3.31 x the mean, with clones 1.02; +124 % tokens a second
 # figures: end
 
 MODEL=(
@@ -31,12 +31,9 @@ MOE=(
     --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # ours replace both
 )
 ECHO=(
+    # Slots for clones come from a table, transports from the topology: inside a node each token and
+    # each clone in use travels once over NVLink, and the host reads nothing.
     --moe-enable-echo
-    # As many slots as a rank has experts: balance is always possible, nothing overflows.
-    --moe-num-echo-experts 128 --moe-echo-tolerance 0.02
-    # Inside a node every rank gets every token. Few slots are in use at a time: p2p moves those
-    # only, for which the host reads each plan.
-    --moe-echo-token-transport all_gather --moe-echo-expert-dispatcher-type p2p
 )
 # EP fills a node, so tokens and clones travel over NVLink only. 94 layers are no multiple of the
 # stages: the first and the last, which have the embedding and the loss, get one layer less.

@@ -2,15 +2,15 @@
 # Qwen3-30B-A3B: 30.5 billion parameters, 3.3 active (arXiv 2505.09388 and its config.json).
 #
 # figures: begin
-# 32 GPUs of 80 GB; flags 98843b3b71ef. Again: python tools/recipes.py --write qwen3_30b_a3b
+# 32 GPUs of 80 GB; flags ad240b6f4067. Again: python tools/recipes.py --write qwen3_30b_a3b
 # Memory: python -m megatron_echo.memory.estimate --ranks 32 --flash-attention --stages 0 1 -- all
-#   arrays but OFFLOAD
-#   59.3 GiB on pipeline rank 0 (weights 4.8, gradients 9.6, optimizer 10.7, activations 34.2)
+#   arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
+#   61.9 GiB on pipeline rank 0 (weights 4.8, gradients 9.6, optimizer 10.7, activations 36.8)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-30b-a3b --cluster h100-nvl8 --gpus
-#   32 --ep 8 --pp 2 --vpp 1 --offload-fraction 0 --token-transports all_gather --slots 16
-#   --tolerance 0.02 --seq-length 4096 --micro-batch-size 1 --global-batch-size 2048 --loads ...
-#   ultraep-low: fullest rank 1.35 x the mean, with clones 1.02; -2 % tokens a second
-#   ultraep-high: fullest rank 3.26 x the mean, with clones 1.02; +81 % tokens a second
+#   32 --ep 8 --pp 2 --vpp 1 --offload-fraction 0 --token-transports symmetric_memory --slots 4
+#   --seq-length 4096 --micro-batch-size 1 --global-batch-size 2048 --loads ...
+#   ultraep-low: fullest rank 1.35 x the mean, with clones 1.02; +10 % tokens a second
+#   ultraep-high: fullest rank 3.26 x the mean, with clones 1.02; +109 % tokens a second
 # figures: end
 
 MODEL=(
@@ -31,12 +31,9 @@ MOE=(
     --moe-token-dispatcher-type alltoall --moe-grouped-gemm  # ours replace both
 )
 ECHO=(
+    # Slots for clones come from a table, transports from the topology: inside a node each token and
+    # each clone in use travels once over NVLink, and the host reads nothing.
     --moe-enable-echo
-    # As many slots as a rank has experts: balance is always possible, nothing overflows.
-    --moe-num-echo-experts 128 --moe-echo-tolerance 0.02
-    # Inside a node every rank gets every token. Few slots are in use at a time: p2p moves those
-    # only, for which the host reads each plan.
-    --moe-echo-token-transport all_gather --moe-echo-expert-dispatcher-type p2p
 )
 # EP fills a node, so tokens and clones travel over NVLink only. Two pipeline ranks halve weights,
 # gradients and optimizer, so that nothing has to be computed again.
