@@ -120,6 +120,7 @@ def main() -> None:
     default = ROOT / "benchmarks" / "results" / "cpu_backend_overhead.json"
     parser.add_argument("--output", type=Path, default=default)
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     if torch.cuda.is_available():
         parser.error("this machine has a CUDA device: the CPU backend is never enabled here.")
     torch.set_num_threads(1)

@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
     results = [measure(corpus, ranks, args.rounds, args.iterations) for ranks in args.ranks]
     write_results(args.output, results)

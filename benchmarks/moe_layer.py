@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     if args.worker:
         worker(args)
         return

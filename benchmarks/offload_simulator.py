@@ -299,6 +299,7 @@ def main() -> None:
         help="path of the results, without an extension",
     )
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     rows = [simulate(case) for case in KNOWN]
     print(as_table(rows))
     notes = (

@@ -389,6 +389,7 @@ def main() -> None:
         help="path of the results, without an extension",
     )
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     torch.set_num_threads(1)
     milliseconds = time_reference()
     rows = run(args.quick)

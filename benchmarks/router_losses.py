@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
     print(f"| | loss | lm loss, mean of last {LAST} steps | max/mean load of experts, the same |")

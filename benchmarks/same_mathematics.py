@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of comparisons, from 0")
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
     results = []
     chosen = args.only if args.only is not None else range(len(COMPARISONS))
