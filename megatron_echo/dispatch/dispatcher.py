@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role
-from megatron_echo.collectives import all_gather, reduce_scatter
+from megatron_echo.collectives import all_gather, gather, reduce_scatter
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
 from megatron_echo.dispatch.reroute import Clones, pair_counts, physical_experts
@@ -201,7 +201,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
         """
         own = compact_routing(routing_map, self._topk)
-        experts = all_gather(own, self.tp_group)
+        experts = gather(own, self.tp_group)
         self._ways.announce(len(experts), self._slots)
         self._step_end.overflow.record_tokens(len(experts), self.ep_group)
         call = _Call(hidden_states.shape, hidden_states.dtype, experts)
@@ -238,7 +238,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if self._slots == 0 and not self._transport.needs_counts:
             return call
         local = histogram(call.experts.reshape(-1).to(torch.int64), self._experts + 1)
-        routed = all_gather(local[None, : self._experts], self.ep_group)
+        routed = gather(local[None, : self._experts], self.ep_group)
         if self._slots == 0:
             return replace(call, counts=PairCounts.of(routed, self.ep_rank))
         plan = self._planner(

@@ -46,6 +46,16 @@ class TokenTransport(ABC):
 
     needs_counts = False
 
+    def __init__(self, group: dist.ProcessGroup, experts_per_rank: int, alignment: int = 1) -> None:
+        """Set the sizes.
+
+        Args:
+            group: the expert-parallel group, R ranks.
+            experts_per_rank: G, physical experts on each rank.
+            alignment: rows of each group are padded to a multiple of this.
+        """
+        self._group, self._groups, self._alignment = group, experts_per_rank, alignment
+
     @abstractmethod
     def dispatch(
         self, hidden: Tensor, experts: Tensor, probs: Tensor, num_rows: int,
@@ -102,15 +112,15 @@ class WholeTokenTransport(TokenTransport):
         self, group: dist.ProcessGroup, experts_per_rank: int, alignment: int = 1,
         sends_wide_sums: bool = False,
     ) -> None:  # fmt: skip
-        """Set the sizes.
+        """Set the sizes, as in :class:`TokenTransport`.
 
         Args:
             group: the expert-parallel group, R ranks.
-            experts_per_rank: G, physical experts on each rank.
-            alignment: rows of each group are padded to a multiple of this.
+            experts_per_rank: G.
+            alignment: of each group's rows.
             sends_wide_sums: partial sums travel in the wide dtype, not in that of the rows.
         """
-        self._group, self._groups, self._alignment = group, experts_per_rank, alignment
+        super().__init__(group, experts_per_rank, alignment)
         self._sends_wide_sums = sends_wide_sums
 
     @abstractmethod

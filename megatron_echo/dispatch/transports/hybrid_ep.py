@@ -119,14 +119,9 @@ class HybridEPTransport(TokenTransport):
     needs_counts = True
 
     def __init__(self, buffers: HybridEPBuffers, experts_per_rank: int, alignment: int = 1) -> None:
-        """Set the sizes.
-
-        Args:
-            buffers: the model's.
-            experts_per_rank: G, physical experts on each rank.
-            alignment: rows of each group are padded to a multiple of this.
-        """
-        self._buffers, self._groups, self._alignment = buffers, experts_per_rank, alignment
+        """Set the sizes; ``buffers`` are the model's, the others as in :class:`TokenTransport`."""
+        super().__init__(buffers.group, experts_per_rank, alignment)
+        self._buffers = buffers
 
     @override
     def dispatch(
@@ -134,7 +129,7 @@ class HybridEPTransport(TokenTransport):
         is_limited: bool = True, counts: PairCounts | None = None,
     ) -> Delivery:  # fmt: skip
         assert counts is not None
-        physical = self._buffers.group.size() * self._groups
+        physical = self._group.size() * self._groups
         index = experts.to(torch.int64)
         dense = probs.new_zeros(len(probs), physical + 1).scatter(1, index, probs)
         chosen = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, index, True)
@@ -142,7 +137,7 @@ class HybridEPTransport(TokenTransport):
         buffer = self._buffers.get(hidden.shape[1], len(hidden), self._groups)
         wire = _Wire(buffer, self._groups, num_rows, self._alignment)
         rows, row_probs, padded, handle = _Dispatch.apply(hidden, dense, chosen, wire)
-        size = counts.total[self._buffers.group.rank()]
+        size = counts.total[self._group.rank()]
         _, ends, behind = place_groups(size, num_rows, self._alignment)
         has_dropped = (handle[-1] != 0).sum()  # its own flag: nothing is dropped silently
         return Delivery(

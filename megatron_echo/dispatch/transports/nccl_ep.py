@@ -82,14 +82,9 @@ class NcclEPTransport(TokenTransport):
     needs_counts = True
 
     def __init__(self, context: NcclEPContext, experts_per_rank: int, alignment: int = 1) -> None:
-        """Set the sizes.
-
-        Args:
-            context: the model's.
-            experts_per_rank: G, physical experts on each rank.
-            alignment: rows of each group are padded to a multiple of this.
-        """
-        self._context, self._groups, self._alignment = context, experts_per_rank, alignment
+        """Set the sizes; ``context`` is the model's, the others as in :class:`TokenTransport`."""
+        super().__init__(context.group, experts_per_rank, alignment)
+        self._context = context
 
     @override
     def dispatch(
@@ -97,8 +92,7 @@ class NcclEPTransport(TokenTransport):
         is_limited: bool = True, counts: PairCounts | None = None,
     ) -> Delivery:  # fmt: skip
         assert counts is not None
-        rank = self._context.group.rank()
-        places = place_pairs(experts, counts, rank, num_rows, self._alignment)
+        places = place_pairs(experts, counts, self._group.rank(), num_rows, self._alignment)
         has_no_row = places.place % (num_rows + 1) == num_rows
         buffer = self._context.buffer(
             *(len(hidden), num_rows, hidden.shape[1], experts.shape[1]),

@@ -2,12 +2,11 @@
 
 Only rows that are needed travel, over NVLink, and each token once to a rank: the first of its pairs
 there leads, the row of the lead is copied to the others, and their results are summed into it. A
-source knows the row of each of its
-pairs on any rank from the counts of all ranks (``place_pairs``), so nobody sorts what arrives. Rows
-are pushed there, results are pulled back; in backward gradients of results are pushed, those of
-rows pulled. ``peer_buffers.py`` says when a buffer may be written: rows there and rows back have
-their own, so that each movement takes one barrier. They hold ``2 (B + 1)`` rows on each rank, once
-for a model.
+source knows the row of each of its pairs on any rank from the counts of all ranks
+(``place_pairs``), so nobody sorts what arrives. Rows are pushed there, results are pulled back; in
+backward gradients of results are pushed, those of rows pulled. ``peer_buffers.py`` says when a
+buffer may be written: rows there and rows back have their own, so that each movement takes one
+barrier. They hold ``2 (B + 1)`` rows on each rank, once for a model.
 """
 
 from dataclasses import dataclass
@@ -122,14 +121,9 @@ class SymmetricMemoryTransport(TokenTransport):
     needs_counts = True
 
     def __init__(self, buffers: PeerBuffers, experts_per_rank: int, alignment: int = 1) -> None:
-        """Set the sizes.
-
-        Args:
-            buffers: the model's.
-            experts_per_rank: G, physical experts on each rank.
-            alignment: rows of each group are padded to a multiple of this.
-        """
-        self._buffers, self._groups, self._alignment = buffers, experts_per_rank, alignment
+        """Set the sizes; ``buffers`` are the model's, the others as in :class:`TokenTransport`."""
+        super().__init__(buffers.group, experts_per_rank, alignment)
+        self._buffers = buffers
 
     @override
     def dispatch(
@@ -137,8 +131,7 @@ class SymmetricMemoryTransport(TokenTransport):
         is_limited: bool = True, counts: PairCounts | None = None,
     ) -> Delivery:  # fmt: skip
         assert counts is not None
-        rank = self._buffers.group.rank()
-        places = place_pairs(experts, counts, rank, num_rows, self._alignment)
+        places = place_pairs(experts, counts, self._group.rank(), num_rows, self._alignment)
         arrived = _Dispatch.apply(hidden, probs, places, self._buffers)
         rows, row_probs, leads, lead, sums = arrived
         receipt = _Leads(leads, lead, sums, used=places.ends[-1:])
