@@ -260,6 +260,7 @@ def main() -> None:
     default = ROOT / "benchmarks" / "results" / "pipeline_layout"
     parser.add_argument("--output", type=Path, default=default)
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     from megatron.core import parallel_state
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -279,7 +280,6 @@ def main() -> None:
     rows = [row for case in CASES for row in compare(layers, *case)]
     text = f"{as_table(costs)}\n\n{as_table(rows)}\n"
     print(text)
-    args.output.parent.mkdir(exist_ok=True)
     args.output.with_suffix(".md").write_text(text)
     record = {"versions": environment.versions(), "costs": costs, "cases": rows}
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

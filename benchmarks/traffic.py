@@ -36,6 +36,8 @@ from processes import as_table  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+from megatron_echo.observe.simulation.inputs import MODELS as PUBLISHED  # noqa: E402
+
 TOKENS = 4096
 RANKS_PER_NODE = 8
 WEIGHTS = ("collective", "p2p", "symmetric_memory")
@@ -59,11 +61,15 @@ class Shape:
         return 3 * self.hidden * self.ffn
 
 
+LABELS = {
+    "deepseek-v3": "DeepSeek-V3",
+    "qwen3-235b-a22b": "Qwen3-235B-A22B",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "mixtral-8x7b": "Mixtral-8x7B",
+}
 MODELS = {
-    "DeepSeek-V3": Shape(7168, 2048, 256, 8),
-    "Qwen3-235B-A22B": Shape(4096, 1536, 128, 8),
-    "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
-    "Mixtral-8x7B": Shape(4096, 14336, 8, 2),
+    label: Shape(model.hidden, model.moe_ffn, model.experts, model.topk)
+    for label, model in ((label, PUBLISHED[name]) for name, label in LABELS.items())
 }
 
 

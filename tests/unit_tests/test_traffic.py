@@ -8,7 +8,8 @@ import torch
 
 sys.path.insert(0, str(launch.ROOT / "benchmarks"))
 
-traffic = pytest.importorskip("traffic")
+import traffic
+
 SHAPE = traffic.Shape(hidden=64, ffn=32, experts=16, topk=2)
 RANKS, ROW = 8, 64 * 2  # bytes of a token in bf16
 
