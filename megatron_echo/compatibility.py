@@ -63,9 +63,16 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "keeps gate and up projections apart. Leave --moe-mlp-glu-interleave-size out.",
     ),
     (
-        lambda c: c.variable_seq_lengths,
-        "has static shapes, but the sequence length varies between microbatches. Leave "
-        "variable_seq_lengths False.",
+        lambda c: (
+            c.variable_seq_lengths and getattr(c, "moe_echo_max_tokens_per_rank", None) is None
+        ),
+        "has buffers of one size, but variable_seq_lengths is set. Say how many tokens a rank "
+        "brings to a layer at most: --moe-echo-max-tokens-per-rank.",
+    ),
+    (
+        lambda c: c.variable_seq_lengths and c.cuda_graph_impl != "none",
+        "cannot put sequences of variable lengths (variable_seq_lengths) into one CUDA graph. Use "
+        "--cuda-graph-impl none, or pad each microbatch to one length.",
     ),
     (
         lambda c: c.cuda_graph_impl in ("local", "transformer_engine"),

@@ -53,6 +53,10 @@ def _check_capacity(value: float | None, config: Any) -> str | None:
     return None
 
 
+def _check_max_tokens(value: int | None, config: Any) -> str | None:
+    return None if value is None else _check_positive(value, config)
+
+
 def _check_peer_memory(value: str, config: Any) -> str | None:
     if value != "symmetric_memory":
         return None
@@ -175,6 +179,16 @@ class EchoConfigMixin:
         check=_check_capacity,
         metavar="X",
         none_word="auto",
+    )
+    moe_echo_max_tokens_per_rank: int | None = flag(
+        None,
+        "The most tokens that a rank brings to a layer, where their number differs between "
+        "microbatches or ranks (packed or variable-length sequences): the buffers are made for "
+        "it. What a rank brings less costs no product and counts nowhere. Without it all ranks "
+        "bring the same number.",
+        group="echo",
+        check=_check_max_tokens,
+        metavar="N",
     )
     moe_echo_overflow: str = flag(
         "raise",

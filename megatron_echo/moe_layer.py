@@ -91,6 +91,23 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         before = self.config.num_layers if self.is_mtp_layer else 0
         self.token_dispatcher.layer_number = before + layer_number
 
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts; padding is sent to none.
+
+        Args:
+            hidden_states: ``[s, b, H]``.
+            padding_mask: bool ``[s, b]``, True for padding.
+
+        Returns:
+            Probabilities ``[T, E]`` and the map of choices, bool ``[T, E]``, ``T = s * b``.
+        """
+        probs, routing_map = super().route(hidden_states, padding_mask)
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask.reshape(-1, 1)
+        return probs, routing_map
+
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:

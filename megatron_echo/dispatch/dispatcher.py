@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
@@ -75,6 +76,11 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
     return chosen.scatter_(1, place, expert)[:, 1 : topk + 1].int()
 
 
+def _padded(rows: Tensor, more: int, value: int = 0) -> Tensor:
+    """Rows ``[T, X]``, and so many more of one value behind them."""
+    return F.pad(rows, (0, 0, 0, more), value=value) if more else rows
+
+
 def _millionths(part: Tensor, whole: int) -> Tensor:
     """``part / whole`` in millionths, rounded up."""
     return (part * 10**6 + whole - 1) // max(whole, 1)
@@ -141,6 +147,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._tolerance = echo_setting(config, "moe_echo_tolerance")
         self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
+        self._most_tokens = echo_setting(config, "moe_echo_max_tokens_per_rank")
         self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
         self._ways = Transports.of(config, config, self.ep_group)
         self._transport = self._make_transport(self._ways.tokens)
@@ -198,10 +205,16 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             probs: ``[T, E]``, fp32 or wider.
 
         Returns:
-            Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``.
+            Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``; with
+            ``--moe-echo-max-tokens-per-rank`` that is T from here on, the rows behind the tokens
+            are zeros without an expert, and ``combine_postprocess`` takes them away.
+
+        Raises:
+            ValueError: more tokens than that.
         """
         own = compact_routing(routing_map, self._topk)
-        experts = gather(own, self.tp_group)
+        more = self._missing(len(own))
+        experts = gather(_padded(own, more, self._experts), self.tp_group)
         self._ways.announce(len(experts), self._slots)
         self._step_end.overflow.record_tokens(len(experts), self.ep_group)
         call = _Call(hidden_states.shape, hidden_states.dtype, experts)
@@ -212,7 +225,21 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             self._step_end.record_routing(self.layer_number, own, weights)
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
-        return hidden_states.reshape(-1, hidden_states.shape[-1]), weights
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return _padded(tokens, more), _padded(weights, more)
+
+    def _missing(self, tokens: int) -> int:
+        """Rows between the tokens of this call and ``--moe-echo-max-tokens-per-rank``."""
+        most = self._most_tokens
+        if most is None:
+            return 0
+        if tokens > most:
+            raise ValueError(
+                f"A rank brings {tokens} tokens to a MoE layer, but "
+                f"--moe-echo-max-tokens-per-rank is {most}. Make it {tokens} or more, or pack "
+                "fewer tokens into a microbatch."
+            )
+        return most - tokens
 
     @property
     def _is_training(self) -> bool:
@@ -329,6 +356,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """The layer's output in the dtype and shape of its input."""
         call = self._current()
         self._call = None
+        if self._most_tokens is not None:
+            hidden_states = hidden_states[: call.shape[:-1].numel()]
         output = hidden_states.to(call.dtype).view(call.shape)
         return output if self.shared_experts is None else output + self.shared_experts.get_output()
 

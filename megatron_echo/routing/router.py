@@ -75,6 +75,7 @@ class EchoRouter(TopKRouter):
         super().__init__(config, pg_collection, is_mtp_layer)
         settings = RouterLossSettings.from_config(config)
         self.losses: LayerLosses | None = None
+        self._tokens_vary = echo_setting(config, "moe_echo_max_tokens_per_rank") is not None
         self._is_megatrons = settings.mcore_compat
         if self.local_tokens_per_expert is not None:  # integers: a model in bf16 leaves them alone
             self.local_tokens_per_expert = self.local_tokens_per_expert.long()
@@ -100,6 +101,13 @@ class EchoRouter(TopKRouter):
             before = self.config.num_layers if self.is_mtp_layer else 0
             self.losses.layer_number = before + layer_number
 
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits ``[..., E]``; of no tokens too, which Megatron's function cannot."""
+        if input.numel():
+            return super().gating(input)
+        logits = super().gating(input.new_zeros(1, input.shape[-1]))
+        return logits[:0].view(*input.shape[:-1], logits.shape[-1])
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
@@ -115,6 +123,8 @@ class EchoRouter(TopKRouter):
             return super().routing(logits, padding_mask)
         StepEnd.of(self.config).note(role)
         valid = None if padding_mask is None else ~padding_mask
+        if valid is None and self._tokens_vary:  # how many there are in all is counted then
+            valid = logits.new_ones(logits.shape[:2], dtype=torch.bool)
         call, is_new = self.losses.enter(role, logits.shape[:2].numel(), valid is not None)
         probs, routing_map = self._route(logits, valid, call)
         if role.counts and not logits.requires_grad:

@@ -121,8 +121,9 @@ class OverflowCheck:
         if most:
             raise UnevenTokensError(
                 f"Ranks of an expert-parallel group brought between {_BOUND - least} and {most} "
-                "tokens to a MoE layer in this step. Bring the same number on each of them; "
-                "weights, optimizer state and checkpoints are as they were before the step."
+                "tokens to a MoE layer in this step. Bring the same number on each of them, or "
+                "give --moe-echo-max-tokens-per-rank; weights, optimizer state and checkpoints "
+                "are as they were before the step."
             )
         # What the wire cut off might all have been for the fullest rank.
         rows = rows + cut if rows_over or (peer and not self._is_auto) else 0

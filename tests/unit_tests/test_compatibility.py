@@ -36,6 +36,7 @@ OF_CONFIG = (
     {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},
     {"moe_mlp_glu_interleave_size": 32},
     {"variable_seq_lengths": True},
+    {**GRAPH, "variable_seq_lengths": True, "moe_echo_max_tokens_per_rank": 4096},
     {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"},
     {**GRAPH, "cuda_graph_warmup_steps": 0},
     {"transformer_impl": "inference_optimized"}, {"use_cpu_initialization": True},

@@ -72,6 +72,7 @@ def test_auto_has_a_bound_where_nothing_is_promised(
         ("moe_echo_peer_capacity", 1.5, "above 0 and up to 1"),
         ("moe_echo_peer_capacity", 0.5, "belongs to --moe-echo-token-transport all_to_all"),
         ("moe_echo_overflow", "ignore", "Use raise or drop."),
+        ("moe_echo_max_tokens_per_rank", 0, "is below 1"),
         ("moe_echo_row_alignment", 0, "is below 1"),
         ("moe_echo_row_alignment", 1025, "is above 1024, more than any kernel wants"),
         ("moe_echo_tolerance", -0.1, "between 0 and 100"),

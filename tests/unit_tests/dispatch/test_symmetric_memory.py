@@ -92,3 +92,7 @@ def test_what_every_transport_does(check: str, ranks: int) -> None:
 )
 def test_what_every_transport_does_with_clones(check: str, ranks: int) -> None:
     run(f"clones_{check}", ranks)
+
+
+def test_different_numbers_of_tokens() -> None:
+    run("token_counts_dense", 2)

@@ -62,9 +62,15 @@ class Problem:
 
 
 def problem(
-    kind: str, topk: int, dtype: torch.dtype, seed: int = 0, experts: int | None = None
+    kind: str,
+    topk: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    experts: int | None = None,
+    tokens: int = TOKENS,
 ) -> Problem:
-    tokens = dist.get_world_size() * TOKENS
+    """A problem of so many tokens on each rank."""
+    tokens *= dist.get_world_size()
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(2, tokens, HIDDEN, generator=generator, dtype=torch.float64)
     experts = experts or experts_for(dist.get_world_size())

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from moe_cases import HIDDEN
 from torch import Tensor
-from unit_tests.workers import clones, moe_layer
+from unit_tests.workers import clones, moe_layer, token_counts
 from unit_tests.workers.moe_layer import RESULTS, build, errors, forward, run, same_bits
 
 from megatron_echo import cpu_backend
@@ -36,7 +36,7 @@ from megatron_echo.testing import no_host_sync
 WIRE = {"moe_echo_token_transport": "symmetric_memory"}
 SHARED = {
     f"{worker.__name__.rpartition('.')[2]}_{name.removeprefix('check_')}": check
-    for worker in (clones, moe_layer)
+    for worker in (clones, moe_layer, token_counts)
     for name, check in vars(worker).items()
     if name.startswith("check_")
 }
