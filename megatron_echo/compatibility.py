@@ -75,6 +75,22 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "--cuda-graph-impl none, or pad each microbatch to one length.",
     ),
     (
+        lambda c: c.moe_router_fusion and (c.moe_enable_routing_replay or _replays_files(c)),
+        "routes as it is told, which Megatron's fused routing cannot. Leave --moe-router-fusion "
+        "out, or --moe-enable-routing-replay and --moe-echo-replay-routing.",
+    ),
+    (
+        lambda c: (
+            _replays_files(c)
+            and (
+                c.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing")
+                or c.mtp_use_repeated_layer
+            )
+        ),
+        "replays routers that choose the top-k once for each token, not sinkhorn, quantile "
+        "balancing or --mtp-use-repeated-layer. Leave --moe-echo-replay-routing out.",
+    ),
+    (
         lambda c: c.cuda_graph_impl in ("local", "transformer_engine"),
         "counts its calls in Python, which graphs of single layers skip. Use --cuda-graph-impl "
         "full_iteration.",
@@ -195,6 +211,10 @@ def _given_or_auto_slots(config: Any) -> int:
     """``--moe-num-echo-experts``, or what stands for it where it is not given."""
     total, ranks = getattr(config, "moe_num_echo_experts", None), config.expert_model_parallel_size
     return ranks * auto_slots(ranks, config.num_moe_experts) if total is None else total
+
+
+def _replays_files(config: Any) -> bool:
+    return getattr(config, "moe_echo_replay_routing", None) is not None
 
 
 def _is_sinkhorn(config: Any) -> bool:

@@ -128,6 +128,12 @@ def _check_capture(value: str | None, config: Any) -> str | None:
     return None
 
 
+def _check_replay(value: str | None, config: Any) -> str | None:
+    if value is not None and config.cuda_graph_impl != "none":
+        return "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
+    return None
+
+
 def _check_trace_dir(value: str | None, config: Any) -> str | None:
     if value is not None and config.cuda_graph_impl not in ("none", "full_iteration"):
         return "collects the plans in Python, which a CUDA graph skips. Leave one of the two out."
@@ -327,6 +333,15 @@ class EchoConfigMixin:
         group="echo",
         check=_check_positive,
         metavar="N",
+    )
+    moe_echo_replay_routing: str | None = flag(
+        None,
+        "Send every token to the experts that it went to in another run: a folder of "
+        "--moe-echo-capture-routing, or step-00000001.npz and so on with ids [tokens, MoE layers, "
+        "K]. The parallel layout may differ.",
+        group="echo",
+        check=_check_replay,
+        metavar="DIR",
     )
     moe_echo_aux_counts: str = flag(
         "unbiased",

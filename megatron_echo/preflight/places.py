@@ -16,7 +16,7 @@ _FOLDERS = (
     "data_cache_path",
 )
 _FILES_WRITTEN = ("memory_ledger",)
-_FILES_READ = ("vocab_file", "merge_file", "per_dataset_sequences_path")
+_FILES_READ = ("moe_echo_replay_routing", "vocab_file", "merge_file", "per_dataset_sequences_path")
 
 
 def check_places(args: Namespace) -> None:

@@ -5,9 +5,10 @@ source is free as soon as :meth:`RoutingCapture.record` returns. One copy on a s
 brings them to pinned memory. The host waits for it at the end of the step, or when no slot of the
 ring is free.
 
-One file a step and rank, ``.npz`` without pickle: ``iteration``, ``rank``, ``num_experts``, and for
-each call ``ids/<layer>/<microbatch>`` (uint16 ``[T, K]``) and ``weights/...`` (the 16 bits of bf16
-as uint16). At K = 8 that is 32 bytes a token.
+One file a step and rank, ``.npz`` without pickle: ``iteration``, ``rank``, ``num_experts``,
+``layout`` (see :mod:`megatron_echo.record.token_layout`), and for each call
+``ids/<layer>/<microbatch>`` (uint16 ``[T, K]``) and ``weights/...`` (the 16 bits of bf16 as
+uint16). At K = 8 that is 32 bytes a token.
 """
 
 import os
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_echo.copy_lanes import Backend, CudaBackend, Lane
+from megatron_echo.record.token_layout import TokenLayout
 from megatron_echo.record.trace import write_npz
 
 _MOST_EXPERTS = 2**16 - 1
@@ -143,11 +145,12 @@ class RoutingCapture:
             self._wait_for_oldest()
         self._arrived.clear()
 
-    def end_step(self, iteration: int) -> None:
+    def end_step(self, iteration: int, layout: TokenLayout | None = None) -> None:
         """Wait for the step's copies and write them, by microbatch and layer.
 
         Args:
             iteration: Megatron's, from 1.
+            layout: this rank's; without one the routing cannot be replayed.
         """
         while self._under_way:
             self._wait_for_oldest()
@@ -156,6 +159,7 @@ class RoutingCapture:
                 "iteration": iteration,
                 "rank": self._rank,
                 "num_experts": self._num_experts,
+                "layout": np.array(layout or (), dtype=np.int64),
             }
             for (microbatch, layer), routing in sorted(self._arrived.items()):
                 for name, part in routing._asdict().items():
@@ -199,12 +203,14 @@ class StepCapture:
         rank: of the process that wrote it.
         num_experts: E.
         calls: by layer and microbatch, in the order of the microbatches.
+        layout: the rank's; None if it was not known.
     """
 
     iteration: int
     rank: int
     num_experts: int
     calls: dict[tuple[int, int], Routing]
+    layout: TokenLayout | None = None
 
 
 def _load(path: Path) -> StepCapture:
@@ -218,21 +224,26 @@ def _load(path: Path) -> StepCapture:
                 ids = torch.from_numpy(file[name])
                 layer, microbatch = map(int, call)
                 calls[layer, microbatch] = Routing(ids, weights.view(torch.bfloat16))
-    return StepCapture(**head, calls=calls)
+        layout = file["layout"].tolist() if "layout" in file.files else ()
+    return StepCapture(**head, calls=calls, layout=TokenLayout(*layout) if layout else None)
 
 
-def read_captures(folder: str | os.PathLike, rank: int | None = None) -> Iterator[StepCapture]:
+def read_captures(
+    folder: str | os.PathLike, rank: int | None = None, iteration: int | None = None
+) -> Iterator[StepCapture]:
     """The captures of a folder, by iteration and rank; each is read when it is its turn.
 
     Args:
         folder: of ``--moe-echo-capture-routing``.
         rank: only this one's.
+        iteration: only this step's.
 
     Raises:
         FileNotFoundError: there is none.
     """
     ranks = "*" if rank is None else f"{rank:05d}"
-    paths = sorted(Path(folder).glob(f"step-*-rank-{ranks}.npz"))
+    steps = "*" if iteration is None else f"{iteration:08d}"
+    paths = sorted(Path(folder).glob(f"step-{steps}-rank-{ranks}.npz"))
     if not paths:
         whose = "" if rank is None else f" of rank {rank}"
         raise FileNotFoundError(

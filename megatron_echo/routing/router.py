@@ -1,5 +1,7 @@
 """Megatron's router with exact losses, and a fixed skew for tests and benchmarks."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,6 +22,7 @@ from megatron_echo.config import echo_setting
 from megatron_echo.routing.aux_loss import count_tokens, router_scores
 from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores
 from megatron_echo.routing.losses import LayerLosses, RouterLossSettings
+from megatron_echo.routing.replay import ReplayedLayer, ReplayedRouting
 from megatron_echo.step.counts import CountExchange
 from megatron_echo.step.step_end import StepEnd
 
@@ -37,6 +41,23 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (chosen,) = ctx.saved_tensors
         return grad.new_zeros(ctx.shape).scatter_(1, chosen, grad), None
+
+
+@contextlib.contextmanager
+def _replayed_again(replay: Any, role: Role) -> Iterator[None]:
+    """Let a recomputation under Megatron's ``RouterReplay`` take the ids of its first pass.
+
+    Those of the latest call would be another microbatch's, where several are in flight.
+    """
+    is_forward = getattr(replay, "router_replay_action", None) is RouterReplayAction.REPLAY_FORWARD
+    if is_forward and role in (Role.RECOMPUTED, Role.REPEATED):
+        replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+        try:
+            yield
+        finally:  # a recomputation stops at the last tensor that is needed
+            replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    else:
+        yield
 
 
 _HAS_COUNTS = "moe_echo_previous_counts"
@@ -75,6 +96,9 @@ class EchoRouter(TopKRouter):
         super().__init__(config, pg_collection, is_mtp_layer)
         settings = RouterLossSettings.from_config(config)
         self.losses: LayerLosses | None = None
+        if echo_setting(config, "moe_echo_replay_routing") is not None:
+            replay = StepEnd.of(config).replay = ReplayedRouting.of(config, config)
+            self.router_replay = ReplayedLayer(replay)
         self._tokens_vary = echo_setting(config, "moe_echo_max_tokens_per_rank") is not None
         self._is_megatrons = settings.mcore_compat
         if self.local_tokens_per_expert is not None:  # integers: a model in bf16 leaves them alone
@@ -97,9 +121,11 @@ class EchoRouter(TopKRouter):
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's number of this layer, from 1; MTP layers come after the others."""
         super().set_layer_number(layer_number)
+        before = self.config.num_layers if self.is_mtp_layer else 0
         if self.losses is not None:
-            before = self.config.num_layers if self.is_mtp_layer else 0
             self.losses.layer_number = before + layer_number
+        if isinstance(self.router_replay, ReplayedLayer):
+            self.router_replay.layer_number = before + layer_number
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``[..., E]``; of no tokens too, which Megatron's function cannot."""
@@ -119,8 +145,15 @@ class EchoRouter(TopKRouter):
             Probabilities ``[S * B, E]`` and the map of choices, bool ``[S * B, E]``.
         """
         role = role_of_call() if self.training else Role.UNRECORDED
-        if self.losses is None or role is Role.UNRECORDED:
-            return super().routing(logits, padding_mask)
+        with _replayed_again(self.router_replay, role):
+            if self.losses is None or role is Role.UNRECORDED:
+                return super().routing(logits, padding_mask)
+            return self._routing_with_losses(logits, padding_mask, role)
+
+    def _routing_with_losses(
+        self, logits: Tensor, padding_mask: Tensor | None, role: Role
+    ) -> tuple[Tensor, Tensor]:
+        assert self.losses is not None
         StepEnd.of(self.config).note(role)
         valid = None if padding_mask is None else ~padding_mask
         if valid is None and self._tokens_vary:  # how many there are in all is counted then
@@ -171,7 +204,7 @@ class EchoRouter(TopKRouter):
 
     def _routes_from_scores(self) -> bool:
         """Whether one node can serve routing and losses, so that only one tensor is saved."""
-        if self.config.moe_router_fusion or self.router_replay is not None:
+        if self.config.moe_router_fusion:
             return False
         return self.score_function != "softmax" or self.config.moe_router_pre_softmax
 
@@ -192,9 +225,18 @@ class EchoRouter(TopKRouter):
 
     def _top_experts(self, ranked: Tensor) -> Tensor:
         groups, group_topk = self.config.moe_router_num_groups, self.config.moe_router_group_topk
-        if group_topk:
-            return group_limited_topk(ranked, self.topk, *ranked.shape, groups, group_topk)[1]
-        return ranked.topk(self.topk, dim=1, sorted=torch.is_grad_enabled()).indices
+
+        def choose(
+            scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+        ) -> tuple[Tensor, Tensor]:
+            if group_topk:
+                return group_limited_topk(scores, topk, *scores.shape, num_groups, group_topk)
+            values, chosen = scores.topk(topk, dim=1, sorted=torch.is_grad_enabled())
+            return values, chosen
+
+        if self.router_replay is None:
+            return choose(ranked, self.topk, groups, group_topk)[1]
+        return self.router_replay.get_replay_topk(ranked, self.topk, groups, group_topk, choose)[1]
 
     @torch.no_grad()
     def _counted_map(self, logits: Tensor, routing_map: Tensor) -> Tensor:

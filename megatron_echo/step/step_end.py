@@ -32,6 +32,7 @@ from megatron_echo.per_model import PerModel
 from megatron_echo.record.metrics import publish
 from megatron_echo.record.routing_capture import RoutingCapture
 from megatron_echo.record.statistics import StepStatistics, console_line
+from megatron_echo.record.token_layout import TokenLayout
 from megatron_echo.record.trace import RoutingTrace
 from megatron_echo.step.counts import CountExchange
 from megatron_echo.step.load_metrics import read_load_metrics
@@ -50,6 +51,7 @@ class StepEnd(PerModel, EndOfStep):
         self_check: ``--moe-echo-check-every``.
         trace: ``--moe-echo-trace-dir``.
         capture: ``--moe-echo-capture-routing``, None without it.
+        replay: ``--moe-echo-replay-routing``, None without it.
     """
 
     def __init__(self, config: Any) -> None:
@@ -86,6 +88,8 @@ class StepEnd(PerModel, EndOfStep):
             slots = echo_setting(config, "moe_echo_capture_slots")
             rank = dist.get_rank() if dist.is_initialized() else 0
             self.capture = RoutingCapture(folder, slots, config.num_moe_experts, rank)
+        self._is_sequence_parallel = config.sequence_parallel
+        self.replay: Any = None
 
     @classmethod
     def of(cls, config: Any, *_: Any) -> "StepEnd":
@@ -150,7 +154,9 @@ class StepEnd(PerModel, EndOfStep):
         self.statistics.end_step(is_replayed)
         self.trace.end_step(iteration)
         if self.capture is not None:
-            self.capture.end_step(iteration)
+            self.capture.end_step(iteration, TokenLayout.of_this_rank(self._is_sequence_parallel))
+        if self.replay is not None:
+            self.replay.end_step(iteration)
         if args is not None:
             self._publish(iteration, iteration % args.log_interval == 0, error)
 

@@ -1,0 +1,76 @@
+"""Which tokens of a step's global batch a rank has: the same answer for every parallel layout.
+
+Megatron gives microbatch ``m`` of data-parallel rank ``d`` the samples ``(m * D + d) * b`` to
+``(m * D + d + 1) * b - 1`` of a step. Context parallelism cuts a sample of S tokens into 2 C parts,
+of which rank ``c`` has the parts ``c`` and ``2 C - 1 - c``; sequence parallelism cuts those into P
+parts in a row. A layer sees its tokens sequence first, ``[s, b]``.
+"""
+
+from typing import NamedTuple, Self
+
+import numpy as np
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_micro_batch_size
+
+
+class TokenLayout(NamedTuple):
+    """A rank's place in the layout of a run.
+
+    Attributes:
+        data_rank: d, of data_size D.
+        context_rank: c, of context_size C.
+        sequence_rank: p, of sequence_size P.
+        micro_batch_size: b.
+    """
+
+    data_rank: int
+    data_size: int
+    context_rank: int
+    context_size: int
+    sequence_rank: int
+    sequence_size: int
+    micro_batch_size: int
+
+    @classmethod
+    def of_this_rank(cls, is_sequence_parallel: bool) -> Self | None:
+        """From Megatron's groups; None where Megatron's training has not set a microbatch's size.
+
+        Args:
+            is_sequence_parallel: of the model.
+        """
+        try:
+            batch = get_micro_batch_size()
+        except AttributeError:  # its calculator does not exist
+            return None
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        return cls(
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_context_parallel_world_size(),
+            rank if is_sequence_parallel else 0,
+            size if is_sequence_parallel else 1,
+            batch,
+        )
+
+    def places(self, tokens: int, microbatch: int) -> np.ndarray:
+        """Where this rank's tokens of a microbatch are in the step's ``[samples * S]`` tokens.
+
+        Args:
+            tokens: T, what a layer sees on this rank.
+            microbatch: m.
+
+        Returns:
+            int64 ``[T]``, in the order of the layer's rows.
+        """
+        batch = self.micro_batch_size
+        length = tokens // batch * self.sequence_size * self.context_size
+        parts = np.arange(length).reshape(2 * self.context_size, -1)
+        if self.context_size > 1:
+            mine = np.concatenate((parts[self.context_rank], parts[-1 - self.context_rank]))
+        else:
+            mine = parts.reshape(-1)
+        positions = mine.reshape(self.sequence_size, -1)[self.sequence_rank]
+        samples = (microbatch * self.data_size + self.data_rank) * batch + np.arange(batch)
+        return (samples * length + positions[:, None]).reshape(-1)
