@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.cuda_graphs import CudaGraphManager
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_echo.call_roles import Role, role_of_call
@@ -29,6 +32,30 @@ class _KeepsConfig(BaseMoELayer):
 
     def __init__(self, config: TransformerConfig, *args: Any, **rest: Any) -> None:
         super().__init__(self.config, *args, **rest)
+
+
+class EchoTransformerLayer(TransformerLayer):
+    """Megatron's layer, in graphs of single layers: all of it, and in training only.
+
+    Megatron's ``local`` graphs serve evaluation too. There our buffers are larger than in training,
+    so that nothing is dropped, and nothing is counted.
+    """
+
+    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
+        """Also where ``moe`` is named; Megatron's takes ``attn`` and no name for all of a layer."""
+        mlp = self.submodules_config.mlp
+        is_moe = getattr(mlp, "func", getattr(mlp, "module", mlp)) is EchoMoELayer
+        if is_moe and CudaGraphModule.moe in config.cuda_graph_modules:
+            self.cudagraph_manager = CudaGraphManager(config)
+        else:
+            super().create_mcore_cudagraph_manager(config)
+
+    def _should_call_local_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
+        is_training = self.training and torch.is_grad_enabled()
+        return is_training and super()._should_call_local_cudagraph(*args, **kwargs)
+
+    def _should_call_te_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
+        return torch.is_grad_enabled() and super()._should_call_te_cudagraph(*args, **kwargs)
 
 
 class EchoMoELayer(MoELayer, _KeepsConfig):

@@ -21,6 +21,7 @@ GRAPH = {
     "no_check_for_nan_in_loss_and_grad": True,
     "cuda_graph_warmup_steps": 1,
 }
+LAYERS = {"cuda_graph_impl": "local", "cuda_graph_warmup_steps": 1}
 SLOW = pytest.mark.slow
 
 
@@ -44,15 +45,19 @@ SLOW = pytest.mark.slow
 )
 def test_curves_plans_and_metrics_are_those_of_eager_steps(name: str, tmp_path: Path) -> None:
     """Ten routings, nine of them replayed: every logged number and every plan has the same bits."""
+    assert_same_bits(name, GRAPH, tmp_path)
+
+
+def assert_same_bits(name: str, graph: dict, tmp_path: Path, **changes: object) -> None:
+    """Ten steps of a golden case with graphs, and without."""
     case = golden.load_case(name)
     has_clones = "--moe-num-echo-experts" not in case.model_args
-    flags = {"train_iters": 10, "log_interval": 2, "eval_interval": 3, "eval_iters": 2,
-             "overlap_param_gather": False}  # fmt: skip
+    flags = {"train_iters": 10, "log_interval": 2, "eval_interval": 3, "eval_iters": 2, **changes}
     lines, traces = {}, {}
-    for way, graph in (("eager", {}), ("graph", GRAPH)):
+    for way, used in (("eager", {}), ("graph", graph)):
         where = tmp_path / way
         flags |= {"run_dir": where, "moe_echo_trace_dir": where / "traces" if has_clones else None}
-        launch.run(case.argv(**flags, **graph), case.world_size, env=case.env_vars).check()
+        launch.run(case.argv(**flags, **used), case.world_size, env=case.env_vars).check()
         lines[way] = [
             {key: value for key, value in line.items() if "time" not in key}
             for line in read_metrics(where)
@@ -63,6 +68,42 @@ def test_curves_plans_and_metrics_are_those_of_eager_steps(name: str, tmp_path: 
     for graph_trace, eager_trace in zip(traces["graph"], traces["eager"], strict=True):
         for field, array in vars(eager_trace).items():
             assert np.array_equal(vars(graph_trace)[field], array), (eager_trace.iteration, field)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("moe_loss_batch_ep2", {}),
+        ("moe_loss_batch_ep2_pp2", {}),
+    ],
+)
+def test_layers_in_graphs_of_their_own(name: str, changes: dict, tmp_path: Path) -> None:
+    """One capture of a layer serves all microbatches: counts, statistics and plans are the same."""
+    assert_same_bits(name, LAYERS, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "before", [{"eval_interval": 1}, pytest.param({"save": "saved", "save_interval": 1}, marks=SLOW)]
+)
+def test_each_step_gathers_the_weights(before: dict, tmp_path: Path) -> None:
+    """``--overlap-param-gather``, gathered before the capture by an evaluation or a save already.
+
+    All weights but those of the experts are gathered from two ranks.
+    """
+    case = golden.load_case("moe_clones_ep2_dist_optimizer")
+    assert case.model_args["--overlap-param-gather"]
+    lines = []
+    for way, graph in (("eager", {}), ("graph", GRAPH)):
+        flags = {"train_iters": 6, "log_interval": 1, "eval_iters": 1, **before, **graph}
+        flags["run_dir"] = tmp_path / way
+        if "save" in flags:
+            flags["save"] = tmp_path / way / flags["save"]
+        launch.run(case.argv(**flags), case.world_size, env=case.env_vars).check()
+        lines.append(read_metrics(tmp_path / way))
+    for eager, replayed in zip(*lines, strict=True):
+        for name in ("lm loss", "grad-norm", "lm loss validation"):
+            assert eager.get(name) == replayed.get(name), (eager["iteration"], name)
+    assert len({line["lm loss"] for line in lines[0]}) == 6
 
 
 def test_an_overflow_in_a_replay_stops_every_rank_before_the_optimizer(tmp_path: Path) -> None:
