@@ -50,6 +50,21 @@ class EchoTransformerLayer(TransformerLayer):
         else:
             super().create_mcore_cudagraph_manager(config)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple:
+        """Of Megatron's layer, with what its ``local`` graphs want under pipeline parallelism.
+
+        They mark their inputs: the rotary embedding, one tensor for all microbatches, would keep
+        the marks of those in flight. And Megatron frees what a stage has sent on, which would be
+        the memory of a graph.
+        """
+        if self.config.cuda_graph_impl != "local" or self.config.pipeline_model_parallel_size == 1:
+            return super().__call__(*args, **kwargs)
+        for name, value in kwargs.items():
+            if name.startswith("rotary") and isinstance(value, Tensor):
+                kwargs[name] = value.detach()
+        hidden, *rest = super().__call__(*args, **kwargs)
+        return (hidden.clone() if self.is_last_layer else hidden, *rest)
+
     def _should_call_local_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
         is_training = self.training and torch.is_grad_enabled()
         return is_training and super()._should_call_local_cudagraph(*args, **kwargs)

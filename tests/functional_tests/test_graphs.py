@@ -22,6 +22,8 @@ GRAPH = {
     "cuda_graph_warmup_steps": 1,
 }
 LAYERS = {"cuda_graph_impl": "local", "cuda_graph_warmup_steps": 1}
+VIRTUAL = {"num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": "moe layernorm"}
 SLOW = pytest.mark.slow
 
 
@@ -74,7 +76,17 @@ def assert_same_bits(name: str, graph: dict, tmp_path: Path, **changes: object) 
     ("name", "changes"),
     [
         ("moe_loss_batch_ep2", {}),
-        ("moe_loss_batch_ep2_pp2", {}),
+        pytest.param("moe_echo_ep2", {"num_layers": 4, "moe_layer_freq": 2}, marks=SLOW),
+        pytest.param("moe_echo_ep2_bf16", {"cuda_graph_modules": "attn moe_router"}, marks=SLOW),
+        pytest.param("moe_echo_tp2_sp_ep2", {}, marks=SLOW),
+        pytest.param("moe_echo_cp2", {}, marks=SLOW),
+        pytest.param("moe_echo_mla_ep2", {}, marks=SLOW),
+        pytest.param("moe_loss_batch_ep2_pp2", {}, marks=SLOW),
+        pytest.param("moe_clones_ep2_pp2", VIRTUAL, marks=SLOW),
+        pytest.param("moe_clones_ep2_dist_optimizer", {}, marks=SLOW),
+        pytest.param("moe_clones_ep2", RECOMPUTED, marks=SLOW),
+        pytest.param("moe_loss_seq_ep2", {}, marks=SLOW),
+        pytest.param("moe_skewed_clones_ep4", {}, marks=SLOW),
     ],
 )
 def test_layers_in_graphs_of_their_own(name: str, changes: dict, tmp_path: Path) -> None:
@@ -106,18 +118,21 @@ def test_each_step_gathers_the_weights(before: dict, tmp_path: Path) -> None:
     assert len({line["lm loss"] for line in lines[0]}) == 6
 
 
-def test_an_overflow_in_a_replay_stops_every_rank_before_the_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", [GRAPH, LAYERS], ids=["step", "layers"])
+def test_an_overflow_in_a_replay_stops_every_rank_before_the_optimizer(
+    graph: dict, tmp_path: Path
+) -> None:
     """The step that overflows is a replayed one; it changes no weight, and all ranks say so."""
     script = tmp_path / "watched.py"
     script.write_text(SHOW_WEIGHTS)
-    flags = {**GRAPH, "moe_enable_echo": True, "moe_num_echo_experts": 0, "train_iters": 12,
+    flags = {**graph, "moe_enable_echo": True, "moe_num_echo_experts": 0, "train_iters": 12,
              "expert_model_parallel_size": 2, "moe_received_token_capacity": 1.2}  # fmt: skip
     result = launch.run(launch.tiny_model(**flags), 2, script=script)
     assert all(result.codes)
     assert result.output.count("UNTOUCHED=True") == 2
     assert len(set(overflow_messages(result.output))) == 1
     done = sum(" iteration " in line and "elapsed" in line for line in result.output.splitlines())
-    assert done > GRAPH["cuda_graph_warmup_steps"] + 1
+    assert done > graph["cuda_graph_warmup_steps"] + 1
 
 
 def test_dropped_pairs_are_counted_in_every_replay(tmp_path: Path) -> None:
@@ -125,10 +140,10 @@ def test_dropped_pairs_are_counted_in_every_replay(tmp_path: Path) -> None:
     flags = {"moe_enable_echo": True, "moe_num_echo_experts": 0, "expert_model_parallel_size": 2,
              "moe_received_token_capacity": 1.02, "moe_echo_overflow": "drop"}  # fmt: skip
     warnings = []
-    for graph in ({}, GRAPH):
+    for graph in ({}, GRAPH, LAYERS):
         output = launch.run(launch.tiny_model(**flags, **graph), 2).check().output
         warnings.append([line for line in output.splitlines() if "pairs dropped in" in line])
-    assert warnings[0] == warnings[1]
+    assert warnings[0] == warnings[1] == warnings[2]
     assert len(warnings[0]) == 4
 
 
