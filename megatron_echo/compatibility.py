@@ -90,6 +90,12 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "lose its plan. Leave --cuda-graph-modules out, or use EchoTransformerConfig.",
     ),
     (
+        # They ask autograd for the gradients of a layer; a recomputation within adds its own aside.
+        lambda c: c.cuda_graph_impl == "local" and _recomputes(c, "layernorm", "mla_up_proj"),
+        "would lose the gradients of what --recompute-modules layernorm and mla_up_proj recompute "
+        "in Megatron's local graphs. Leave them out, or use --cuda-graph-impl full_iteration.",
+    ),
+    (
         # Megatron's local graphs are made after a first step without, in any case.
         lambda c: (
             c.cuda_graph_impl in ("full_iteration", "transformer_engine")
@@ -123,7 +129,7 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
 
 _TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
-        lambda c: c.recompute_granularity == "selective" and "moe_act" in c.recompute_modules,
+        lambda c: _recomputes(c, "moe_act"),
         "--recompute-modules moe_act: the activation of our experts is recomputed in any case",
     ),
     (
@@ -136,7 +142,7 @@ _TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "experts",
     ),
     (
-        lambda c: has_layer_graphs(c) and "moe" in (c.recompute_modules or ()),
+        lambda c: has_layer_graphs(c) and _recomputes(c, "moe"),
         "--recompute-modules moe: a layer in a graph keeps its activations",
     ),
     (
@@ -217,6 +223,11 @@ def _given_or_auto_slots(config: Any) -> int:
     """``--moe-num-echo-experts``, or what stands for it where it is not given."""
     total, ranks = getattr(config, "moe_num_echo_experts", None), config.expert_model_parallel_size
     return ranks * auto_slots(ranks, config.num_moe_experts) if total is None else total
+
+
+def _recomputes(config: Any, *modules: str) -> bool:
+    is_selective = config.recompute_granularity == "selective"
+    return is_selective and not set(modules).isdisjoint(config.recompute_modules)
 
 
 def _is_sinkhorn(config: Any) -> bool:

@@ -74,7 +74,7 @@ class StepEnd(PerModel, EndOfStep):
         self._sees_calls = False
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._chunks: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._chunks: Sequence[nn.Module] = ()
         _watch_calls(self)
         _watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
@@ -125,7 +125,7 @@ class StepEnd(PerModel, EndOfStep):
 
     def __call__(self, chunks: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Any:
         """Finish the gradients, then :meth:`end_step` if that may read here."""
-        self._chunks = weakref.WeakSet(chunks)
+        self._chunks = chunks
         result = self._finalize(chunks, *args, **kwargs)
         if not self._is_in_graph:
             if self._is_open or not self._sees_calls:
