@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import MoETransformerLayer
 from torch import Tensor
 
 from megatron_echo.call_roles import Role, role_of_call
@@ -34,7 +34,7 @@ class _KeepsConfig(BaseMoELayer):
         super().__init__(self.config, *args, **rest)
 
 
-class EchoTransformerLayer(TransformerLayer):
+class EchoTransformerLayer(MoETransformerLayer):
     """Megatron's layer, in graphs of single layers: all of it, and in training only.
 
     Megatron's ``local`` graphs serve evaluation too. There our buffers are larger than in training,
@@ -42,13 +42,12 @@ class EchoTransformerLayer(TransformerLayer):
     """
 
     def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
-        """Also where ``moe`` is named; Megatron's takes ``attn`` and no name for all of a layer."""
+        """One graph for all of a layer, whichever part of it is named."""
         mlp = self.submodules_config.mlp
         is_moe = getattr(mlp, "func", getattr(mlp, "module", mlp)) is EchoMoELayer
-        if is_moe and CudaGraphModule.moe in config.cuda_graph_modules:
+        parts = {CudaGraphModule.attn, CudaGraphModule.moe if is_moe else CudaGraphModule.mlp}
+        if not config.cuda_graph_modules or not parts.isdisjoint(config.cuda_graph_modules):
             self.cudagraph_manager = CudaGraphManager(config)
-        else:
-            super().create_mcore_cudagraph_manager(config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple:
         """Of Megatron's layer, with what its ``local`` graphs want under pipeline parallelism.
@@ -63,7 +62,8 @@ class EchoTransformerLayer(TransformerLayer):
             if name.startswith("rotary") and isinstance(value, Tensor):
                 kwargs[name] = value.detach()
         hidden, *rest = super().__call__(*args, **kwargs)
-        return (hidden.clone() if self.is_last_layer else hidden, *rest)
+        is_last = getattr(self, "is_last_layer", False)  # not of a prediction layer's
+        return (hidden.clone() if is_last else hidden, *rest)
 
     def _should_call_local_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
         is_training = self.training and torch.is_grad_enabled()

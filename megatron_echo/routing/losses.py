@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.cuda_graphs import is_graph_warmup
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
@@ -209,12 +208,7 @@ class LayerLosses:
         return scale.double().reshape(()) * self._share
 
     def _record(self, name: str, value: Tensor, over_batch: bool) -> None:
-        """Add a loss, without its coefficient, to what Megatron logs.
-
-        Not while a graph is warmed up: Megatron gives back what that adds to its own layers only.
-        """
-        if is_graph_warmup():
-            return
+        """Add a loss, without its coefficient, to what Megatron logs."""
         group: dist.ProcessGroup = self._batch_group if over_batch else self._sequence_group
         get_moe_metrics_tracker().record(
             name,

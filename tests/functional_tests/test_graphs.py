@@ -5,6 +5,7 @@ graph, so Python does not run in a replayed step, just as on a GPU. What only a 
 memory reuse) is not tested here.
 """
 
+import json
 from pathlib import Path
 
 import golden
@@ -21,6 +22,7 @@ GRAPH = {
     "no_check_for_nan_in_loss_and_grad": True,
     "cuda_graph_warmup_steps": 1,
 }
+COUNT_OPERATORS = Path(__file__).resolve().parent / "count_operators.py"
 TE_GRAPHS = Path(__file__).resolve().parent / "te_graphs.py"
 LAYERS = {"cuda_graph_impl": "local", "cuda_graph_warmup_steps": 1}
 VIRTUAL = {"num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}
@@ -169,6 +171,23 @@ def test_dropped_pairs_are_counted_in_every_replay(tmp_path: Path) -> None:
         warnings.append([line for line in output.splitlines() if "pairs dropped in" in line])
     assert warnings[0] == warnings[1] == warnings[2]
     assert len(warnings[0]) == 4
+
+
+@pytest.mark.parametrize(("graph", "most"), [(GRAPH, 70), (LAYERS, 280)], ids=["step", "layers"])
+def test_what_is_outside_the_graphs(graph: dict, most: int) -> None:
+    """Of 3,281 operators of a step: the optimizer's, data and losses, and 18 of our end of it.
+
+    With graphs of layers also embedding, output layer and loss; nothing of a MoE layer.
+    """
+    flags = launch.tiny_model(moe_enable_echo=True, expert_model_parallel_size=2, **graph)
+    output = launch.run(flags, 2, script=COUNT_OPERATORS).check().output
+    found = [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("OUTSIDE")]
+    assert sorted({part for part, _ in found}) == ["end", "optimizer", "rest"]
+    for part, text in found:
+        operators = json.loads(text)
+        number = sum(operators.values())
+        assert number <= {"end": 20, "optimizer": 200, "rest": most}[part], (part, operators)
+        assert not any("grouped_mm" in name or "alltoall" in name for name in operators)
 
 
 def test_a_stock_layer_cannot_be_captured() -> None:
