@@ -21,7 +21,7 @@ are the calls seen so far in any pass, replayed or not.
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch

@@ -18,8 +18,8 @@ may be read, and a replay calls no layer. There the hook alone ends the step: it
 optimizer steps that has stepped since the last end.
 
 A step begins with the first call of the model that trains. What layers count, they count on the
-device, in tensors that are cleared then: a replay counts as Python would, and what a graph is warmed
-up with counts for nothing.
+device, in tensors that are cleared then: a replay counts as Python would, and what a graph is
+warmed up with counts for nothing.
 """
 
 import weakref
@@ -182,7 +182,7 @@ class StepEnd(PerModel, EndOfStep):
             self._publish(iteration, iteration % args.log_interval == 0, error)
 
     def _forget(self) -> None:
-        """Leave nothing of a step that failed to the next one, which clears what is on the device."""
+        """Leave nothing of a step that failed to the next one, which clears the device."""
         self.self_check.forget()
         if self.capture is not None:
             self.capture.forget()

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import pretrain_gpt_moe
 import torch
 from megatron.training import training
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain_gpt_moe
 from megatron_echo.cpu_backend.recorded_graph import RecordedGraph
 from megatron_echo.step.step_end import StepEnd
 

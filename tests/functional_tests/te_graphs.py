@@ -1,7 +1,7 @@
 """``pretrain_gpt_moe.py`` with ``--cuda-graph-impl transformer_engine``, without that package.
 
-Megatron hands its layers to Transformer Engine's ``make_graphed_callables``. Here a function of that
-name does what it does, in the order that it is given, with graphs that a CPU records.
+Megatron hands its layers to Transformer Engine's ``make_graphed_callables``. Here a function of
+that name does what it does, in the order that it is given, with graphs that a CPU records.
 """
 
 import itertools
@@ -9,11 +9,11 @@ import sys
 import types
 from typing import Any
 
-import pretrain_gpt_moe
 import torch
 from megatron.core.transformer import cuda_graphs, transformer_layer
 from torch import Tensor, nn
 
+import pretrain_gpt_moe
 from megatron_echo import compatibility
 
 

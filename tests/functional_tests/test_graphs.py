@@ -121,7 +121,8 @@ def test_layers_in_graphs_of_transformer_engine(name: str, changes: dict, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "before", [{"eval_interval": 1}, pytest.param({"save": "saved", "save_interval": 1}, marks=SLOW)]
+    "before",
+    [{"eval_interval": 1}, pytest.param({"save": "saved", "save_interval": 1}, marks=SLOW)],
 )
 def test_each_step_gathers_the_weights(before: dict, tmp_path: Path) -> None:
     """``--overlap-param-gather``, gathered before the capture by an evaluation or a save already.

@@ -32,9 +32,7 @@ def test_rows_are_those_of_the_step() -> None:
 
 def test_one_capture_serves_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """What warms the graph up counts for nothing; each replay moves on; too many stay inside."""
-    monkeypatch.setattr(
-        "megatron_echo.record.call_log.is_capturing", RecordedGraph.is_capturing
-    )
+    monkeypatch.setattr("megatron_echo.record.call_log.is_capturing", RecordedGraph.is_capturing)
     log, value = CallLog(), torch.tensor([1, 2])
     fill(log, range(3))
     rows(log)
