@@ -337,7 +337,7 @@ class CountExchange:
                 if (function := state.calls[call].at_end) is not None:
                     function()
             totals = self._totals(row) if state.totals is None and seen else state.totals
-            sums.append(totals and totals.local)
+            sums.append(None if totals is None else totals.local)
             if state.previous is not None and totals is not None:
                 kept = state.previous()
                 kept.copy_(torch.where(totals.calls > 0, totals.mean_and_variance(), kept))
