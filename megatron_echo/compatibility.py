@@ -4,14 +4,26 @@ A test fires each row; ``tests/functional_tests/flag_table.py`` tries the flags 
 and makes ``docs/flags.md`` of them.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.transformer.cuda_graph_config import normalize_cuda_graph_modules
+from megatron.core.transformer.enums import CudaGraphModule
 
-from megatron_echo.environment import find_hybrid_ep, find_nccl_ep
+from megatron_echo.environment import HAVE_TRANSFORMER_ENGINE, find_hybrid_ep, find_nccl_ep
 from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS
 from megatron_echo.planner.slots import auto_slots
+
+_PARTS_OF_MOE = (CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess)
+_MOE = (CudaGraphModule.moe, *_PARTS_OF_MOE)
+
+
+def has_layer_graphs(config: Any) -> bool:
+    """Whether single layers are in CUDA graphs, and not the whole step."""
+    return config.cuda_graph_impl in ("local", "transformer_engine")
+
 
 _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
@@ -91,12 +103,27 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "balancing or --mtp-use-repeated-layer. Leave --moe-echo-replay-routing out.",
     ),
     (
-        lambda c: c.cuda_graph_impl in ("local", "transformer_engine"),
-        "counts its calls in Python, which graphs of single layers skip. Use --cuda-graph-impl "
-        "full_iteration.",
+        lambda c: c.cuda_graph_impl == "transformer_engine" and not HAVE_TRANSFORMER_ENGINE,
+        "is put into graphs by Transformer Engine, which is not installed. Install it, or use "
+        "--cuda-graph-impl local or full_iteration.",
     ),
     (
-        lambda c: c.cuda_graph_impl == "full_iteration" and c.cuda_graph_warmup_steps < 1,
+        lambda c: has_layer_graphs(c) and not set(_PARTS_OF_MOE).isdisjoint(c.cuda_graph_modules),
+        "is whole in a graph: cut at --cuda-graph-modules {config.cuda_graph_modules} it would "
+        "lose its plan. Leave --cuda-graph-modules out, or use EchoTransformerConfig.",
+    ),
+    (
+        # They ask autograd for the gradients of a layer; a recomputation within adds its own aside.
+        lambda c: c.cuda_graph_impl == "local" and _recomputes(c, "layernorm", "mla_up_proj"),
+        "would lose the gradients of what --recompute-modules layernorm and mla_up_proj recompute "
+        "in Megatron's local graphs. Leave them out, or use --cuda-graph-impl full_iteration.",
+    ),
+    (
+        # Megatron's local graphs are made after a first step without, in any case.
+        lambda c: (
+            c.cuda_graph_impl in ("full_iteration", "transformer_engine")
+            and c.cuda_graph_warmup_steps < 1
+        ),
         "makes its buffers in the first step, before the graph. Use --cuda-graph-warmup-steps 1 or "
         "more.",
     ),
@@ -125,7 +152,7 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
 
 _TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
-        lambda c: c.recompute_granularity == "selective" and "moe_act" in c.recompute_modules,
+        lambda c: _recomputes(c, "moe_act"),
         "--recompute-modules moe_act: the activation of our experts is recomputed in any case",
     ),
     (
@@ -136,6 +163,14 @@ _TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
         lambda c: c.use_transformer_engine_op_fuser,
         "--use-transformer-engine-op-fuser: for dense layers and the shared expert, not for our "
         "experts",
+    ),
+    (
+        lambda c: has_layer_graphs(c) and _recomputes(c, "moe"),
+        "--recompute-modules moe: a layer in a graph keeps its activations",
+    ),
+    (
+        lambda c: has_layer_graphs(c) and CudaGraphModule.moe in c.cuda_graph_modules,
+        "--cuda-graph-modules moe: the whole MoE layer, also for moe_router and moe_preprocess",
     ),
     (
         lambda c: _is_sinkhorn(c),
@@ -169,6 +204,13 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         lambda a: a.fine_grained_activation_offloading,
         "is unknown to Megatron's offloading manager. Leave --offload-implementation megatron out.",
     ),
+    (
+        lambda a: (
+            a.cuda_graph_impl != "none" and (a.rampup_batch_size or a.step_batch_size_schedule)
+        ),
+        "keeps the number of microbatches of the capture. Leave --rampup-batch-size and "
+        "--step-batch-size-schedule out.",
+    ),
 )
 
 
@@ -179,20 +221,13 @@ _WHOLE_STEP_GRAPH: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "--optimizer-cuda-graph out.",
     ),
     (
-        # After an evaluation or a save Megatron has gathered the weights already: a step captured
-        # then would never gather them again.
-        lambda a: a.overlap_param_gather,
-        "would keep the weights that were gathered before the capture. Leave "
-        "--overlap-param-gather out.",
+        lambda a: a.overlap_param_gather_with_optimizer_step,
+        "gathers weights inside the graph only, not in the optimizer's step. Leave "
+        "--overlap-param-gather-with-optimizer-step out.",
     ),
     (
         lambda a: a.fp16,
         "goes on with the loss scale of the capture. Use --bf16.",
-    ),
-    (
-        lambda a: a.rampup_batch_size or a.step_batch_size_schedule,
-        "keeps the number of microbatches of the capture. Leave --rampup-batch-size and "
-        "--step-batch-size-schedule out.",
     ),
     (
         lambda a: a.check_for_spiky_loss,
@@ -215,6 +250,11 @@ def _given_or_auto_slots(config: Any) -> int:
 
 def _replays_files(config: Any) -> bool:
     return getattr(config, "moe_echo_replay_routing", None) is not None
+
+
+def _recomputes(config: Any, *modules: str) -> bool:
+    is_selective = config.recompute_granularity == "selective"
+    return is_selective and not set(modules).isdisjoint(config.recompute_modules)
 
 
 def _is_sinkhorn(config: Any) -> bool:
@@ -282,6 +322,21 @@ def engine_refusal(way: str, config: Any) -> str | None:
             "2.20 built with NVTE_BUILD_WITH_NCCL_EP=1, or use all_to_all."
         )
     return None
+
+
+@contextlib.contextmanager
+def whole_layer_in_graph(config: Any) -> Iterator[None]:
+    """Leaves ``moe`` in ``--cuda-graph-modules``, which Megatron refuses for its dropless layers.
+
+    ``moe_router`` and ``moe_preprocess`` are what it captures of those; of ours it is all.
+    """
+    given = []
+    if config.moe_enable_echo and has_layer_graphs(config):
+        given, *_ = normalize_cuda_graph_modules(config.cuda_graph_modules)
+        config.cuda_graph_modules = [module for module in given if module not in _MOE]
+    yield
+    if any(module in _MOE for module in given):
+        config.cuda_graph_modules.append(CudaGraphModule.moe)
 
 
 def config_refusal(config: Any) -> str | None:

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from megatron_echo.compatibility import config_refusal, engine_refusal
+from megatron_echo.compatibility import (
+    config_refusal,
+    engine_refusal,
+    whole_layer_in_graph,
+)
 from megatron_echo.environment import interprets_triton, peer_memory_refusal
 from megatron_echo.flags import (
     flag,
@@ -131,12 +135,6 @@ def _check_capture(value: str | None, config: Any) -> str | None:
 def _check_replay(value: str | None, config: Any) -> str | None:
     if value is not None and config.cuda_graph_impl != "none":
         return "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
-    return None
-
-
-def _check_trace_dir(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl not in ("none", "full_iteration"):
-        return "collects the plans in Python, which a CUDA graph skips. Leave one of the two out."
     return None
 
 
@@ -308,7 +306,6 @@ class EchoConfigMixin:
         "Write the routing counts of each layer and microbatch, and the plans, into this folder, "
         "one .npz file for each traced step and pipeline stage.",
         group="echo",
-        check=_check_trace_dir,
         metavar="DIR",
     )
     moe_echo_trace_every: int = flag(
@@ -478,7 +475,8 @@ class EchoTransformerConfig(EchoConfigMixin, TransformerConfig):
     """Megatron's ``TransformerConfig`` with the fields of this package."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with whole_layer_in_graph(self):
+            super().__post_init__()
         self.validate_echo()
 
 
@@ -487,5 +485,6 @@ class EchoMLATransformerConfig(EchoConfigMixin, MLATransformerConfig):
     """Megatron's ``MLATransformerConfig`` with the fields of this package."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with whole_layer_in_graph(self):
+            super().__post_init__()
         self.validate_echo()

@@ -23,12 +23,13 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import EchoConfigMixin
 from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
-from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.moe_layer import EchoMoELayer, EchoTransformerLayer
 from megatron_echo.step.step_end import StepEnd
 
 ECHO_GPT_BUILDER = "megatron_echo.model_builder.EchoGPTModelBuilder"
@@ -77,7 +78,10 @@ def _uses_echo(config: TransformerConfig) -> bool:
 
 
 def _our_layer(config: TransformerConfig) -> dict[Any, Any]:
-    return {MoELayer: EchoMoELayer} if _uses_echo(config) else {}
+    if not _uses_echo(config):
+        return {}
+    graphed = {TransformerLayer: EchoTransformerLayer} if has_layer_graphs(config) else {}
+    return {MoELayer: EchoMoELayer, **graphed}
 
 
 def _replacements(config: TransformerConfig) -> dict[Any, Any]:
@@ -150,7 +154,15 @@ def moe_module_spec(config: TransformerConfig) -> functools.partial:
     Megatron's ``HybridModel`` takes it in the ``moe_layer`` of its stack spec. Call it on every
     rank, also on those of pipeline stages without MoE layers: they take part in the checks at the
     end of a step.
+
+    Raises:
+        ValueError: graphs that Megatron's layer around it would replay in evaluation too.
     """
+    if config.cuda_graph_impl == "local":
+        raise ValueError(
+            "--cuda-graph-impl local replays a layer of training in evaluation, where ours needs "
+            "larger buffers. Use --cuda-graph-impl transformer_engine or full_iteration."
+        )
     StepEnd.of(config)
     spec = get_moe_module_spec(
         use_te=_uses_transformer_engine(config),

@@ -13,6 +13,7 @@ step and cost several per cent of a small one, and it is per thread; the wrapper
 elsewhere and hold in every thread (``benchmarks/cpu_backend_overhead.py`` measures both).
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -178,6 +179,8 @@ def _patch_streams() -> None:
     _patches.set(torch.cuda, "CUDAGraph", RecordedGraph)
     _patches.set(torch.cuda, "graph", capture)
     _patches.set(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool"):
+        _patches.set(torch._C, name, lambda device, pool: None)
     _patches.set(torch.cuda, "is_current_stream_capturing", RecordedGraph.is_capturing)
     for name in ("range_push", "range_pop", "mark"):
         _patches.set(torch.cuda.nvtx, name, lambda *args, **kwargs: None)
@@ -242,15 +245,17 @@ def _patch_random() -> None:
         _patches.set(module, "set_rng_state", set_rng_state)
         _patches.set(module, "manual_seed", manual_seed)
         _patches.set(module, "manual_seed_all", manual_seed)
-    count = torch.cuda.device_count()
-    _patches.set(torch.cuda, "default_generators", (DefaultGenerator(),) * count)
+    _patches.set(torch.cuda, "default_generators", collections.defaultdict(DefaultGenerator))
 
 
 def _patch_megatron() -> None:
     """The places where Megatron itself, not torch, assumes CUDA or Transformer Engine."""
     environment.skip_dataset_compilation(_patches.set)
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import cuda_graphs
 
+    # A CPU's generators know no graphs, which draw no numbers here.
+    _patches.set(cuda_graphs, "_ensure_generator_state_is_cudagraph_safe", lambda each: each)
     # With one generator for both, a fork of "the CUDA state" always changes the CPU's.
     logger = logging.getLogger(random.__name__)
     logger.addFilter(_drop_rng_warning)

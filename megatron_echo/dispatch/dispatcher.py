@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role
 from megatron_echo.collectives import all_gather, gather, reduce_scatter
+from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
 from megatron_echo.dispatch.reroute import Clones, pair_counts, physical_experts
@@ -170,13 +171,16 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if way == "nccl_ep":
             return NcclEPTransport(NcclEPContext.of(self.config, self.ep_group), *sizes)
         if way == "symmetric_memory":
-            return SymmetricMemoryTransport(PeerBuffers.of(self.config, self.ep_group), *sizes)
+            return SymmetricMemoryTransport(self._peer_buffers(), *sizes)
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
         return AllToAllTransport(self.ep_group, *sizes, peer_capacity)
 
+    def _peer_buffers(self) -> PeerBuffers:
+        return PeerBuffers.of(self.config, self.ep_group, has_layer_graphs(self.config))
+
     def _make_weight_transport(self, way: str) -> WeightTransport:
         if way == "symmetric_memory" and self._slots > 0:
-            buffers = PeerBuffers.of(self.config, self.ep_group)
+            buffers = self._peer_buffers()
             return SymmetricMemoryWeights(buffers, self._local)
         kind = PeerToPeerWeights if way == "p2p" else CollectiveWeights
         return kind(self.ep_group, self._local)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_echo.record.call_log import CallLog
+
 _SUMS = 6  # routed and placed overload, clones, moved pairs, pairs, layer calls
 
 
@@ -19,15 +21,22 @@ class StepStatistics:
 
     Without clones there is no plan, and no rank knows the loads of the others in a layer: each
     keeps what it sends where, and one all-reduce at the end of the step adds up all calls.
+
+    All that a call leaves is on the device, where the replay of a CUDA graph leaves it too.
     """
 
     def __init__(self) -> None:
-        self._local: list[Tensor] = []
-        self._last_local: list[Tensor] = []
+        self._local = CallLog()
         self._group: dist.ProcessGroup | None = None
-        self._sums: Tensor | None = None
-        self._highest: Tensor | None = None
+        self._of_step: Tensor | None = None
+        self._total: Tensor | None = None
         self._steps = 0
+
+    def begin_step(self) -> None:
+        """Forget what has come since the last step ended, or of one that failed."""
+        self._local.begin_step()
+        if self._of_step is not None:
+            self._of_step.zero_()
 
     @torch.no_grad()
     def record(self, plan: Any) -> None:
@@ -43,8 +52,10 @@ class StepStatistics:
         by_home = plan.allocation.view(ranks, -1, ranks)
         moved = pairs - by_home.diagonal(dim1=0, dim2=2).sum()
         rest = torch.stack((plan.num_clones, moved, pairs, torch.ones_like(pairs))).double()
+        if self._of_step is None or self._of_step.device != pairs.device:
+            self._of_step = self._zeros(pairs.device)
         # Every rank of the group records the same call.
-        self._add(torch.cat((overload, rest)) / ranks, overload)
+        _add(self._of_step, torch.cat((overload, rest)) / ranks, overload)
 
     def record_local(self, pairs: Tensor, group: dist.ProcessGroup) -> None:
         """Keep one layer call without clones. Nothing is read, nothing is sent.
@@ -53,40 +64,32 @@ class StepStatistics:
             pairs: int64 ``[R]``, this rank's pairs for the experts of each rank.
             group: the expert-parallel group.
         """
-        self._local.append(pairs)
+        self._local.add(pairs)
         self._group = group
 
-    def forget(self) -> None:
-        """Drop what is kept of the step in progress."""
-        self._local = []
-
     @torch.no_grad()
-    def end_step(self, is_replayed: bool = False) -> None:
-        """Count a step; the ranks of the expert-parallel group must all call.
-
-        Args:
-            is_replayed: by a CUDA graph, which filled the tensors of the last step again.
-        """
+    def end_step(self) -> None:
+        """Count a step; the ranks of the expert-parallel group must all call."""
         self._steps += 1
-        self._last_local = self._last_local if is_replayed else self._local
-        self.forget()
-        if not self._last_local or self._group is None:
+        if self._of_step is not None:
+            self._add(self._of_step[:_SUMS], self._of_step[_SUMS:])
+        found = self._local.end_step()
+        if found is None or self._group is None:
             return
-        loads = torch.stack(self._last_local)
+        loads, calls = found[0].clone(), found[1].double()
         if self._group.size() > 1:
             dist.all_reduce(loads, group=self._group)
         pairs = loads.sum(1)
         ranks = loads.shape[1]
         overload = loads.amax(1).double() * ranks / pairs.clamp(min=1)
-        zero, number = overload.new_zeros(()), overload.new_tensor(len(loads))
-        sums = (overload.sum(), overload.sum(), zero, zero, pairs.sum().double(), number)
-        self._add(torch.stack(sums) / ranks, overload.amax().expand(2))
+        zero, total = calls.new_zeros(1), overload.sum()[None]
+        sums = torch.cat((total, total, zero, zero, pairs.sum()[None].double(), calls))
+        self._add(sums / ranks, overload.amax().expand(2))
 
     def _add(self, sums: Tensor, highest: Tensor) -> None:
-        if self._sums is None or self._highest is None or self._sums.device != sums.device:
-            self._sums, self._highest = self._zeros(sums.device)
-        self._sums += sums
-        self._highest.copy_(torch.maximum(self._highest, highest))
+        if self._total is None or self._total.device != sums.device:
+            self._total = self._zeros(sums.device)
+        _add(self._total, sums, highest)
 
     def read(self) -> dict[str, float]:
         """Everything since the last call, over all ranks; all of them must call.
@@ -94,13 +97,12 @@ class StepStatistics:
         Returns:
             The values above; ``layer_calls`` alone, 0, where no layer call was recorded.
         """
-        if self._sums is None or self._highest is None:
-            self._sums, self._highest = self._zeros("cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(self._sums, op=dist.ReduceOp.SUM)
-        dist.all_reduce(self._highest, op=dist.ReduceOp.MAX)
-        routed, placed, clones, moved, pairs, calls, *highest = torch.cat(
-            (self._sums, self._highest)
-        ).tolist()
+        total, self._total = self._total, None
+        if total is None:
+            total = self._zeros("cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(total[:_SUMS], op=dist.ReduceOp.SUM)
+        dist.all_reduce(total[_SUMS:], op=dist.ReduceOp.MAX)
+        routed, placed, clones, moved, pairs, calls, *highest = total.tolist()
         values = {"layer_calls": calls / max(self._steps, 1)}
         if calls:
             values |= {
@@ -111,15 +113,18 @@ class StepStatistics:
                 "clones": clones / calls,
                 "tokens_moved": moved / max(pairs, 1),
             }
-        self._sums.zero_()  # in place: a CUDA graph adds to these tensors
-        self._highest.zero_()
         self._steps = 0
         return values
 
     @staticmethod
-    def _zeros(device: Any) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros(_SUMS + 2, dtype=torch.float64, device=device)
-        return zeros[:_SUMS], zeros[_SUMS:]
+    def _zeros(device: Any) -> Tensor:
+        return torch.zeros(_SUMS + 2, dtype=torch.float64, device=device)
+
+
+def _add(total: Tensor, sums: Tensor, highest: Tensor) -> None:
+    """Into ``total``, in place: sums, then what is the highest."""
+    total[:_SUMS] += sums
+    total[_SUMS:].copy_(torch.maximum(total[_SUMS:], highest))
 
 
 def console_line(values: dict[str, float], iteration: int) -> str:

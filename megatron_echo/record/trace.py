@@ -7,6 +7,7 @@ One file for each traced step and pipeline stage, for the first expert-parallel 
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from megatron_echo.environment import is_capturing
+from megatron_echo.record.call_log import CallLog
 
 
 def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.savez) -> None:
@@ -35,10 +35,6 @@ def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np
     with open(unfinished, "wb") as file:
         save(file, **arrays)
     os.replace(unfinished, path)
-
-
-_Record = tuple[int, int, Tensor, Tensor, Tensor]
-"""Layer, microbatch, counts, slots and load after."""
 
 
 @dataclass(frozen=True)
@@ -73,34 +69,38 @@ class StepTrace:
 class RoutingTrace:
     """Collects the plans of a step on the device and writes them at its end.
 
-    What is collected while a CUDA graph is captured is collected once: a replay fills the same
-    tensors again, so they are kept and read after each traced step.
+    With CUDA graphs those of all steps are collected, as a graph does the same in each.
     A folder that cannot be written ends the tracing with a warning, not the training.
     """
 
-    def __init__(self, folder: str | None, every: int) -> None:
+    def __init__(self, folder: str | None, every: int, has_graph: bool = False) -> None:
         """Set up; nothing is written yet.
 
         Args:
             folder: where to, None for no trace.
             every: trace each so many steps.
+            has_graph: whether layers are in CUDA graphs.
         """
         self._folder = Path(folder) if folder is not None else None
         self._every = every
+        self._has_graph = has_graph
         self._step = 0
         self._stage = 0
-        self._calls: dict[int, int] = {}
-        self._records: list[_Record] = []
-        self._in_graph: list[_Record] = []
+        self._log = CallLog()
+        self._shapes: tuple[torch.Size, ...] = ()
 
     @property
     def is_on(self) -> bool:
-        """Whether the current step is traced; all are whose graph is captured."""
-        return self._folder is not None and (self._is_traced_step or is_capturing())
+        """Whether the plans of the current step are collected."""
+        return self._folder is not None and (self._is_traced_step or self._has_graph)
 
     @property
     def _is_traced_step(self) -> bool:
         return self._step % self._every == 0
+
+    def begin_step(self) -> None:
+        """Forget what has come since the last step ended, or of one that failed."""
+        self._log.begin_step()
 
     def record(self, layer: int, stage: int, plan: Any) -> None:
         """Keep one layer call. Nothing is read.
@@ -110,32 +110,34 @@ class RoutingTrace:
             stage: the pipeline stage's rank.
             plan: a ``ClonePlan``.
         """
-        microbatch = self._calls[layer] = self._calls.get(layer, -1) + 1
         self._stage = stage
-        records = self._in_graph if is_capturing() else self._records
-        records.append(
-            (layer, microbatch, plan.counts.int(), plan.slot_expert.int(), plan.load_after.int())
-        )
-
-    def forget(self) -> None:
-        """Drop what the step in progress has recorded."""
-        self._records = []
-        self._calls.clear()
+        parts = (plan.counts, plan.slot_expert, plan.load_after)
+        self._shapes = tuple(part.shape for part in parts)
+        number = plan.counts.new_full((1,), layer)
+        self._log.add(torch.cat((number, *(part.reshape(-1) for part in parts))).int())
 
     def end_step(self, iteration: int) -> None:
         """Write what the step left, if it was traced."""
-        records = (self._records or self._in_graph) if self._is_traced_step else []
+        is_traced = self._is_traced_step
         self._step += 1
-        self.forget()
-        if not records or self._folder is None:
+        found = self._log.end_step()
+        if found is None or self._folder is None or not is_traced:
             return
-        layers, microbatches, *tensors = zip(*records, strict=True)
+        rows = found[0].cpu()[: int(found[1])]
+        if not len(rows):
+            return
+        layers, *columns = rows.split([1, *(shape.numel() for shape in self._shapes)], dim=1)
+        seen: Counter[int] = Counter()
+        microbatches = []
+        for layer in layers.flatten().tolist():
+            microbatches.append(seen[layer])
+            seen[layer] += 1
         names = ("counts", "slot_expert", "load_after")
         arrays: dict[str, Any] = {
-            name: torch.stack(column).cpu().numpy()
-            for name, column in zip(names, tensors, strict=True)
+            name: column.reshape(-1, *shape).numpy()
+            for name, column, shape in zip(names, columns, self._shapes, strict=True)
         }
-        arrays["layer"] = np.array(layers, np.int32)
+        arrays["layer"] = layers.flatten().numpy()
         arrays["microbatch"] = np.array(microbatches, np.int32)
         path = self._folder / f"step-{iteration:08d}-stage-{self._stage:03d}.npz"
         arrays |= {"iteration": iteration, "stage": self._stage}

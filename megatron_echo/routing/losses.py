@@ -36,7 +36,11 @@ from megatron_echo.step.counts import CountExchange
 
 
 def estimate_whole(
-    seen: Tensor, calls: int, total: int, previous: Tensor, variance: Tensor
+    seen: Tensor,
+    calls: Tensor | int,
+    total: Tensor | int,
+    previous: Tensor,
+    variance: Tensor,
 ) -> Tensor:
     """Counts in proportion to those of a step of which some calls are still to come, fp64 ``[E]``.
 
@@ -47,13 +51,11 @@ def estimate_whole(
 
     Args:
         seen: fp64 ``[E]``, the sum of the calls seen.
-        calls: their number; with ``total`` of them the sum is returned as it is.
+        calls: their number; with ``total`` of them the sum stays as it is.
         total: calls of a step.
         previous: fp64 ``[E]``, the mean call of the step before; zeros if there was none.
         variance: scalar, of its calls, summed over experts; 0 if there was none.
     """
-    if calls == total:
-        return seen
     apart = previous - seen / calls
     chance = variance * (1 / calls + 1 / total)
     distance = torch.maximum(apart.square().sum(), chance).clamp(min=1e-20)
@@ -125,6 +127,8 @@ class LayerLosses:
     def record_at_end(self, logits: Tensor, valid: Tensor | None, call: int) -> None:
         """Record the losses of a call that no backward pass will reach, when the step ends.
 
+        In graphs of single layers at once, with what is counted by then.
+
         Args:
             logits: ``[S, B, E]``, without gradient.
             valid: bool ``[S, B]``, None if every token counts.
@@ -132,6 +136,9 @@ class LayerLosses:
         """
         scores = router_scores(logits, self.score_function, self.score_dtype)
         sums, squares = measure(logits, scores, valid, self)
+        if self.exchange.has_layer_graphs:
+            self.weigh(sums, squares, call)
+            return
         self.exchange.at_end(self.row, call, partial(self.weigh, sums, squares, call))
 
     @torch.no_grad()
@@ -173,20 +180,18 @@ class LayerLosses:
     def _batch_counts(self, call: int) -> Tensor:
         """The counts that a batch-wise loss uses, fp64 ``[E]``; only their ratios matter."""
         source = self.settings.source
-        calls = self.exchange.seen(self.row)
         if source == "microbatch":
-            calls = [call]
-        elif source == "cumulative":
-            calls = [earlier for earlier in calls if earlier <= call]
-        seen = torch.stack([self.exchange.of_batch(self.row, c) for c in calls]).sum(0).double()
+            return self.exchange.of_batch(self.row, call).double()
+        up_to = call if source == "cumulative" else None
+        seen, calls = self.exchange.of_seen(self.row, up_to)
         if not self.settings.keeps_previous:
             return seen
         assert self._previous is not None
         previous, variance = self._previous().double()
         if source == "previous_step":
             return torch.where(previous.sum() > 0, previous, seen)
-        total = max(self.exchange.calls_in_step(self.row), len(calls))
-        return estimate_whole(seen, len(calls), total, previous, variance.sum())
+        total = calls.clamp(min=self.exchange.calls_in_step(self.row))
+        return estimate_whole(seen, calls, total, previous, variance.sum())
 
     def _batch_tokens(self, call: int, like: Tensor) -> Tensor:
         """Valid tokens of a call on all ranks of the stage, at least 1, a scalar."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role, role_of_call
+from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import echo_setting
 from megatron_echo.routing.aux_loss import count_tokens, router_scores
 from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores
@@ -160,11 +161,11 @@ class EchoRouter(TopKRouter):
             valid = logits.new_ones(logits.shape[:2], dtype=torch.bool)
         call, is_new = self.losses.enter(role, logits.shape[:2].numel(), valid is not None)
         probs, routing_map = self._route(logits, valid, call)
-        if role.counts and not logits.requires_grad:
-            self.losses.record_at_end(logits, valid, call)
         if is_new:
             counted = self._counted_map(logits, routing_map).view_as(logits)
             self.losses.write(call, count_tokens(counted, valid))
+        if role.counts and not logits.requires_grad:
+            self.losses.record_at_end(logits, valid, call)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,
@@ -303,7 +304,9 @@ def _exchange(config: Any, settings: RouterLossSettings, router: TopKRouter) -> 
     step = StepEnd.of(config)
     if step.exchange is None:
         sequence_group = router.tp_cp_group if settings.counts_sequences else None
-        step.exchange = CountExchange(sequence_group, router.tp_dp_cp_group)
+        step.exchange = CountExchange(
+            sequence_group, router.tp_dp_cp_group, has_layer_graphs(config)
+        )
     return step.exchange
 
 

@@ -13,11 +13,15 @@ program, never whatever has happened to arrive: the same on every rank and in ev
 
 **When does it end?** :meth:`CountExchange.end_step` sums up and begins at 0. The calls of the last
 step are kept: the replay of a CUDA graph calls no layer, and fills the same tensors.
+
+**In graphs of single layers** one capture serves many calls, so that none of this can be known in
+Python. There each layer reduces its counts at once, and adds them to totals on the device, which
+are the calls seen so far in any pass, replayed or not.
 """
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +45,7 @@ class _Call:
         sequence: over the ranks that share its sequences.
         batch: ``[E]``, over all ranks of the stage; None where ``sequence`` says it.
         work: to wait for before either of the latter is read.
+        seen: with totals, what they were after this call.
         at_end: called when the step ends, if the call belongs to it.
     """
 
@@ -51,6 +56,7 @@ class _Call:
     sequence: Tensor | None = None
     batch: Tensor | None = None
     work: tuple[dist.Work, ...] = ()
+    seen: "_Totals | None" = None
     at_end: Callable[[], object] | None = None
 
     @property
@@ -63,6 +69,41 @@ class _Call:
 
 
 @dataclass
+class _Totals:
+    """Sums over the calls of a step, int64 on the device; ``calls`` is a scalar.
+
+    Attributes:
+        local: ``[E]``, this rank's counts.
+        batch: ``[E]``, those over all ranks of the stage.
+        squares: ``[E]``, of the latter.
+        calls: their number.
+    """
+
+    local: Tensor
+    batch: Tensor
+    squares: Tensor
+    calls: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.local, self.batch, self.squares, self.calls
+
+    @classmethod
+    def of(cls, local: list[Tensor], batch: list[Tensor]) -> "_Totals":
+        """Sum up some calls, at least one; each ``[E]``."""
+        own, whole = torch.stack(local), torch.stack(batch)
+        calls = whole.new_full((), len(whole))
+        return cls(own.sum(0), whole.sum(0), whole.square().sum(0), calls)
+
+    def mean_and_variance(self) -> Tensor:
+        """Of ``batch`` over the calls, fp64 ``[2, E]``; sums are exact, divided once."""
+        calls = self.calls.clamp(min=1)
+        spread = calls * self.squares - self.batch.square()
+        variance = spread.double() / (calls * (calls - 1).clamp(min=1))
+        return torch.stack((self.batch.double() / calls, variance))
+
+
+@dataclass
 class _Row:
     """One layer.
 
@@ -70,11 +111,13 @@ class _Row:
         calls_per_microbatch: of one microbatch, above 1 for a repeated MTP layer.
         previous: the layer's buffer for mean and variance of the step's calls; None if not kept.
         calls: of the step.
+        totals: in graphs of single layers, from the first call on.
     """
 
     calls_per_microbatch: int
     previous: Callable[[], Tensor] | None
     calls: list[_Call] = field(default_factory=list)
+    totals: _Totals | None = None
 
 
 class CountExchange:
@@ -86,7 +129,10 @@ class CountExchange:
     """
 
     def __init__(
-        self, sequence_group: dist.ProcessGroup | None, batch_group: dist.ProcessGroup
+        self,
+        sequence_group: dist.ProcessGroup | None,
+        batch_group: dist.ProcessGroup,
+        has_layer_graphs: bool = False,
     ) -> None:
         """Choose the groups.
 
@@ -94,7 +140,9 @@ class CountExchange:
             sequence_group: ranks that share sequences (tensor and context parallel); None if
                 nobody asks for :meth:`of_sequences`.
             batch_group: all ranks of the pipeline stage.
+            has_layer_graphs: whether single layers are in CUDA graphs.
         """
+        self.has_layer_graphs = has_layer_graphs
         self._sequence_group = sequence_group
         self.batch_group = batch_group
         self._same_ranks = (
@@ -165,8 +213,23 @@ class CountExchange:
         entry = self._rows[row].calls[call]
         entry.local, entry.over_batch = counts, over_batch
         self._pending.append((row, entry))
-        if row in self._last_rows:
+        if self.has_layer_graphs:
             self._launch()
+            self._add_to_totals(row, call)
+        elif row in self._last_rows:
+            self._launch()
+
+    @torch.no_grad()
+    def _add_to_totals(self, row: int, call: int) -> None:
+        state, entry = self._rows[row], self._arrived(row, call)
+        assert entry.local is not None
+        local = entry.local.sum(0)
+        new = _Totals.of([local], [self.of_batch(row, call) if entry.over_batch else local])
+        if state.totals is None:
+            state.totals = _Totals(*map(torch.zeros_like, new.tensors()))
+        for total, more in zip(state.totals.tensors(), new.tensors(), strict=True):
+            total += more
+        entry.seen = _Totals(*(total.clone() for total in state.totals.tensors()))
 
     def at_end(self, row: int, call: int, function: Callable[[], object]) -> None:
         """Call a function when the step ends, if the call belongs to it: in each replay too."""
@@ -186,17 +249,52 @@ class CountExchange:
         assert entry.sequence is not None
         return entry.sequence.sum(0)
 
+    def of_seen(self, row: int, up_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """The counts of the calls of this step so far, over all ranks of the stage.
+
+        Args:
+            row: from :meth:`register`.
+            up_to: the last call to take; all that are written for None.
+
+        Returns:
+            Their sum, fp64 ``[E]``, and their number, a scalar.
+        """
+        state = self._rows[row]
+        totals = state.totals if up_to is None else state.calls[up_to].seen
+        if totals is None:
+            totals = self._totals(row, up_to)
+        return totals.batch.double(), totals.calls
+
+    def _totals(self, row: int, up_to: int | None = None) -> _Totals:
+        local, batch = [], []
+        for number in self.seen(row):
+            call = self._rows[row].calls[number]
+            if call.local is not None and (up_to is None or number <= up_to):
+                local.append(call.local.sum(0))
+                batch.append(self.of_batch(row, number) if call.over_batch else local[-1])
+        return _Totals.of(local, batch)
+
     def seen(self, row: int) -> list[int]:
         """The calls of this step whose counts are written."""
         calls = enumerate(self._rows[row].calls)
         return [number for number, call in calls if call.is_in_step]
 
     def calls_in_step(self, row: int) -> int:
-        """How many calls this step will have; what it has had, where nobody knows."""
+        """How many calls this step will have; 0 where nobody knows."""
         try:
             return get_num_microbatches() * self._rows[row].calls_per_microbatch
         except AttributeError:  # Megatron's calculator is not set up
-            return len(self.seen(row))
+            return 0
+
+    def begin_step(self) -> None:
+        """Clear the totals, and drop the calls of captures: their graphs are whole by now."""
+        if not self.has_layer_graphs:
+            return
+        for row in self._rows:
+            row.calls = []
+            if row.totals is not None:
+                for total in row.totals.tensors():
+                    total.zero_()
 
     @torch.no_grad()
     def end_step(self, is_replayed: bool = False) -> None:
@@ -209,7 +307,7 @@ class CountExchange:
         if is_replayed:
             for row, calls in zip(self._rows, self._last_calls, strict=False):
                 row.calls = calls
-        if any(self.seen(row) for row in range(len(self._rows))):
+        if any(state.totals or self.seen(row) for row, state in enumerate(self._rows)):
             self._sum_up()
             self._last_calls = [row.calls for row in self._rows]
         for row in self._rows:
@@ -232,25 +330,19 @@ class CountExchange:
 
     def _sum_up(self) -> None:
         self._wait()
+        sums = []
         for row, state in enumerate(self._rows):
             seen = self.seen(row)
             for call in seen:
                 if (function := state.calls[call].at_end) is not None:
                     function()
-            if state.previous is not None and seen:
-                batch = torch.stack([self.of_batch(row, call) for call in seen]).double()
-                variance = batch.var(0, correction=min(len(seen) - 1, 1))
-                state.previous().copy_(torch.stack((batch.mean(0), variance)))
-        self.last_step = torch.stack(list(self._step_totals()))
-
-    def _step_totals(self) -> Iterator[Tensor]:
-        totals = []
-        for row, state in enumerate(self._rows):
-            found = [state.calls[call].local for call in self.seen(row)]
-            counts = [local.sum(0) for local in found if local is not None]
-            totals.append(torch.stack(counts).sum(0) if counts else None)
-        some = next(total for total in totals if total is not None)
-        return (torch.zeros_like(some) if total is None else total for total in totals)
+            totals = self._totals(row) if state.totals is None and seen else state.totals
+            sums.append(None if totals is None else totals.local)
+            if state.previous is not None and totals is not None:
+                kept = state.previous()
+                kept.copy_(torch.where(totals.calls > 0, totals.mean_and_variance(), kept))
+        some = next(each for each in sums if each is not None)
+        self.last_step = torch.stack([torch.zeros_like(some) if e is None else e for e in sums])
 
     def _arrived(self, row: int, call: int) -> _Call:
         entry = self._rows[row].calls[call]

@@ -45,6 +45,11 @@ class OverflowCheck:
         self._order, self._most, self._least = 0, 0, _BOUND
         self.dropped = 0
 
+    def begin_step(self) -> None:
+        """Forget what layers have seen since the last step ended, but for what ranks brought."""
+        if self._seen is not None:
+            self._seen.zero_()
+
     def record_tokens(self, tokens: int, group: dist.ProcessGroup) -> None:
         """Note what this rank brings to one call of a layer: a host value, nothing is sent.
 

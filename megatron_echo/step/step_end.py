@@ -16,18 +16,25 @@ collective.
 With ``--cuda-graph-impl full_iteration`` that function is called inside the graph, where nothing
 may be read, and a replay calls no layer. There the hook alone ends the step: it is over when an
 optimizer steps that has stepped since the last end.
+
+A step begins with the first call of the model that trains. What layers count, they count on the
+device, in tensors that are cleared then: a replay counts as Python would, and what a graph is
+warmed up with counts for nothing.
 """
 
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.transformer.cuda_graphs import is_graph_capturing, is_graph_warmup
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
+from megatron_echo.environment import is_capturing
 from megatron_echo.per_model import PerModel
 from megatron_echo.record.metrics import publish
 from megatron_echo.record.routing_capture import RoutingCapture
@@ -69,6 +76,7 @@ class StepEnd(PerModel, EndOfStep):
         self._sees_calls = False
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._chunks: Sequence[nn.Module] = ()
         _watch_calls(self)
         _watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
@@ -81,6 +89,7 @@ class StepEnd(PerModel, EndOfStep):
         self.trace = RoutingTrace(
             echo_setting(config, "moe_echo_trace_dir") if self._has_clones else None,
             echo_setting(config, "moe_echo_trace_every"),
+            config.cuda_graph_impl != "none",
         )
         folder = echo_setting(config, "moe_echo_capture_routing")
         self.capture: RoutingCapture | None = None
@@ -98,12 +107,30 @@ class StepEnd(PerModel, EndOfStep):
 
     def note(self, role: Role) -> None:
         """The model, or a layer of it, is called in training."""
+        if is_graph_capturing() or is_graph_warmup():
+            return  # Megatron makes graphs of single layers, between two steps
         self._sees_calls = True
-        self._is_open |= role.counts
+        if role.counts and not self._is_open:
+            self._is_open = True
+            self._begin()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _begin(self) -> None:
+        """The first call of a step: what layers left on the device before belongs to none.
+
+        In the capture of a whole step this becomes part of the graph.
+        """
+        if is_capturing():
+            _gather_again(self._chunks)
+        if self.exchange is not None:
+            self.exchange.begin_step()
+        self.overflow.begin_step()
+        self.statistics.begin_step()
+        self.trace.begin_step()
+
+    def __call__(self, chunks: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Any:
         """Finish the gradients, then :meth:`end_step` if that may read here."""
-        result = self._finalize(*args, **kwargs)
+        self._chunks = chunks
+        result = self._finalize(chunks, *args, **kwargs)
         if not self._is_in_graph:
             if self._is_open or not self._sees_calls:
                 self.end_step()
@@ -151,7 +178,7 @@ class StepEnd(PerModel, EndOfStep):
             raise
         args = _training_args()
         iteration = self._steps if args is None else args.curr_iteration + 1
-        self.statistics.end_step(is_replayed)
+        self.statistics.end_step()
         self.trace.end_step(iteration)
         if self.capture is not None:
             self.capture.end_step(iteration, TokenLayout.of_this_rank(self._is_sequence_parallel))
@@ -161,10 +188,8 @@ class StepEnd(PerModel, EndOfStep):
             self._publish(iteration, iteration % args.log_interval == 0, error)
 
     def _forget(self) -> None:
-        """Leave nothing of a step that failed to the next one."""
-        self.statistics.forget()
+        """Leave nothing of a step that failed to the next one, which clears the device."""
         self.self_check.forget()
-        self.trace.forget()
         if self.capture is not None:
             self.capture.forget()
 
@@ -184,6 +209,22 @@ class StepEnd(PerModel, EndOfStep):
         has_line = self._has_clones and "moe_echo/overload_routed" in values
         if has_line and dist.get_rank() == dist.get_world_size() - 1:
             print(console_line(values, iteration), flush=True)
+
+
+def _gather_again(chunks: Iterable[nn.Module]) -> None:
+    """Let the hooks of ``--overlap-param-gather`` gather the parameters in the pass to come.
+
+    After an evaluation or a save they are gathered already, and a step captured then would never
+    do it again.
+
+    Args:
+        chunks: of the model, in Megatron's data-parallel wrapper or another.
+    """
+    for chunk in chunks:
+        for name in ("bucket_groups", "expert_parallel_bucket_groups"):
+            for group in getattr(chunk, name, ()):
+                if group.param_gather_handle is None:  # none is under way
+                    group.param_gather_dispatched = False
 
 
 def _watch_optimizers(step_end: StepEnd) -> None:

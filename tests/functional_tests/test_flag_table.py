@@ -21,8 +21,7 @@ BASE = {"expert_model_parallel_size": 2, "train_iters": 2, "moe_enable_echo": Tr
 def test_row(row: flag_table.Row, tmp_path: Path) -> None:
     """It trains, or it is refused in the words of the table before anything starts."""
     flags = {**BASE, **row.flags, "run_dir": tmp_path / "run"}
-    if flags.get("save"):
-        flags["save"] = tmp_path / "ckpt"
+    flags |= {name: tmp_path / name for name, value in flags.items() if value == "{folder}"}
     if row.refusal is None:
         launch.run(launch.tiny_model(**flags), row.ranks).check()
         assert len(read_metrics(tmp_path / "run")) == 2

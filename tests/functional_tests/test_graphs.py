@@ -5,6 +5,7 @@ graph, so Python does not run in a replayed step, just as on a GPU. What only a 
 memory reuse) is not tested here.
 """
 
+import json
 from pathlib import Path
 
 import golden
@@ -21,6 +22,11 @@ GRAPH = {
     "no_check_for_nan_in_loss_and_grad": True,
     "cuda_graph_warmup_steps": 1,
 }
+COUNT_OPERATORS = Path(__file__).resolve().parent / "count_operators.py"
+TE_GRAPHS = Path(__file__).resolve().parent / "te_graphs.py"
+LAYERS = {"cuda_graph_impl": "local", "cuda_graph_warmup_steps": 1}
+VIRTUAL = {"num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": "moe layernorm"}
 SLOW = pytest.mark.slow
 
 
@@ -44,15 +50,21 @@ SLOW = pytest.mark.slow
 )
 def test_curves_plans_and_metrics_are_those_of_eager_steps(name: str, tmp_path: Path) -> None:
     """Ten routings, nine of them replayed: every logged number and every plan has the same bits."""
+    assert_same_bits(name, GRAPH, tmp_path)
+
+
+def assert_same_bits(
+    name: str, graph: dict, tmp_path: Path, script: Path = launch.SCRIPT, **changes: object
+) -> None:
+    """Ten steps of a golden case with graphs, and without."""
     case = golden.load_case(name)
     has_clones = "--moe-num-echo-experts" not in case.model_args
-    flags = {"train_iters": 10, "log_interval": 2, "eval_interval": 3, "eval_iters": 2,
-             "overlap_param_gather": False}  # fmt: skip
+    flags = {"train_iters": 10, "log_interval": 2, "eval_interval": 3, "eval_iters": 2, **changes}
     lines, traces = {}, {}
-    for way, graph in (("eager", {}), ("graph", GRAPH)):
+    for way, used in (("eager", {}), ("graph", graph)):
         where = tmp_path / way
         flags |= {"run_dir": where, "moe_echo_trace_dir": where / "traces" if has_clones else None}
-        launch.run(case.argv(**flags, **graph), case.world_size, env=case.env_vars).check()
+        launch.run(case.argv(**flags, **used), case.world_size, script, case.env_vars).check()
         lines[way] = [
             {key: value for key, value in line.items() if "time" not in key}
             for line in read_metrics(where)
@@ -65,18 +77,89 @@ def test_curves_plans_and_metrics_are_those_of_eager_steps(name: str, tmp_path: 
             assert np.array_equal(vars(graph_trace)[field], array), (eager_trace.iteration, field)
 
 
-def test_an_overflow_in_a_replay_stops_every_rank_before_the_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("moe_loss_batch_ep2", {}),
+        pytest.param("moe_echo_ep2", {"num_layers": 4, "moe_layer_freq": 2}, marks=SLOW),
+        pytest.param("moe_echo_ep2_bf16", {"cuda_graph_modules": "attn moe_router"}, marks=SLOW),
+        pytest.param("moe_echo_tp2_sp_ep2", {}, marks=SLOW),
+        pytest.param("moe_echo_cp2", {}, marks=SLOW),
+        pytest.param("moe_echo_mla_ep2", {}, marks=SLOW),
+        pytest.param("moe_loss_batch_ep2_pp2", {}, marks=SLOW),
+        pytest.param("moe_clones_ep2_pp2", VIRTUAL, marks=SLOW),
+        pytest.param("moe_clones_ep2_dist_optimizer", {}, marks=SLOW),
+        pytest.param("moe_clones_ep2", {**RECOMPUTED, "recompute_modules": "moe"}, marks=SLOW),
+        pytest.param("moe_loss_seq_ep2", {}, marks=SLOW),
+        pytest.param("moe_skewed_clones_ep4", {}, marks=SLOW),
+    ],
+)
+def test_layers_in_graphs_of_their_own(name: str, changes: dict, tmp_path: Path) -> None:
+    """One capture of a layer serves all microbatches: counts, statistics and plans are the same."""
+    assert_same_bits(name, LAYERS, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("moe_loss_batch_ep2", {}),
+        pytest.param("moe_echo_ep2", {"cuda_graph_modules": "attn"}, marks=SLOW),
+        pytest.param("moe_clones_ep2", {"cuda_graph_modules": "moe", **RECOMPUTED}, marks=SLOW),
+        pytest.param(
+            "moe_clones_ep2_dist_optimizer",
+            {"cuda_graph_modules": "attn moe_router moe_preprocess"},
+            marks=SLOW,
+        ),
+        pytest.param("moe_loss_batch_ep2_pp2", {}, marks=SLOW),
+        pytest.param("moe_clones_ep2_pp2", VIRTUAL, marks=SLOW),
+    ],
+)
+def test_layers_in_graphs_of_transformer_engine(name: str, changes: dict, tmp_path: Path) -> None:
+    """Its function has a stand-in; Megatron makes its inputs in bf16."""
+    graph = {"cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 1}
+    assert_same_bits(name, graph, tmp_path, TE_GRAPHS, bf16=True, **changes)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [{"eval_interval": 1}, pytest.param({"save": "saved", "save_interval": 1}, marks=SLOW)],
+)
+def test_each_step_gathers_the_weights(before: dict, tmp_path: Path) -> None:
+    """``--overlap-param-gather``, gathered before the capture by an evaluation or a save already.
+
+    All weights but those of the experts are gathered from two ranks.
+    """
+    case = golden.load_case("moe_clones_ep2_dist_optimizer")
+    assert case.model_args["--overlap-param-gather"]
+    lines = []
+    for way, graph in (("eager", {}), ("graph", GRAPH)):
+        flags = {"train_iters": 6, "log_interval": 1, "eval_iters": 1, **before, **graph}
+        flags["run_dir"] = tmp_path / way
+        if "save" in flags:
+            flags["save"] = tmp_path / way / flags["save"]
+        launch.run(case.argv(**flags), case.world_size, env=case.env_vars).check()
+        lines.append(read_metrics(tmp_path / way))
+    for eager, replayed in zip(*lines, strict=True):
+        for name in ("lm loss", "grad-norm", "lm loss validation"):
+            assert eager.get(name) == replayed.get(name), (eager["iteration"], name)
+    assert len({line["lm loss"] for line in lines[0]}) == 6
+
+
+@pytest.mark.parametrize("graph", [GRAPH, LAYERS], ids=["step", "layers"])
+def test_an_overflow_in_a_replay_stops_every_rank_before_the_optimizer(
+    graph: dict, tmp_path: Path
+) -> None:
     """The step that overflows is a replayed one; it changes no weight, and all ranks say so."""
     script = tmp_path / "watched.py"
     script.write_text(SHOW_WEIGHTS)
-    flags = {**GRAPH, "moe_enable_echo": True, "moe_num_echo_experts": 0, "train_iters": 12,
+    flags = {**graph, "moe_enable_echo": True, "moe_num_echo_experts": 0, "train_iters": 12,
              "expert_model_parallel_size": 2, "moe_received_token_capacity": 1.2}  # fmt: skip
     result = launch.run(launch.tiny_model(**flags), 2, script=script)
     assert all(result.codes)
     assert result.output.count("UNTOUCHED=True") == 2
     assert len(set(overflow_messages(result.output))) == 1
     done = sum(" iteration " in line and "elapsed" in line for line in result.output.splitlines())
-    assert done > GRAPH["cuda_graph_warmup_steps"] + 1
+    assert done > graph["cuda_graph_warmup_steps"] + 1
 
 
 def test_dropped_pairs_are_counted_in_every_replay(tmp_path: Path) -> None:
@@ -84,11 +167,28 @@ def test_dropped_pairs_are_counted_in_every_replay(tmp_path: Path) -> None:
     flags = {"moe_enable_echo": True, "moe_num_echo_experts": 0, "expert_model_parallel_size": 2,
              "moe_received_token_capacity": 1.02, "moe_echo_overflow": "drop"}  # fmt: skip
     warnings = []
-    for graph in ({}, GRAPH):
+    for graph in ({}, GRAPH, LAYERS):
         output = launch.run(launch.tiny_model(**flags, **graph), 2).check().output
         warnings.append([line for line in output.splitlines() if "pairs dropped in" in line])
-    assert warnings[0] == warnings[1]
+    assert warnings[0] == warnings[1] == warnings[2]
     assert len(warnings[0]) == 4
+
+
+@pytest.mark.parametrize(("graph", "most"), [(GRAPH, 70), (LAYERS, 280)], ids=["step", "layers"])
+def test_what_is_outside_the_graphs(graph: dict, most: int) -> None:
+    """Of 3,281 operators of a step: the optimizer's, data and losses, and 18 of our end of it.
+
+    With graphs of layers also embedding, output layer and loss; nothing of a MoE layer.
+    """
+    flags = launch.tiny_model(moe_enable_echo=True, expert_model_parallel_size=2, **graph)
+    output = launch.run(flags, 2, script=COUNT_OPERATORS).check().output
+    found = [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("OUTSIDE")]
+    assert sorted({part for part, _ in found}) == ["end", "optimizer", "rest"]
+    for part, text in found:
+        operators = json.loads(text)
+        number = sum(operators.values())
+        assert number <= {"end": 20, "optimizer": 200, "rest": most}[part], (part, operators)
+        assert not any("grouped_mm" in name or "alltoall" in name for name in operators)
 
 
 def test_a_stock_layer_cannot_be_captured() -> None:

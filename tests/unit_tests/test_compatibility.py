@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.enums import CudaGraphModule
 
 from megatron_echo import compatibility
 
@@ -17,15 +18,18 @@ PLAIN = SimpleNamespace(
     use_transformer_engine_op_fuser=False, moe_mlp_glu_interleave_size=None,
     moe_router_fusion=False, moe_enable_routing_replay=False, mtp_use_repeated_layer=False,
     variable_seq_lengths=False, recompute_granularity=None, recompute_modules=["moe"],
-    cuda_graph_impl="none", cuda_graph_warmup_steps=3, experimental_attention_variant=None,
+    cuda_graph_impl="none", cuda_graph_warmup_steps=3, cuda_graph_modules=[],
+    experimental_attention_variant=None,
     transformer_impl="local", use_cpu_initialization=False,
     fine_grained_activation_offloading=False, moe_router_load_balancing_type="aux_loss",
     use_torch_fsdp2=False, use_megatron_fsdp=False, moe_use_upcycling=False,
-    optimizer_cuda_graph=False, overlap_param_gather=False, fp16=False, rampup_batch_size=None,
+    optimizer_cuda_graph=False, overlap_param_gather_with_optimizer_step=False, fp16=False,
+    rampup_batch_size=None,
     step_batch_size_schedule=None, check_for_spiky_loss=False, timing_log_level=0,
     log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
     moe_echo_row_alignment=16, moe_received_token_capacity=None,
 )  # fmt: skip
+LAYERS = {"cuda_graph_impl": "local"}
 GRAPH = {"cuda_graph_impl": "full_iteration"}
 OF_CONFIG = (
     {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
@@ -41,7 +45,9 @@ OF_CONFIG = (
     {"moe_router_fusion": True, "moe_echo_replay_routing": "ids"},
     {"mtp_use_repeated_layer": True, "moe_echo_replay_routing": "ids"},
     {**GRAPH, "variable_seq_lengths": True, "moe_echo_max_tokens_per_rank": 4096},
-    {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"},
+    {"cuda_graph_impl": "transformer_engine"},
+    {**LAYERS, "cuda_graph_modules": [CudaGraphModule.attn, CudaGraphModule.moe_router]},
+    {**LAYERS, "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
     {**GRAPH, "cuda_graph_warmup_steps": 0},
     {"transformer_impl": "inference_optimized"}, {"use_cpu_initialization": True},
     {"fine_grained_activation_offloading": True},
@@ -50,15 +56,18 @@ OF_CONFIG = (
 TAKEN_OVER = (
     {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     {"moe_router_padding_for_quantization": True}, {"use_transformer_engine_op_fuser": True},
+    {**LAYERS, "recompute_granularity": "selective"},
+    {**LAYERS, "cuda_graph_modules": [CudaGraphModule.moe]},
     {"moe_router_load_balancing_type": ["sinkhorn"]},
 )  # fmt: skip
 OF_ARGUMENTS = (
     {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True}, {"moe_use_upcycling": True},
     {"delay_wgrad_compute": True}, {"fine_grained_activation_offloading": True},
+    {**GRAPH, "rampup_batch_size": [2, 2, 8]}, {**LAYERS, "step_batch_size_schedule": "0:8"},
 )  # fmt: skip
 OF_GRAPHS = (
-    {"optimizer_cuda_graph": True}, {"overlap_param_gather": True}, {"fp16": True},
-    {"rampup_batch_size": [2, 2, 8]}, {"step_batch_size_schedule": "0:8"},
+    {"optimizer_cuda_graph": True}, {"overlap_param_gather_with_optimizer_step": True},
+    {"fp16": True},
     {"check_for_spiky_loss": True}, {"timing_log_level": 1}, {"log_straggler": True},
 )  # fmt: skip
 

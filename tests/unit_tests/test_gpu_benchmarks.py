@@ -62,6 +62,7 @@ ROWS = {
 }  # fmt: skip
 ON_A_GPU = {
     "kernels compiled before", "more than 2^31 elements", "stock TE", "ours on TE, captured",
+    "stock TE, captured parts", "ours on TE, captured layers",
     "dry run: stock TE", "copies beside products, CUDA_DEVICE_MAX_CONNECTIONS=1",
 }  # fmt: skip
 
@@ -465,7 +466,9 @@ def test_flags_are_known(variant: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moe.py", *model.flags(tmp_path), *flags])
     args = parse_args(extra_args_provider)
     assert args.moe_enable_echo == variant.startswith("ours")
-    assert (args.cuda_graph_impl == "full_iteration") == ("captured" in variant)
+    impl = "transformer_engine" if "TE, captured" in variant else "local"
+    impl = impl if "layers" in variant or "parts" in variant else "full_iteration"
+    assert args.cuda_graph_impl == (impl if "captured" in variant else "none")
     assert (args.transformer_impl == "transformer_engine") == ("TE" in variant)
     assert args.te_rng_tracker == ("captured" in variant)
     assert model.tokens == args.seq_length * args.global_batch_size

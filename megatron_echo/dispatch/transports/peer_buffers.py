@@ -33,11 +33,12 @@ from megatron_echo.per_model import PerModel
 class PeerBuffers(PerModel):
     """The buffers of one model, of each shape and purpose one."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, has_layer_graphs: bool = False) -> None:
         """Find out how the ranks of the group reach each other; they call it together.
 
         Args:
             group: the expert-parallel group, R ranks.
+            has_layer_graphs: whether graphs are of single layers, replayed in any order.
 
         Raises:
             ValueError: they do not.
@@ -47,6 +48,7 @@ class PeerBuffers(PerModel):
         self._rows: dict[tuple, PeerRows] = {}
         self._last: set[tuple] = set()
         self._is_in_graph = False
+        self._has_layer_graphs = has_layer_graphs
 
     def push(self, name: str, moved: list[tuple[Tensor, Tensor]], num_rows: int) -> list[Tensor]:
         """Write rows to other ranks and give back views of what came to this one.
@@ -149,7 +151,8 @@ class PeerBuffers(PerModel):
         # A replay may come after other movements than its capture did.
         was_in_graph, self._is_in_graph = self._is_in_graph, is_capturing()
         is_first_of_graph = self._is_in_graph and not was_in_graph
-        if is_first_of_graph or not self._last.isdisjoint(keys):
+        is_unknown = is_first_of_graph or self._has_layer_graphs
+        if is_unknown or not self._last.isdisjoint(keys):
             self._memory.barrier()
         self._last = set(keys)
         return [self._rows[key] for key in keys]

@@ -24,6 +24,7 @@ def test_written_and_read(tmp_path: Path) -> None:
     trace = RoutingTrace(str(folder), every=2)
     made = plans(4)
     for step in range(4):
+        trace.begin_step()
         assert trace.is_on == (step % 2 == 0)
         if trace.is_on:
             for layer, plan in zip((3, 5, 3, 5), made, strict=True):
