@@ -58,9 +58,10 @@ def run_rank(job: dict, rank: int, port: int) -> None:
         LOCAL_RANK=str(rank),
         WORLD_SIZE=size,
         LOCAL_WORLD_SIZE=size,
-        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    if job["nprocs"] == job["world_size"]:  # else nobody comes whom rank 0 could wait for
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
     sys.argv = [job["script"], *job["argv"]]
     code = 0
     try:
