@@ -19,6 +19,10 @@ NUM_TARGETS = 16
 ``i`` from 0. More near the bound, where most are reached; up to 45 %, where few slots serve a deep
 hole."""
 
+NUM_BOUNDS = 8
+"""Bounds at which ``exact`` looks for the shortest time, the first of them the load before planning:
+with more of them the time over W0-W7 falls by less than PLACEHOLDER."""
+
 FAR = 1 << 51
 """Above any weighted hole: a hole is at most the bound, which is below 2^48 with counts of 2^31."""
 
