@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from megatron_echo.environment import on_gpu
-from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS, MAX_TOLERANCE, balance_bound
+from megatron_echo.planner.bound import (
+    MAX_EXPERTS,
+    MAX_RANKS,
+    MAX_TOLERANCE,
+    balance_bound,
+    domain,
+)
 from megatron_echo.planner.plan import ClonePlan
 from megatron_echo.planner.price import ClonePrice
 from megatron_echo.planner.split import check_ranks_per_node
@@ -138,12 +144,6 @@ def plan_clones_reference(
         ranks_per_node=ranks_per_node,
         price=price,
     )
-
-
-def domain(ranks: int, ranks_per_node: int | None, within_node: bool) -> tuple[int, int]:
-    """How many consecutive ranks clones may be made among, and how often there are as many."""
-    size = ranks_per_node if within_node and ranks_per_node is not None else ranks
-    return size, ranks // size
 
 
 def _moves(tokens: Tensor, ranks: int, goal: Goal, minimum: int) -> Tensor:
