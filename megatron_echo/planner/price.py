@@ -5,23 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_echo.environment import Speeds
+
 MAX_ROWS = 1 << 30
 """Of a price: above any load of a rank that fits a GPU."""
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What one device reaches, not what its data sheet says.
-
-    Attributes:
-        flops: of products, operations a second.
-        inside: bytes a second in one direction to ranks of its node.
-        across: to ranks of other nodes.
-    """
-
-    flops: float
-    inside: float
-    across: float
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def _greedy(
     largest = tl.max(share, axis=1)
     tl.store(left + expert_at, share, mask=inside)
     tl.debug_barrier()
-    cost = 0
+    cost = tl.full((), 0, tl.int32)
     step = 0
     while step < R * S:
         hole = tl.maximum(tl.where(free > 0, -excess, 0), 0)

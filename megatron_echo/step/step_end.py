@@ -27,8 +27,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from megatron_echo.call_roles import Role, role_of_call
-from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
+from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.per_model import PerModel
+from megatron_echo.plan_settings import token_capacity
 from megatron_echo.record.metrics import publish
 from megatron_echo.record.routing_capture import RoutingCapture
 from megatron_echo.record.statistics import StepStatistics, console_line

@@ -7,9 +7,9 @@ from megatron_echo.config import (
     EchoMLATransformerConfig,
     EchoTransformerConfig,
     echo_fields,
-    flag_name,
-    token_capacity,
 )
+from megatron_echo.flags import flag_name
+from megatron_echo.plan_settings import token_capacity
 
 BASE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 MOE = {**BASE, "num_moe_experts": 8, "expert_model_parallel_size": 4, "add_bias_linear": False}

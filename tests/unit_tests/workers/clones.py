@@ -43,7 +43,6 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
-from megatron_echo.config import AUTO_CAPACITY
 from megatron_echo.dispatch.layout import round_rows
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.dispatch.transports import CollectiveWeights, PeerToPeerWeights
@@ -51,6 +50,7 @@ from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.plan_settings import AUTO_CAPACITY
 from megatron_echo.planner import ClonePlan, balance_bound
 from megatron_echo.step.self_check import EchoCheckError, SelfCheck
 from megatron_echo.step.step_end import StepEnd
