@@ -56,6 +56,8 @@ def value_type(field: dataclasses.Field) -> type:
     options = [t for t in typing.get_args(field.type) if t is not types.NoneType]
     if options and typing.get_origin(options[0]) is tuple:
         options = list(typing.get_args(options[0]))
+    if options and isinstance(options[0], types.UnionType):  # a tuple of numbers or None
+        options = [t for t in typing.get_args(options[0]) if t is not types.NoneType]
     return typing.cast(type, options[0] if options else field.type)
 
 

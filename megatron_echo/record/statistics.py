@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SUMS = 6  # routed and placed overload, clones, moved pairs, pairs, layer calls
+_SUMS = 7  # routed and placed overload, clones, moved pairs, pairs, layer calls, seconds saved
 
 
 class StepStatistics:
@@ -15,13 +15,20 @@ class StepStatistics:
     ``overload_routed`` and ``overload_placed``: pairs of the fullest rank over the mean, before and
     after planning, the mean over layer calls, and the highest under the same name with ``_max``.
     ``clones``: clones of a layer call. ``tokens_moved``: the share of token-expert pairs computed
-    by clones. ``layer_calls``: layer calls of a step, over all pipeline stages.
+    by clones. ``layer_calls``: layer calls of a step, over all pipeline stages. ``seconds_saved``:
+    what the clones of a layer call save by prediction, where plans are chosen by it.
 
     Without clones there is no plan, and no rank knows the loads of the others in a layer: each
     keeps what it sends where, and one all-reduce at the end of the step adds up all calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_priced: bool = False) -> None:
+        """Begin.
+
+        Args:
+            is_priced: plans have a price.
+        """
+        self._sums_kept = _SUMS if is_priced else _SUMS - 1
         self._local: list[Tensor] = []
         self._last_local: list[Tensor] = []
         self._group: dist.ProcessGroup | None = None
@@ -43,8 +50,11 @@ class StepStatistics:
         by_home = plan.allocation.view(ranks, -1, ranks)
         moved = pairs - by_home.diagonal(dim1=0, dim2=2).sum()
         rest = torch.stack((plan.num_clones, moved, pairs, torch.ones_like(pairs))).double()
+        sums = [overload, rest]
+        if plan.price is not None:
+            sums.append((plan.rows_saved() * plan.price.row_seconds).double().view(1))
         # Every rank of the group records the same call.
-        self._add(torch.cat((overload, rest)) / ranks, overload)
+        self._add(torch.cat(sums) / ranks, overload)
 
     def record_local(self, pairs: Tensor, group: dist.ProcessGroup) -> None:
         """Keep one layer call without clones. Nothing is read, nothing is sent.
@@ -79,8 +89,9 @@ class StepStatistics:
         ranks = loads.shape[1]
         overload = loads.amax(1).double() * ranks / pairs.clamp(min=1)
         zero, number = overload.new_zeros(()), overload.new_tensor(len(loads))
-        sums = (overload.sum(), overload.sum(), zero, zero, pairs.sum().double(), number)
-        self._add(torch.stack(sums) / ranks, overload.amax().expand(2))
+        sums = (overload.sum(), overload.sum(), zero, zero, pairs.sum().double(), number, zero)
+        kept = torch.stack(sums[: self._sums_kept])
+        self._add(kept / ranks, overload.amax().expand(2))
 
     def _add(self, sums: Tensor, highest: Tensor) -> None:
         if self._sums is None or self._highest is None or self._sums.device != sums.device:
@@ -98,8 +109,8 @@ class StepStatistics:
             self._sums, self._highest = self._zeros("cuda" if torch.cuda.is_available() else "cpu")
         dist.all_reduce(self._sums, op=dist.ReduceOp.SUM)
         dist.all_reduce(self._highest, op=dist.ReduceOp.MAX)
-        routed, placed, clones, moved, pairs, calls, *highest = torch.cat(
-            (self._sums, self._highest)
+        *highest, routed, placed, clones, moved, pairs, calls, saved = torch.cat(
+            (self._highest, self._sums, self._sums.new_zeros(_SUMS - self._sums_kept))
         ).tolist()
         values = {"layer_calls": calls / max(self._steps, 1)}
         if calls:
@@ -111,15 +122,16 @@ class StepStatistics:
                 "clones": clones / calls,
                 "tokens_moved": moved / max(pairs, 1),
             }
+            if self._sums_kept == _SUMS:
+                values["seconds_saved"] = saved / calls
         self._sums.zero_()  # in place: a CUDA graph adds to these tensors
         self._highest.zero_()
         self._steps = 0
         return values
 
-    @staticmethod
-    def _zeros(device: Any) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros(_SUMS + 2, dtype=torch.float64, device=device)
-        return zeros[:_SUMS], zeros[_SUMS:]
+    def _zeros(self, device: Any) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(self._sums_kept + 2, dtype=torch.float64, device=device)
+        return zeros[: self._sums_kept], zeros[self._sums_kept :]
 
 
 def console_line(values: dict[str, float], iteration: int) -> str:

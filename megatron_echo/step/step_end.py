@@ -73,7 +73,8 @@ class StepEnd(PerModel, EndOfStep):
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = token_capacity(config, num_clone_slots(config)) is None
         self.overflow = OverflowCheck(policy, is_auto)
-        self.statistics = StepStatistics()
+        is_priced = self._has_clones and echo_setting(config, "moe_echo_tolerance") is None
+        self.statistics = StepStatistics(is_priced)
         self.self_check = SelfCheck(
             echo_setting(config, "moe_echo_check_every") if self._has_clones else 0
         )
