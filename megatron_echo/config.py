@@ -81,7 +81,7 @@ def _check_rows_per_clone(value: int | None, config: Any) -> str | None:
 
 def _check_within_node(value: bool, config: Any) -> str | None:
     if value and config.moe_echo_ranks_per_node is None:
-        return "does not know the nodes. Give --moe-echo-ranks-per-node."
+        return "knows no nodes. Give --moe-echo-ranks-per-node."
     return None
 
 

@@ -55,7 +55,8 @@ def test_it_is_never_slower_than_the_better_of_no_clones_and_balance(
         none += int((auto.clones == 0).sum())
         fewer += int((auto.clones < exact.clones).sum())
     assert fewer > len(WORKLOADS) * calls // 2
-    assert none > 0 or ranks > 8, "balance was worth it everywhere"
+    if tokens == 512:
+        assert none > len(WORKLOADS), "few rows are not worth a clone of this size"
 
 
 def test_it_is_a_row_of_the_simulator(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
