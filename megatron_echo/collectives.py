@@ -31,12 +31,22 @@ def _reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     return output
 
 
-def exchange(tensor: Tensor, group: Group) -> Tensor:
-    """All-to-all of equal parts, without gradients: part r of ``[R * n, ...]`` goes to rank r."""
-    if group.size() == 1:
+def exchange(tensor: Tensor, group: Group, peers: range | None = None) -> Tensor:
+    """All-to-all of equal parts, without gradients: part r of ``[R * n, ...]`` goes to rank r.
+
+    Args:
+        tensor: ``[R * n, ...]``, or with ``peers`` as many parts as these are.
+        group: R ranks.
+        peers: those that take part with this rank; each of them names the same. None for all.
+    """
+    number = group.size() if peers is None else len(peers)
+    if number == 1:
         return tensor
-    output = torch.empty_like(tensor)
-    dist.all_to_all_single(output, tensor.contiguous(), group=group)
+    output, splits = torch.empty_like(tensor), None
+    if number < group.size():
+        part = len(tensor) // number
+        splits = [part if peers is None or r in peers else 0 for r in range(group.size())]
+    dist.all_to_all_single(output, tensor.contiguous(), splits, splits, group=group)
     return output
 
 

@@ -6,8 +6,6 @@ because Megatron replaces the configuration class by its own under ``--multi-lat
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +19,9 @@ from megatron_echo.compatibility import (
     whole_layer_in_graph,
 )
 from megatron_echo.environment import interprets_triton, peer_memory_refusal
-from megatron_echo.flags import (
-    flag,
-    flag_name,
-    nearest_multiples,
-    number_refusal,
-    value_type,
-)
+from megatron_echo.flags import check_type, flag, nearest_multiples, spelled
 from megatron_echo.loss_settings import RouterLossSettings
+from megatron_echo.planner.price import MAX_ROWS
 from megatron_echo.planner.slots import auto_slots
 
 
@@ -81,8 +74,23 @@ def _check_peer_capacity(value: float, config: Any) -> str | None:
     return None
 
 
-def _check_tolerance(value: float, config: Any) -> str | None:
-    return None if 0 <= value <= 100 else "is not between 0 and 100. Use 0.02 for 2 %."
+def _check_tolerance(value: float | None, config: Any) -> str | None:
+    fits = value is None or 0 <= value <= 100
+    return None if fits else "is not between 0 and 100. Use 0.02 for 2 %."
+
+
+def _check_rows_per_clone(value: int | None, config: Any) -> str | None:
+    if value is None:
+        return None
+    if config.moe_echo_tolerance is not None:
+        return "belongs to --moe-echo-tolerance auto. Leave one of the two out."
+    return None if 0 <= value <= MAX_ROWS else f"is out of range. Use 0 to {MAX_ROWS}."
+
+
+def _check_within_node(value: bool, config: Any) -> str | None:
+    if value and config.moe_echo_ranks_per_node is None:
+        return "knows no nodes. Give --moe-echo-ranks-per-node."
+    return None
 
 
 def _check_ranks_per_node(value: int | None, config: Any) -> str | None:
@@ -236,12 +244,24 @@ class EchoConfigMixin:
         metavar="N",
     )
 
-    moe_echo_tolerance: float = flag(
+    moe_echo_tolerance: float | None = flag(
         0.02,
-        "How far above the mean a rank's load may be, 0.02 for 2 %. Saves clones.",
+        "How far above the mean a rank's load may be, 0.02 for 2 %. Saves clones. auto: as far as "
+        "the receive buffer holds, where that is faster by prediction: rows are weighed against "
+        "clones in each layer and microbatch, and none is made that does not pay.",
         group="echo",
         check=_check_tolerance,
         metavar="X",
+        none_word="auto",
+    )
+    moe_echo_rows_per_clone: int | None = flag(
+        None,
+        "With --moe-echo-tolerance auto: how many rows a rank computes while one clone travels "
+        "inside its node. auto: by the layer's sizes and stated speeds of the device.",
+        group="echo",
+        check=_check_rows_per_clone,
+        metavar="N",
+        none_word="auto",
     )
     moe_echo_min_tokens_per_clone: int = flag(
         0,
@@ -257,6 +277,13 @@ class EchoConfigMixin:
         group="echo",
         check=_check_ranks_per_node,
         metavar="N",
+    )
+    moe_echo_clones_within_node: bool = flag(
+        False,
+        "No clone leaves its home's node, and no weights of clones cross nodes. Each node is "
+        "balanced by itself; the receive buffer is by default twice that of perfect balance.",
+        group="echo",
+        check=_check_within_node,
     )
     moe_echo_planner_backend: str = flag(
         "auto",
@@ -382,11 +409,11 @@ class EchoConfigMixin:
         """
         for field in echo_fields():
             value = getattr(self, field.name)
-            _check_type(field, value)
+            check_type(field, value)
             check = field.metadata["check"]
             problem = check(value, self) if check is not None else None
             if problem is not None:
-                raise ValueError(f"{_spelled(field.name, value)} {problem}")
+                raise ValueError(f"{spelled(field.name, value)} {problem}")
         if self.moe_enable_echo:
             RouterLossSettings.from_config(self)
 
@@ -422,52 +449,6 @@ def expert_elements(config: Any) -> int:
     matrices = 3 if config.gated_linear_unit else 2
     slices = config.expert_tensor_parallel_size
     return matrices * expert_width(config) * config.moe_ffn_hidden_size // slices
-
-
-AUTO_CAPACITY = 1.25
-"""Of perfect balance, where too few slots to promise it would need a buffer for the worst."""
-
-
-def token_capacity(config: Any, num_slots: int) -> float | None:
-    """``--moe-received-token-capacity`` of a layer in training; None where nothing can overflow.
-
-    Without clones ``auto`` is the most that routing can bring, and with E / R slots the planner's
-    bound. With fewer slots the planner comes close to its bound for most routings, and promises
-    nothing for the worst.
-
-    Args:
-        config: the transformer's configuration.
-        num_slots: S.
-    """
-    given = echo_setting(config, "moe_received_token_capacity")
-    per_rank = config.num_moe_experts // config.expert_model_parallel_size
-    if given is None and 0 < num_slots < per_rank:
-        return max(AUTO_CAPACITY, 1 + echo_setting(config, "moe_echo_tolerance"))
-    return given
-
-
-def _spelled(name: str, value: Any) -> str:
-    return flag_name(name) if value is True else f"{flag_name(name)} {value}"
-
-
-def _check_type(field: dataclasses.Field, value: Any) -> None:
-    if value is None and types.NoneType in typing.get_args(field.type):
-        return
-    expected = value_type(field)
-    is_bool_for_int = isinstance(value, bool) and expected is not bool
-    choices = field.metadata["choices"]
-    if choices is not None and value not in choices:
-        raise ValueError(f"{flag_name(field.name)} {value} is unknown. Use {' or '.join(choices)}.")
-    problem = number_refusal(value)
-    if problem is not None:
-        raise ValueError(f"{flag_name(field.name)} {value} {problem}")
-    if expected is float and type(value) is int:
-        return
-    if is_bool_for_int or not isinstance(value, expected):
-        choice = "True or False" if expected is bool else f"a value of type {expected.__name__}"
-        raise ValueError(
-            f"{flag_name(field.name)} {value!r} is a {type(value).__name__}. Use {choice}."
-        )
 
 
 @dataclass

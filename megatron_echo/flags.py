@@ -56,6 +56,8 @@ def value_type(field: dataclasses.Field) -> type:
     options = [t for t in typing.get_args(field.type) if t is not types.NoneType]
     if options and typing.get_origin(options[0]) is tuple:
         options = list(typing.get_args(options[0]))
+    if options and isinstance(options[0], types.UnionType):  # a tuple of numbers or None
+        options = [t for t in typing.get_args(options[0]) if t is not types.NoneType]
     return typing.cast(type, options[0] if options else field.type)
 
 
@@ -72,6 +74,32 @@ def number_refusal(value: Any) -> str | None:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return "does not fit into 64 bits. Use a smaller number."
     return None
+
+
+def spelled(name: str, value: Any) -> str:
+    """A flag as it stands on the command line, with its value."""
+    return flag_name(name) if value is True else f"{flag_name(name)} {value}"
+
+
+def check_type(field: dataclasses.Field, value: Any) -> None:
+    """Raise a ``ValueError`` unless a field may have this value, by its type and choices."""
+    if value is None and types.NoneType in typing.get_args(field.type):
+        return
+    expected = value_type(field)
+    is_bool_for_int = isinstance(value, bool) and expected is not bool
+    choices = field.metadata["choices"]
+    if choices is not None and value not in choices:
+        raise ValueError(f"{flag_name(field.name)} {value} is unknown. Use {' or '.join(choices)}.")
+    problem = number_refusal(value)
+    if problem is not None:
+        raise ValueError(f"{flag_name(field.name)} {value} {problem}")
+    if expected is float and type(value) is int:
+        return
+    if is_bool_for_int or not isinstance(value, expected):
+        choice = "True or False" if expected is bool else f"a value of type {expected.__name__}"
+        raise ValueError(
+            f"{flag_name(field.name)} {value!r} is a {type(value).__name__}. Use {choice}."
+        )
 
 
 def nearest_multiples(value: int, divisor: int) -> str:

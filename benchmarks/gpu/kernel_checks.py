@@ -21,7 +21,7 @@ from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
 from megatron_echo.dispatch.transports.peer_memory import PeerRows
 from megatron_echo.experts.activation import ExpertActivation, weighted_activation
 from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
-from megatron_echo.planner import plan_clones
+from megatron_echo.planner import ClonePrice, plan_clones
 from megatron_echo.planner.balance import plan_clones_reference
 
 PART = "Kernels against their references"
@@ -236,7 +236,7 @@ def multiply_reference(
 
 # ------------------------------------------------------------------------- plans
 
-PLANS: tuple[tuple[Any, ...], ...] = (  # ranks, experts, slots, tolerance, least tokens, node
+PLANS: tuple[tuple[Any, ...], ...] = (
     (2, 4, 1, 0.0, 0, None),
     (8, 64, 8, 0.0, 0, None),
     (8, 64, 8, 0.02, 100, 4),
@@ -244,8 +244,11 @@ PLANS: tuple[tuple[Any, ...], ...] = (  # ranks, experts, slots, tolerance, leas
     (64, 256, 4, 0.0, 0, None),
     (64, 256, 1, 0.0, 0, None),
     (64, 256, 2, 0.02, 0, 8),
+    (16, 64, 4, 0.25, 0, 8, True, ClonePrice(2**30, 2**30)),
+    (64, 256, 2, 0.25, 0, None, False, ClonePrice(2**30, 2**30)),
 )
-"""Each a compilation: exact and greedy, with a tolerance and nodes at a small size only."""
+"""Ranks, experts, and the settings of ``plan_clones``; each a compilation: exact and greedy, with a
+tolerance, a price and nodes at a small size only."""
 
 
 def plan_inputs(ranks: int, experts: int, *settings: Any) -> tuple[Any, ...]:
@@ -309,8 +312,9 @@ def kernel_checks(dry: bool = False) -> list[KernelCheck]:
         checks.append(KernelCheck(f"products, {name}", partial(product_inputs, *given),
                                   multiply, multiply_reference, LIMITS[dtype]))  # fmt: skip
     for sizes in PLANS[: 3 if dry else None]:
-        ranks, experts, slots, tolerance, *_, node = sizes
+        ranks, experts, slots, tolerance, _, node, *rest = sizes
         name = f"plan, R={ranks}, E={experts}, S={slots}, tolerance {tolerance}, node {node}"
+        name += ", with a price" if rest else ""
         given = partial(plan_inputs, *sizes)
         checks.append(KernelCheck(name, given, plan, plan_reference, repeats=30))
     return checks

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.call_roles import Role
 from megatron_echo.collectives import all_gather, gather, reduce_scatter
 from megatron_echo.compatibility import has_layer_graphs
-from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
+from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
 from megatron_echo.dispatch.reroute import Clones, pair_counts, physical_experts
 from megatron_echo.dispatch.transports import (
@@ -35,6 +35,7 @@ from megatron_echo.dispatch.transports import (
     Transports,
     WeightTransport,
 )
+from megatron_echo.plan_settings import domain_ranks, plan_tolerance, token_capacity
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
 from megatron_echo.step.step_end import StepEnd
 
@@ -145,10 +146,11 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self.num_groups = self._local + self._slots
         self._alignment = echo_setting(config, "moe_echo_row_alignment")
         self._capacity = token_capacity(config, self._slots)
-        self._tolerance = echo_setting(config, "moe_echo_tolerance")
+        self._tolerance = plan_tolerance(config)
         self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
         self._most_tokens = echo_setting(config, "moe_echo_max_tokens_per_rank")
+        self._is_within_node = echo_setting(config, "moe_echo_clones_within_node")
         self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
         self._ways = Transports.of(config, config, self.ep_group)
         self._transport = self._make_transport(self._ways.tokens)
@@ -182,8 +184,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if way == "symmetric_memory" and self._slots > 0:
             buffers = self._peer_buffers()
             return SymmetricMemoryWeights(buffers, self._local)
-        kind = PeerToPeerWeights if way == "p2p" else CollectiveWeights
-        return kind(self.ep_group, self._local)
+        if way == "p2p":
+            return PeerToPeerWeights(self.ep_group, self._local)
+        domain = domain_ranks(self.config, self.ep_size)
+        return CollectiveWeights(self.ep_group, self._local, domain)
 
     def buffer_rows(self, tokens: int) -> int:
         """Rows of the receive buffer for T tokens on each rank."""
@@ -273,8 +277,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if self._slots == 0:
             return replace(call, counts=PairCounts.of(routed, self.ep_rank))
         plan = self._planner(
-            routed, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node
-        )
+            routed, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node,
+            self._is_within_node, self._ways.price,
+        )  # fmt: skip
         below, up_to = plan.split_up_to(self.ep_rank)
         split = up_to - below
         return replace(

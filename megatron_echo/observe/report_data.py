@@ -47,7 +47,7 @@ def read_run(folder: Path, trace_numbers: int) -> Json:
     trace, trace_missing = None, None
     paths = _trace_files(folder, record["flags"])
     if paths:
-        trace = read_trace(paths, record["flags"].get("moe_echo_tolerance", 0.0), trace_numbers)
+        trace = read_trace(paths, *_rules(record["flags"]), trace_numbers)
     else:
         trace_missing = _how_to_trace(record["flags"])
     metrics = _columns(lines)
@@ -147,6 +147,7 @@ def summarise(lines: list[Json], flags: Json) -> list[Json]:
         ("the highest, placed", "moe_echo/overload_placed_max", max, ""),
         ("clones of a layer call", "moe_echo/clones", statistics.fmean, ""),
         ("pairs computed by clones", "moe_echo/tokens_moved", statistics.fmean, "%"),
+        ("a layer call saves by prediction", "moe_echo/seconds_saved", statistics.fmean, "s"),
         ("experts' max / mean load", "moe_echo/expert_overload", statistics.fmean, ""),
         ("experts without a token", "moe_echo/dead_experts", statistics.fmean, ""),
         ("offloaded in a step", "offload/bytes", statistics.median, "bytes"),
@@ -228,12 +229,27 @@ def _load_trace(path: Path) -> StepTrace:
         raise ReportError(str(error)) from None
 
 
-def read_trace(paths: Sequence[Path], tolerance: float, numbers: int) -> Json:
+def _rules(flags: Json) -> tuple[float, int | None]:
+    """How far above the mean a rank's load may be, of how many ranks; None for all.
+
+    With ``auto`` it is what the receive buffer holds.
+    """
+    from megatron_echo.plan_settings import AUTO_CAPACITY  # imports Megatron
+
+    tolerance = flags.get("moe_echo_tolerance", 0.0)
+    if tolerance is None:
+        tolerance = max((flags.get("moe_received_token_capacity") or AUTO_CAPACITY) - 1, 0.0)
+    is_within_node = flags.get("moe_echo_clones_within_node")
+    return tolerance, flags["moe_echo_ranks_per_node"] if is_within_node else None
+
+
+def read_trace(paths: Sequence[Path], tolerance: float, domain: int | None, numbers: int) -> Json:
     """The traced steps of a run, as many as fit.
 
     Args:
         paths: one file for each step and pipeline stage, by step.
         tolerance: ``--moe-echo-tolerance``.
+        domain: ranks that are balanced among themselves, None for all.
         numbers: about how many numbers to keep; each n-th step is kept to that end.
 
     Returns:
@@ -256,7 +272,8 @@ def read_trace(paths: Sequence[Path], tolerance: float, numbers: int) -> Json:
             trace = _load_trace(path)
             if (*trace.counts.shape[1:], trace.slot_expert.shape[2]) != (ranks, experts, slots):
                 raise ReportError(f"{path} is of another run than {paths[0]}. Take one away.")
-            layers += [_layer_of(trace, int(n), tolerance) for n in np.unique(trace.layer)]
+            chosen = np.unique(trace.layer)
+            layers += [_layer_of(trace, int(n), tolerance, domain) for n in chosen]
         layers.sort(key=lambda layer: layer["layer"])
         return {"iteration": trace.iteration, "layers": layers}
 
@@ -273,7 +290,7 @@ def read_trace(paths: Sequence[Path], tolerance: float, numbers: int) -> Json:
     }
 
 
-def _layer_of(trace: StepTrace, number: int, tolerance: float) -> Json:
+def _layer_of(trace: StepTrace, number: int, tolerance: float, domain: int | None) -> Json:
     """One layer in one step.
 
     Returns:
@@ -289,7 +306,9 @@ def _layer_of(trace: StepTrace, number: int, tolerance: float) -> Json:
     before, after = trace.load_before[here].astype(np.int64), trace.load_after[here]
     ranks = before.shape[1]
     totals = before.sum(1)
-    bounds = np.array([balance_bound(int(total), ranks, tolerance) for total in totals])
+    size = domain or ranks
+    fullest_domains = before.reshape(len(before), -1, size).sum(2).max(1)
+    bounds = np.array([balance_bound(int(n), size, tolerance) for n in fullest_domains])
     mean = np.maximum(totals, 1) / ranks
     routed, placed = before.max(1) / mean, after.max(1) / mean
     fullest = int(routed.argmax())

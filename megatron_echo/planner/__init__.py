@@ -7,6 +7,14 @@ rank that runs it on the same counts gets the same bits.
 from megatron_echo.planner.balance import plan_clones, planner_backend
 from megatron_echo.planner.bound import balance_bound
 from megatron_echo.planner.plan import ClonePlan
+from megatron_echo.planner.price import ClonePrice
 from megatron_echo.planner.slots import auto_slots
 
-__all__ = ["ClonePlan", "auto_slots", "balance_bound", "plan_clones", "planner_backend"]
+__all__ = [
+    "ClonePlan",
+    "ClonePrice",
+    "auto_slots",
+    "balance_bound",
+    "plan_clones",
+    "planner_backend",
+]

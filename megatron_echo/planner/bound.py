@@ -19,6 +19,10 @@ NUM_TARGETS = 16
 ``i`` from 0. More near the bound, where most are reached; up to 45 %, where few slots serve a deep
 hole."""
 
+NUM_BOUNDS = 8
+"""Bounds at which the exact planner looks for the shortest time, the first of them the load before
+planning. Twice as many bring 0.4 % less, half as many cost 2 % more."""
+
 FAR = 1 << 51
 """Above any weighted hole: a hole is at most the bound, which is below 2^48 with counts of 2^31."""
 
@@ -55,3 +59,9 @@ def _bound_at[Number: (int, Tensor)](total: Number, num_ranks: int, scale: int) 
     if isinstance(total, Tensor):
         return torch.maximum(relaxed, exact)
     return max(relaxed, exact)
+
+
+def domain(ranks: int, ranks_per_node: int | None, within_node: bool) -> tuple[int, int]:
+    """How many consecutive ranks clones may be made among, and how often there are as many."""
+    size = ranks_per_node if within_node and ranks_per_node is not None else ranks
+    return size, ranks // size

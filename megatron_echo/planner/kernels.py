@@ -1,10 +1,8 @@
-"""The planner in one Triton launch, bit-identical to the torch reference in ``balance.py``.
+"""The planner in Triton, bit-identical to the torch reference in ``balance.py``.
 
-One program holds the ranks in registers: the reference's loops, step for step, but leaving each
-one as soon as nothing moves. Tokens and plans pass through global scratch where a step needs them
-in another layout; ``tl.debug_barrier`` orders those accesses within the program.
-
-Arithmetic is int64 throughout: tokens of an expert may pass 2^31.
+One program makes one plan of a domain of ranks (``step_kernels.py``): the plans for several bounds
+are made side by side, and a second launch takes the best. Where there is one plan only, its program
+ends it, in one launch.
 """
 
 import torch
@@ -12,242 +10,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_echo.planner.bound import (
-    FAR,
-    INTER_NODE_COST,
-    INTER_NODE_WEIGHT,
-    INTRA_NODE_COST,
-    INTRA_NODE_WEIGHT,
-    NUM_TARGETS,
-    balance_scale,
+from megatron_echo.planner.bound import NUM_BOUNDS, NUM_TARGETS, balance_scale, domain
+from megatron_echo.planner.price import ClonePrice
+from megatron_echo.planner.step_kernels import (
+    _FAR,
+    _alias_table,
+    _closest_fits,
+    _first_max,
+    _greedy,
+    _pick,
+    _serve_quotas,
 )
 
-_BITS = tl.constexpr(10)
-_MASK = tl.constexpr((1 << 10) - 1)
-_FAR = tl.constexpr(FAR)
-_INTRA = tl.constexpr(INTRA_NODE_WEIGHT)
-_INTER = tl.constexpr(INTER_NODE_WEIGHT)
-_INTRA_COST = tl.constexpr(INTRA_NODE_COST)
-_INTER_COST = tl.constexpr(INTER_NODE_COST)
-
-
-@triton.jit
-def _first_max(values, index, axis: tl.constexpr):
-    """The largest value along an axis and the first index that has it."""
-    top = tl.max((values << _BITS) + (index ^ _MASK), axis=axis)  # x ^ mask is mask - x
-    return top >> _BITS, (top & _MASK) ^ _MASK
-
-
-@triton.jit
-def _pick(values, index, wanted, axis: tl.constexpr):
-    """``values`` at the index ``wanted`` along an axis."""
-    return tl.sum(tl.where(index == wanted, values, 0), axis=axis)
+_RELAXED_BOUNDS = 4
 
 
 @triton.jit
 def _sum_counts(
-    counts, tokens, R: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """``tokens[e] = counts[:, e].sum()``."""
-    rank = tl.arange(0, BLOCK_R)[:, None]
+    counts, tokens, ALL: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``tokens[e]`` of a domain's experts, over all source ranks; N domains are a row of counts."""
+    rank = tl.arange(0, BLOCK_ALL)[:, None]
     for start in range(0, E, BLOCK_E):
         expert = start + tl.arange(0, BLOCK_E)
-        inside = (rank < R) & (expert < E)[None, :]
-        tile = tl.load(counts + rank * E + expert[None, :], mask=inside, other=0)
+        inside = (rank < ALL) & (expert < E)[None, :]
+        tile = tl.load(counts + rank * (N * E) + expert[None, :], mask=inside, other=0)
         tl.store(tokens + expert, tl.sum(tile, axis=0), mask=expert < E)
     tl.debug_barrier()
-
-
-@triton.jit
-def _weight(rank, donor, node_size, BY_NODE: tl.constexpr):
-    """What each receiver is worth to a donor: more inside its node."""
-    inside = rank // node_size == donor // node_size
-    return tl.where(inside, _INTRA, _INTER) if BY_NODE else tl.where(inside, 1, 1)
-
-
-@triton.jit
-def _cost(home, receiver, node_size, BY_NODE: tl.constexpr):
-    """The cost of a clone: more across nodes."""
-    inside = home // node_size == receiver // node_size
-    return tl.where(inside | (not BY_NODE), _INTRA_COST, _INTER_COST)
-
-
-@triton.jit
-def _first_to_serve(excess, rank, node_size, BLOCK_R: tl.constexpr):
-    """``FAR`` for ranks whose node can hold all of its load, else 0."""
-    other = tl.arange(0, BLOCK_R)[:, None]
-    same = other // node_size == rank[None, :] // node_size
-    of_node = tl.sum(tl.where(same, tl.expand_dims(excess, 1), 0), axis=0)
-    return tl.where(of_node <= 0, _FAR, 0)
-
-
-@triton.jit
-def _alias_table(
-    quota, excess, node_size, R: tl.constexpr, BY_NODE: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """``quota[home, receiver]`` with one home rank for each receiver."""
-    rank = tl.arange(0, BLOCK_R)
-    is_open = rank < R
-    first = excess * 0
-    if BY_NODE:
-        first = _first_to_serve(excess, rank, node_size, BLOCK_R)
-    step = 0
-    while step < R - 1:
-        donor_excess, donor = _first_max(excess + tl.where(excess > 0, first, 0), rank, 0)
-        need = tl.maximum(tl.where(is_open, -excess, 0), 0)
-        if BY_NODE:
-            inside = rank // node_size == donor // node_size
-            alone = _pick(first, rank, donor, 0) > 0
-            worth = need * _weight(rank, donor, node_size, BY_NODE)
-            worth = tl.where(alone, tl.where(inside & (need > 0), _FAR - need, 0), worth)
-            _, receiver = _first_max(worth, rank, 0)
-            most = _pick(need, rank, receiver, 0)
-        else:
-            most, receiver = _first_max(need, rank, 0)
-        given = tl.where(donor_excess > 0, most, 0)
-        tl.store(quota + donor * R + receiver, given, mask=given > 0)
-        is_open = is_open & ((rank != receiver) | (given == 0))
-        excess += tl.where(rank == receiver, given, 0) - tl.where(rank == donor, given, 0)
-        step = tl.where(given > 0, step + 1, R)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _closest_fits(
-    quota, excess, node_size, R: tl.constexpr, BY_NODE: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """``quota[home, receiver]`` for few clones: the smallest donors first, each where it fits."""
-    rank = tl.arange(0, BLOCK_R)
-    first = excess * 0
-    if BY_NODE:
-        first = _first_to_serve(excess, rank, node_size, BLOCK_R)
-    hole = tl.maximum(-excess, 0)
-    excess = tl.maximum(excess, 0)
-    step = 0
-    while step < R:
-        urgency = tl.where(excess > 0, first - excess, -_FAR)
-        most_urgent, donor = _first_max(urgency, rank, 0)
-        if BY_NODE:
-            wanted = _pick(excess, rank, donor, 0)
-            inside = rank // node_size == donor // node_size
-            fit = tl.where(inside, 2 * _FAR, _FAR) - hole
-            weighted = hole * _weight(rank, donor, node_size, BY_NODE)
-            score = tl.where(hole > 0, tl.where(hole >= wanted, fit, weighted), 0)
-            alone = _pick(first, rank, donor, 0) > 0
-            _, receiver = _first_max(tl.where(alone & (inside == 0), 0, score), rank, 0)
-            most = _pick(hole, rank, receiver, 0)
-        else:
-            wanted = tl.where(most_urgent > -_FAR, -most_urgent, 0)
-            score = tl.where(hole >= wanted, _FAR - hole, hole)  # one that fits is above all others
-            most, receiver = _first_max(tl.where(hole > 0, score, 0), rank, 0)
-        given = tl.minimum(wanted, most)
-        tl.store(quota + donor * R + receiver, given, mask=given > 0)
-        excess -= tl.where(rank == donor, given, 0)
-        hole -= tl.where(rank == receiver, given, 0)
-        step = tl.where(given > 0, step + 1, R)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _serve_quotas(
-    moved, quota, tokens, node_size, R: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """Deal each home rank's quotas over its experts; returns cost, and most clones on one rank."""
-    rank = tl.arange(0, BLOCK_R)
-    column = tl.arange(0, BLOCK_M)
-    received = tl.zeros((BLOCK_R,), tl.int32)
-    cost = tl.zeros((BLOCK_R,), tl.int32)
-    for first in range(0, R, BLOCK_Q):
-        home = first + tl.arange(0, BLOCK_Q)
-        is_home = (home < R)[:, None]
-        held = tl.load(
-            tokens + home[:, None] * M + column[None, :],
-            mask=is_home & (column < M)[None, :],
-            other=0,
-        )
-        open_quota = tl.load(
-            quota + home[:, None] * R + rank[None, :], mask=is_home & (rank < R)[None, :], other=0
-        )
-        clones = tl.zeros((BLOCK_Q, BLOCK_R), tl.int32)
-        busy = tl.max(tl.max(open_quota, axis=1), axis=0) > 0
-        while busy:
-            wanted, receiver = _first_max(open_quota, rank[None, :], 1)
-            most, expert = _first_max(held, column[None, :], 1)
-            piece = tl.minimum(wanted, most)
-            tl.store(moved + (home * M + expert) * R + receiver, piece, mask=piece > 0)
-            here = (rank[None, :] == receiver[:, None]) & (piece > 0)[:, None]
-            clones += here.to(tl.int32)
-            open_quota -= tl.where(here, piece[:, None], 0)
-            held -= tl.where(column[None, :] == expert[:, None], piece[:, None], 0)
-            busy = tl.max(piece, axis=0) > 0
-        received += tl.sum(clones, axis=0)
-        cost += tl.sum(clones * _cost(home[:, None], rank[None, :], node_size, BY_NODE), axis=0)
-    tl.debug_barrier()
-    return tl.sum(cost, axis=0), tl.max(received, axis=0)
-
-
-@triton.jit
-def _greedy(
-    moved, left, trial, tokens, load, bound, node_size, R: tl.constexpr, E: tl.constexpr,
-    S: tl.constexpr, M: tl.constexpr, BY_NODE: tl.constexpr, TARGETS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
-):  # fmt: skip
-    """The greedy for all targets at once, then the best of their plans into ``moved``."""
-    rank = tl.arange(0, BLOCK_R)
-    variant = tl.arange(0, TARGETS)
-    column = tl.arange(0, BLOCK_M)
-    is_rank = (rank < R)[None, :]
-    gap = tl.maximum(tl.max(load, axis=0) - bound, 0)
-    target = bound + gap * (variant * variant) // 500
-    excess = tl.where(is_rank, load[None, :] - target[:, None], 0)
-    free = tl.where(is_rank, S, tl.zeros((TARGETS, BLOCK_R), tl.int32))
-    cost = tl.zeros((TARGETS,), tl.int32)
-    expert_at = rank[:, None] * M + column[None, :]
-    inside = (rank < R)[:, None] & (column < M)[None, :]
-    share = tl.load(tokens + expert_at, mask=inside, other=0)
-    largest = tl.broadcast_to(tl.max(share, axis=1)[None, :], (TARGETS, BLOCK_R))
-    for v in range(TARGETS):
-        tl.store(left + v * E + expert_at, share, mask=inside)
-    tl.debug_barrier()
-    step = 0
-    while step < R * S:
-        hole = tl.maximum(tl.where(free > 0, -excess, 0), 0)
-        need, receiver = _first_max(hole, rank[None, :], 1)
-        fit, weight = _FAR + excess, _weight(rank[None, :], receiver[:, None], node_size, BY_NODE)
-        if BY_NODE:
-            fit += tl.where(weight == _INTRA, _FAR, 0)
-        worth = tl.where(largest >= need[:, None], fit, largest * weight)
-        worth = tl.where((excess > 0) & (need > 0)[:, None], worth, 0)
-        best, donor = _first_max(worth, rank[None, :], 1)
-        cell = variant * E + donor * M
-        row = left + cell[:, None] + column[None, :]
-        rest = tl.load(row, mask=(donor < R)[:, None] & (column < M)[None, :], other=0)
-        held, expert = _first_max(rest, column[None, :], 1)
-        piece = tl.where(best > 0, tl.minimum(need, held), 0)
-        given = piece > 0
-        rest -= tl.where(column[None, :] == expert[:, None], piece[:, None], 0)
-        tl.debug_barrier()  # every warp has read its copy of this step's cells
-        tl.store(trial + (variant * R + receiver) * E + donor * M + expert, piece, mask=given)
-        tl.store(left + cell + expert, held - piece, mask=given)
-        tl.debug_barrier()
-        cost += tl.where(given, _cost(donor, receiver, node_size, BY_NODE), 0)
-        is_receiver = rank[None, :] == receiver[:, None]
-        is_donor = rank[None, :] == donor[:, None]
-        largest = tl.where(is_donor, tl.max(rest, axis=1)[:, None], largest)
-        excess += tl.where(is_receiver, piece[:, None], 0) - tl.where(is_donor, piece[:, None], 0)
-        free -= tl.where(is_receiver & given[:, None], 1, 0)
-        step = tl.where(tl.max(piece, axis=0) > 0, step + 1, R * S)
-    highest = tl.max(tl.where(is_rank, excess + target[:, None], 0), axis=1)
-    reached = tl.maximum(highest, bound)
-    ahead = reached == tl.min(reached, axis=0)
-    cost = tl.where(ahead, cost, _INTER_COST * R * S + 1).to(tl.int64)
-    _, chosen = _first_max(-cost, variant, 0)
-    cells = tl.arange(0, BLOCK_X)
-    for start in range(0, R * E, BLOCK_X):
-        at = start + cells
-        value = tl.load(trial + chosen * R * E + at, mask=at < R * E, other=0)
-        tl.store(moved + (at % E) * R + at // E, value, mask=at < R * E)
 
 
 @triton.jit
@@ -258,6 +48,7 @@ def _give_up_small_clones(
     minimum,
     R: tl.constexpr,
     M: tl.constexpr,
+    PRICED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -272,6 +63,8 @@ def _give_up_small_clones(
         after -= tl.where(rank == home, sent, 0)
     for expert in range(R * M):
         after += tl.load(moved + expert * R + rank, mask=rank < R, other=0)
+    if PRICED:
+        bound = tl.maximum(bound, tl.max(after, axis=0))
     tl.debug_barrier()
     for home in range(R):
         inside = cell < M * R
@@ -291,11 +84,11 @@ def _give_up_small_clones(
 
 @triton.jit
 def _write_plan(
-    moved, tokens, allocation, slot_expert, load_after, num_clones, load,
-    R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    moved, tokens, allocation, slot_expert, load_after, num_clones, load, first_expert,
+    R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Slots, allocation and loads from the tokens moved."""
+    """Slots, allocation, a row of which is WIDTH ranks, and loads from the tokens moved."""
     rank = tl.arange(0, BLOCK_R)
     used_so_far = tl.zeros((BLOCK_R,), tl.int32)
     after = load
@@ -306,12 +99,13 @@ def _write_plan(
         piece = tl.load(moved + cell, mask=inside, other=0)
         stay = tl.load(tokens + expert, mask=expert < E, other=0) - tl.sum(piece, axis=0)
         is_home = (expert // M)[None, :] == rank[:, None]
-        tl.store(allocation + cell, tl.where(is_home, stay[None, :], piece), mask=inside)
+        place = allocation + expert[None, :] * WIDTH + rank[:, None]
+        tl.store(place, tl.where(is_home, stay[None, :], piece), mask=inside)
         gone = tl.where(is_home, tl.sum(piece, axis=0)[None, :], 0)
         after += tl.sum(piece, axis=1) - tl.sum(gone, axis=1)
         used = (piece > 0).to(tl.int32)
         slot = used_so_far[:, None] + tl.cumsum(used, axis=1) - 1
-        names = tl.broadcast_to(expert[None, :].to(tl.int64), (BLOCK_R, BLOCK_E))
+        names = tl.broadcast_to((first_expert + expert)[None, :].to(tl.int64), (BLOCK_R, BLOCK_E))
         tl.store(slot_expert + rank[:, None] * S + slot, names, mask=inside & (piece > 0))
         used_so_far += tl.sum(used, axis=1)
     tl.store(load_after + rank, after, mask=rank < R)
@@ -327,87 +121,168 @@ def _bound_at(total, R: tl.constexpr, scale):
 
 
 @triton.jit
-def _plan_kernel(
-    counts, slot_expert, allocation, load_before, load_after, num_clones,
-    tokens, moved, quota, left, trial, scale, minimum, node_size,
-    R: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, RELAXED: tl.constexpr, BY_NODE: tl.constexpr, TARGETS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    _sum_counts(counts, tokens, R, E, BLOCK_R, BLOCK_E)
+def _target(load, total, scale, trial, R: tl.constexpr, EXACT: tl.constexpr, PRICED: tl.constexpr,
+            TRIALS: tl.constexpr):  # fmt: skip
+    """The bound for which a program makes its plan."""
+    bound = _bound_at(total, R, scale)
+    top = tl.max(load, axis=0)
+    if PRICED:
+        last: tl.constexpr = (TRIALS // 2 if EXACT else TRIALS) - 1
+        floor = _bound_at(total, R, 1000000)
+        up = last - (trial // 2 if EXACT else trial)
+        bound = floor + tl.maximum(top - floor, 0) * (up * up) // (last * last)
+    elif EXACT:
+        extra = tl.where(trial < TRIALS - 2, (scale - 1000000) >> (trial // 2), 0)
+        bound = _bound_at(total, R, 1000000 + extra)
+    else:
+        bound += tl.maximum(top - bound, 0) * (trial * trial) // 500
+    return bound
+
+
+@triton.jit
+def _load_of(tokens, R: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr,
+             BLOCK_M: tl.constexpr):  # fmt: skip
+    """Tokens of each rank's experts."""
     rank = tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_M)
     inside = (rank < R)[:, None] & (column < M)[None, :]
-    share = tl.load(tokens + rank[:, None] * M + column[None, :], mask=inside, other=0)
-    load = tl.sum(share, axis=1)
-    tl.store(load_before + rank, load, mask=rank < R)
-    total = tl.sum(load, axis=0)
+    return tl.sum(tl.load(tokens + rank[:, None] * M + column[None, :], mask=inside, other=0), 1)
+
+
+@triton.jit
+def _end(
+    plan, tokens, load, bound, minimum, slot_expert, allocation, load_before, load_after,
+    num_clones, domain,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    PRICED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """What the planner gives, of the plan that was taken."""
+    rank = tl.arange(0, BLOCK_R)
+    if minimum > 0:
+        _give_up_small_clones(plan, load, bound, minimum, R, M, PRICED, BLOCK_R, BLOCK_H)
+    tl.store(load_before + domain * R + rank, load, mask=rank < R)
+    _write_plan(
+        plan, tokens, allocation + domain * (E * N * R + R), slot_expert + domain * R * S,
+        load_after + domain * R, num_clones + domain, load, domain * E,
+        R, E, S, M, N * R, BLOCK_R, BLOCK_E,
+    )  # fmt: skip
+
+
+@triton.jit
+def _plan_kernel(
+    counts, slot_expert, allocation, load_before, load_after, num_clones,
+    fullest, tokens, moved, quota, left, scores, scale, minimum, node_size,
+    price_inside, price_across,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    EXACT: tl.constexpr, PRICED: tl.constexpr, BY_NODE: tl.constexpr, TRIALS: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """One plan of one domain; what it reaches and costs goes to ``scores [N, TRIALS, 2]``."""
+    trial = tl.program_id(0)
+    domain = tl.program_id(1)
+    place = domain * TRIALS + trial
+    moved += place * (E * R)
+    tokens += domain * E  # programs of a domain write the same values there
+    _sum_counts(counts + domain * E, tokens, N * R, N, E, BLOCK_ALL, BLOCK_E)
+    rank = tl.arange(0, BLOCK_R)
+    load = _load_of(tokens, R, M, BLOCK_R, BLOCK_M)
+    total = tl.load(fullest) if N > 1 else tl.sum(load, axis=0)
     bound = _bound_at(total, R, scale)
-    if EXACT and not RELAXED:
-        excess = tl.where(rank < R, load - bound, 0)
-        _alias_table(quota, excess, node_size, R, BY_NODE, BLOCK_R)
-        _serve_quotas(moved, quota, tokens, node_size, R, M, BY_NODE, BLOCK_R, BLOCK_M, BLOCK_Q)
-    elif EXACT:
-        best, lowest = 0, _INTER_COST * E * R + 1
-        for part in range(4):
-            extra = tl.where(part < 3, (scale - 1000000) >> part, 0)
-            excess = tl.where(rank < R, load - _bound_at(total, R, 1000000 + extra), 0)
-            for kind in tl.static_range(2):
-                chosen = 2 * part + kind
-                here = quota + chosen * R * R
-                if kind == 0:
-                    _alias_table(here, excess, node_size, R, BY_NODE, BLOCK_R)
-                else:
-                    _closest_fits(here, excess, node_size, R, BY_NODE, BLOCK_R)
-                cost, most = _serve_quotas(
-                    trial + chosen * R * E, here, tokens, node_size,
-                    R, M, BY_NODE, BLOCK_R, BLOCK_M, BLOCK_Q,
-                )  # fmt: skip
-                better = (most <= S) & (cost < lowest)
-                best = tl.where(better, chosen, best)
-                lowest = tl.where(better, cost, lowest)
-        cell = tl.arange(0, BLOCK_E)
-        for start in range(0, R * E, BLOCK_E):
-            inside_plan = start + cell < R * E
-            value = tl.load(trial + best * R * E + start + cell, mask=inside_plan, other=0)
-            tl.store(moved + start + cell, value, mask=inside_plan)
+    target = _target(load, total, scale, trial, R, EXACT, PRICED, TRIALS) if TRIALS > 1 else bound
+    most = 0
+    if EXACT:
+        quota += place * (R * R)
+        over = tl.where(rank < R, load - target, 0)
+        if TRIALS == 1 or trial % 2 == 0:
+            over = _alias_table(quota, over, node_size, R, BY_NODE, BLOCK_R)
+        else:
+            over = _closest_fits(quota, over, node_size, R, BY_NODE, BLOCK_R)
+        cost, most = _serve_quotas(
+            moved, quota, tokens, node_size, price_inside, price_across, R, M, BY_NODE, PRICED,
+            BLOCK_R, BLOCK_M, BLOCK_Q,
+        )  # fmt: skip
     else:
-        _greedy(
-            moved, left, trial, tokens, load, bound, node_size, R, E, S,
-            M, BY_NODE, TARGETS, BLOCK_R, BLOCK_M, BLOCK_E,
+        cost, over = _greedy(
+            moved, left + place * E, tokens, load, target, node_size, price_inside, price_across,
+            R, S, M, BY_NODE, PRICED, BLOCK_R, BLOCK_M,
         )  # fmt: skip
     tl.debug_barrier()
-    if minimum > 0:
-        _give_up_small_clones(moved, load, bound, minimum, R, M, BLOCK_R, BLOCK_H)
-    _write_plan(
-        moved, tokens, allocation, slot_expert, load_after, num_clones, load, R, E, S,
-        M, BLOCK_R, BLOCK_E,
+    if TRIALS == 1:
+        _end(
+            moved, tokens, load, bound, minimum, slot_expert, allocation, load_before,
+            load_after, num_clones, domain, R, N, E, S, M, PRICED, BLOCK_R, BLOCK_E, BLOCK_H,
+        )  # fmt: skip
+    else:
+        highest = tl.max(tl.where(rank < R, over + target, 0), axis=0)
+        if PRICED:
+            cost += tl.maximum(highest, _bound_at(total, R, 1000000))
+        tl.store(scores + 2 * place, tl.where(most <= S, tl.maximum(highest, bound), _FAR))
+        tl.store(scores + 2 * place + 1, cost)
+
+
+@triton.jit
+def _best_kernel(
+    slot_expert, allocation, load_before, load_after, num_clones,
+    fullest, tokens, moved, scores, scale, minimum,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    PRICED: tl.constexpr, TRIALS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The best of a domain's plans: the lowest maximum above the bound, then the lowest cost."""
+    domain = tl.program_id(0)
+    trial = tl.arange(0, TRIALS)
+    place = scores + 2 * (domain * TRIALS + trial)
+    reached = tl.load(place)
+    cost = tl.where(reached == tl.min(reached, axis=0), tl.load(place + 1), 2 * _FAR)
+    _, best = _first_max(-cost, trial, 0)
+    load = _load_of(tokens + domain * E, R, M, BLOCK_R, BLOCK_M)
+    total = tl.load(fullest) if N > 1 else tl.sum(load, axis=0)
+    _end(
+        moved + (domain * TRIALS + best) * (E * R), tokens + domain * E, load,
+        _bound_at(total, R, 1000000 if PRICED else scale), minimum,
+        slot_expert, allocation, load_before, load_after, num_clones, domain,
+        R, N, E, S, M, PRICED, BLOCK_R, BLOCK_E, BLOCK_H,
     )  # fmt: skip
 
 
 def constants(
-    ranks: int, experts: int, num_slots: int, relaxed: bool, by_node: bool
-) -> dict[str, int | bool]:
-    """The kernel's compile-time arguments; one compilation a configuration."""
+    ranks: int, experts: int, num_slots: int, relaxed: bool, by_node: bool,
+    priced: bool = False, domains: int = 1,
+) -> dict[str, int | bool]:  # fmt: skip
+    """The kernels' compile-time arguments; one compilation a configuration.
+
+    Args:
+        ranks: of a domain, as ``experts``.
+        experts: E.
+        num_slots: S.
+        relaxed: with a tolerance.
+        by_node: whether nodes matter inside a domain.
+        priced: with a price.
+        domains: N.
+    """
     per_rank = experts // ranks
     block_ranks = triton.next_power_of_2(ranks)
     is_exact = num_slots >= per_rank
+    bounds = NUM_BOUNDS if priced else _RELAXED_BOUNDS
     # The greedy's experts lie in registers as its ranks do: each row in the lanes of a warp.
     columns = max(min(32, block_ranks), triton.next_power_of_2(per_rank))
     tile = 16384  # int64 cells of a two-dimensional tile: 128 KiB of the SM's shared memory
+    block_all = triton.next_power_of_2(ranks * domains)
     return {
         "R": ranks,
+        "N": domains,
         "E": experts,
         "S": num_slots,
         "M": per_rank,
         "EXACT": is_exact,
-        "RELAXED": relaxed,
+        "PRICED": priced,
         "BY_NODE": by_node,
-        "TARGETS": NUM_TARGETS,
+        "TRIALS": (2 * bounds if priced or relaxed else 1) if is_exact else NUM_TARGETS,
+        "BLOCK_ALL": block_all,
         "BLOCK_R": block_ranks,
         "BLOCK_M": triton.next_power_of_2(per_rank) if is_exact else columns,
-        "BLOCK_E": min(256, tile // block_ranks),
+        "BLOCK_E": min(256, tile // block_all),
         "BLOCK_H": triton.next_power_of_2(per_rank * ranks),
         "BLOCK_Q": min(block_ranks, tile // block_ranks),
     }
@@ -419,8 +294,10 @@ def plan_tensors(
     tolerance: float,
     min_tokens_per_clone: int,
     ranks_per_node: int | None,
+    within_node: bool = False,
+    price: ClonePrice | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of a :class:`~megatron_echo.planner.plan.ClonePlan`, planned by one launch.
+    """The tensors of a :class:`~megatron_echo.planner.plan.ClonePlan`, planned by two launches.
 
     Args:
         counts: int64 ``[R, E]`` on a CUDA device (or on the CPU in Triton's interpreter), with
@@ -430,31 +307,59 @@ def plan_tensors(
     Returns:
         ``slot_expert``, ``allocation``, ``load_before``, ``load_after``, ``num_clones``.
     """
-    ranks, experts = counts.shape
-    is_exact = num_slots >= experts // ranks
+    all_ranks, all_experts = counts.shape
+    ranks, domains = domain(all_ranks, ranks_per_node, within_node)
+    experts = all_experts // domains
     is_relaxed = balance_scale(tolerance) > balance_scale(0.0)
-    quotas = (8 if is_relaxed else 1) if is_exact else 0
-    trials = (8 if is_relaxed else 0) if is_exact else NUM_TARGETS
+    by_node = ranks_per_node is not None and domains == 1
+    fixed = constants(ranks, experts, num_slots, is_relaxed, by_node, price is not None, domains)
+    trials = fixed["TRIALS"]
+    counts = counts.contiguous()
+    empty = counts.new_zeros if domains > 1 else counts.new_empty
+    clones = counts.new_empty(domains)
     plan = {
-        "slot_expert": counts.new_full((ranks, num_slots), -1),
-        "allocation": counts.new_empty(experts, ranks),
-        "load_before": counts.new_empty(ranks),
-        "load_after": counts.new_empty(ranks),
-        "num_clones": counts.new_empty(()),
+        "slot_expert": counts.new_full((all_ranks, num_slots), -1),
+        "allocation": empty(all_experts, all_ranks),
+        "load_before": counts.new_empty(all_ranks),
+        "load_after": counts.new_empty(all_ranks),
+        "num_clones": clones,
     }
+    fullest = clones
+    if domains > 1:
+        fullest = counts.view(all_ranks, domains, experts).sum((0, 2)).amax()
+    tokens = counts.new_empty(all_experts)
+    moved = counts.new_zeros(domains, trials, experts, ranks)
+    scores = counts.new_empty(domains, trials, 2)
+    scale = balance_scale(tolerance)
     with torch.cuda.device_of(counts):
-        _plan_kernel[(1,)](
-            counts.contiguous(),
+        _plan_kernel[(trials, domains)](
+            counts,
             *plan.values(),
-            counts.new_empty(experts),
-            counts.new_zeros(experts, ranks),
-            counts.new_zeros(quotas, ranks, ranks),
-            counts.new_empty(trials, experts),
-            counts.new_zeros(trials, ranks, experts),
-            balance_scale(tolerance),
+            fullest,
+            tokens,
+            moved,
+            counts.new_zeros(domains, trials, ranks, ranks),
+            counts.new_empty(domains, trials, experts),
+            scores,
+            scale,
             min_tokens_per_clone,
             ranks_per_node or ranks,
-            **constants(ranks, experts, num_slots, is_relaxed, ranks_per_node is not None),
+            price.inside if price is not None else 0,
+            price.across if price is not None else 0,
+            **fixed,
             num_warps=8,
         )
-    return plan
+        if trials > 1:
+            names = ("BY_NODE", "EXACT", "BLOCK_ALL", "BLOCK_Q")
+            _best_kernel[(domains,)](
+                *plan.values(),
+                fullest,
+                tokens,
+                moved,
+                scores,
+                scale,
+                min_tokens_per_clone,
+                **{name: value for name, value in fixed.items() if name not in names},
+                num_warps=8,
+            )
+    return {**plan, "num_clones": clones.sum() if domains > 1 else clones.view(())}

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from megatron_echo.planner.price import ClonePrice, clone_time
 from megatron_echo.planner.split import split_up_to
 
 
@@ -36,6 +38,23 @@ class ClonePlan:
 
     ranks_per_node: int | None = None
     """Ranks that share a node, for the split; None if all links are alike."""
+
+    price: ClonePrice | None = None
+    """Of a clone, where the plan is that of the shortest predicted time."""
+
+    def rows_saved(self) -> Tensor:
+        """What the clones save by prediction, in rows' time: int64 scalar, 0 without clones.
+
+        Raises:
+            ValueError: the plan was made without a price.
+        """
+        if self.price is None:
+            raise ValueError("This plan knows no price of a clone. Give plan_clones one.")
+        experts, ranks = self.allocation.shape
+        rank = torch.arange(ranks, device=self.allocation.device)
+        is_away = rank.repeat_interleave(experts // ranks)[:, None] != rank
+        spent = clone_time((self.allocation > 0) & is_away, self.price, self.ranks_per_node)
+        return self.load_before.max() - self.load_after.max() - spent
 
     def split_for(self, rank: int) -> Tensor:
         """Of source rank ``rank``'s tokens of ``e``, how many go to rank ``r``: ``[E, R]``.

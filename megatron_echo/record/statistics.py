@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_echo.record.call_log import CallLog
 
-_SUMS = 6  # routed and placed overload, clones, moved pairs, pairs, layer calls
+_SUMS = 7  # routed and placed overload, clones, moved pairs, pairs, layer calls, seconds saved
 
 
 class StepStatistics:
@@ -17,7 +17,8 @@ class StepStatistics:
     ``overload_routed`` and ``overload_placed``: pairs of the fullest rank over the mean, before and
     after planning, the mean over layer calls, and the highest under the same name with ``_max``.
     ``clones``: clones of a layer call. ``tokens_moved``: the share of token-expert pairs computed
-    by clones. ``layer_calls``: layer calls of a step, over all pipeline stages.
+    by clones. ``layer_calls``: layer calls of a step, over all pipeline stages. ``seconds_saved``:
+    what the clones of a layer call save by prediction, where plans are chosen by it.
 
     Without clones there is no plan, and no rank knows the loads of the others in a layer: each
     keeps what it sends where, and one all-reduce at the end of the step adds up all calls.
@@ -25,7 +26,13 @@ class StepStatistics:
     All that a call leaves is on the device, where the replay of a CUDA graph leaves it too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_priced: bool = False) -> None:
+        """Begin.
+
+        Args:
+            is_priced: plans have a price.
+        """
+        self._sums_kept = _SUMS if is_priced else _SUMS - 1
         self._local = CallLog()
         self._group: dist.ProcessGroup | None = None
         self._of_step: Tensor | None = None
@@ -52,10 +59,13 @@ class StepStatistics:
         by_home = plan.allocation.view(ranks, -1, ranks)
         moved = pairs - by_home.diagonal(dim1=0, dim2=2).sum()
         rest = torch.stack((plan.num_clones, moved, pairs, torch.ones_like(pairs))).double()
+        sums = [overload, rest]
+        if plan.price is not None:
+            sums.append((plan.rows_saved() * plan.price.row_seconds).double().view(1))
         if self._of_step is None or self._of_step.device != pairs.device:
             self._of_step = self._zeros(pairs.device)
         # Every rank of the group records the same call.
-        _add(self._of_step, torch.cat((overload, rest)) / ranks, overload)
+        _add(self._of_step, torch.cat(sums) / ranks, overload)
 
     def record_local(self, pairs: Tensor, group: dist.ProcessGroup) -> None:
         """Keep one layer call without clones. Nothing is read, nothing is sent.
@@ -72,7 +82,7 @@ class StepStatistics:
         """Count a step; the ranks of the expert-parallel group must all call."""
         self._steps += 1
         if self._of_step is not None:
-            self._add(self._of_step[:_SUMS], self._of_step[_SUMS:])
+            self._add(self._of_step[:-2], self._of_step[-2:])
         found = self._local.end_step()
         if found is None or self._group is None:
             return
@@ -83,8 +93,8 @@ class StepStatistics:
         ranks = loads.shape[1]
         overload = loads.amax(1).double() * ranks / pairs.clamp(min=1)
         zero, total = calls.new_zeros(1), overload.sum()[None]
-        sums = torch.cat((total, total, zero, zero, pairs.sum()[None].double(), calls))
-        self._add(sums / ranks, overload.amax().expand(2))
+        sums = (total, total, zero, zero, pairs.sum()[None].double(), calls, zero)
+        self._add(torch.cat(sums[: self._sums_kept]) / ranks, overload.amax().expand(2))
 
     def _add(self, sums: Tensor, highest: Tensor) -> None:
         if self._total is None or self._total.device != sums.device:
@@ -100,31 +110,33 @@ class StepStatistics:
         total, self._total = self._total, None
         if total is None:
             total = self._zeros("cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(total[:_SUMS], op=dist.ReduceOp.SUM)
-        dist.all_reduce(total[_SUMS:], op=dist.ReduceOp.MAX)
-        routed, placed, clones, moved, pairs, calls, *highest = total.tolist()
+        dist.all_reduce(total[:-2], op=dist.ReduceOp.SUM)
+        dist.all_reduce(total[-2:], op=dist.ReduceOp.MAX)
+        *sums, routed_most, placed_most = total.tolist()
+        routed, placed, clones, moved, pairs, calls, *saved = sums
         values = {"layer_calls": calls / max(self._steps, 1)}
         if calls:
             values |= {
                 "overload_routed": routed / calls,
                 "overload_placed": placed / calls,
-                "overload_routed_max": highest[0],
-                "overload_placed_max": highest[1],
+                "overload_routed_max": routed_most,
+                "overload_placed_max": placed_most,
                 "clones": clones / calls,
                 "tokens_moved": moved / max(pairs, 1),
             }
+            if saved:
+                values["seconds_saved"] = saved[0] / calls
         self._steps = 0
         return values
 
-    @staticmethod
-    def _zeros(device: Any) -> Tensor:
-        return torch.zeros(_SUMS + 2, dtype=torch.float64, device=device)
+    def _zeros(self, device: Any) -> Tensor:
+        return torch.zeros(self._sums_kept + 2, dtype=torch.float64, device=device)
 
 
 def _add(total: Tensor, sums: Tensor, highest: Tensor) -> None:
     """Into ``total``, in place: sums, then what is the highest."""
-    total[:_SUMS] += sums
-    total[_SUMS:].copy_(torch.maximum(total[_SUMS:], highest))
+    total[:-2] += sums
+    total[-2:].copy_(torch.maximum(total[-2:], highest))
 
 
 def console_line(values: dict[str, float], iteration: int) -> str:

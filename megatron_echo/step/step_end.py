@@ -33,9 +33,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from megatron_echo.call_roles import Role, role_of_call
-from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
+from megatron_echo.config import echo_setting, num_clone_slots
 from megatron_echo.environment import is_capturing
 from megatron_echo.per_model import PerModel
+from megatron_echo.plan_settings import token_capacity
 from megatron_echo.record.metrics import publish
 from megatron_echo.record.routing_capture import RoutingCapture
 from megatron_echo.record.statistics import StepStatistics, console_line
@@ -82,7 +83,8 @@ class StepEnd(PerModel, EndOfStep):
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = token_capacity(config, num_clone_slots(config)) is None
         self.overflow = OverflowCheck(policy, is_auto)
-        self.statistics = StepStatistics()
+        is_priced = self._has_clones and echo_setting(config, "moe_echo_tolerance") is None
+        self.statistics = StepStatistics(is_priced)
         self.self_check = SelfCheck(
             echo_setting(config, "moe_echo_check_every") if self._has_clones else 0
         )

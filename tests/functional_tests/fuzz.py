@@ -24,7 +24,8 @@ from megatron_echo import cpu_backend  # noqa: E402
 cpu_backend.enable(verbose=False)
 
 from megatron_echo.arguments import RunArguments  # noqa: E402
-from megatron_echo.config import echo_fields, flag_name, value_type  # noqa: E402
+from megatron_echo.config import echo_fields  # noqa: E402
+from megatron_echo.flags import flag_name, value_type  # noqa: E402
 from megatron_echo.offload.config import REGION_NAMES  # noqa: E402
 from megatron_echo.offload.training import OffloadArguments  # noqa: E402
 

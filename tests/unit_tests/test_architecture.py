@@ -19,7 +19,7 @@ FLOORS = (
     ("dispatch", "routing"),
     ("step",),
     ("offload",),
-    ("record",),
+    ("record", "plan_settings"),
     ("config",),
     ("compatibility", "loss_settings"),
     ("planner", "cpu_backend", "host_copy"),

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_echo.arguments import RunArguments, add_echo_arguments, echo_config_from_args
-from megatron_echo.config import EchoTransformerConfig, echo_fields, flag_name
+from megatron_echo.config import EchoTransformerConfig, echo_fields
+from megatron_echo.flags import flag_name
 
 
 def parse(*argv: str) -> argparse.Namespace:

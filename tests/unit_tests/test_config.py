@@ -7,9 +7,9 @@ from megatron_echo.config import (
     EchoMLATransformerConfig,
     EchoTransformerConfig,
     echo_fields,
-    flag_name,
-    token_capacity,
 )
+from megatron_echo.flags import flag_name
+from megatron_echo.plan_settings import plan_tolerance, token_capacity
 
 BASE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 MOE = {**BASE, "num_moe_experts": 8, "expert_model_parallel_size": 4, "add_bias_linear": False}
@@ -66,6 +66,33 @@ def test_auto_has_a_bound_where_nothing_is_promised(
 
 
 @pytest.mark.parametrize(
+    ("slots", "fields", "tolerance", "capacity"),
+    [
+        (1, {}, 0.25, 1.25),
+        (2, {}, 0.25, None),
+        (0, {}, 0.25, None),
+        (2, {"moe_received_token_capacity": 3.0}, 2.0, 3.0),
+        (2, {"moe_received_token_capacity": 0.9}, 0.0, 0.9),
+        (2, {"moe_echo_tolerance": 0.02, "moe_echo_ranks_per_node": 2}, 0.02, 2.04),
+        (2, {"moe_echo_tolerance": 0.02, "moe_echo_ranks_per_node": 1}, 0.02, 2.04),
+        (1, {"moe_echo_tolerance": 0.02, "moe_echo_ranks_per_node": 2}, 0.02, 2.5),
+        (1, {"moe_echo_tolerance": 0.02, "moe_echo_ranks_per_node": 4}, 0.02, 1.25),
+        (2, {"moe_echo_tolerance": 0.02, "moe_echo_ranks_per_node": 4}, 0.02, None),
+        (2, {"moe_received_token_capacity": 3.0, "moe_echo_ranks_per_node": 2}, 0.25, 3.0),
+    ],
+)
+def test_what_auto_tolerance_and_nodes_may_use(
+    slots: int, fields: dict, tolerance: float, capacity: float | None
+) -> None:
+    """Tolerance ``auto`` where none is given; clones within nodes where their size is."""
+    fields = {"moe_echo_tolerance": None, **fields}
+    fields["moe_echo_clones_within_node"] = "moe_echo_ranks_per_node" in fields
+    config = EchoTransformerConfig(**MOE, moe_enable_echo=True, **fields)
+    assert plan_tolerance(config) == tolerance
+    assert token_capacity(config, slots) == capacity
+
+
+@pytest.mark.parametrize(
     ("field", "value", "advice"),
     [
         ("moe_received_token_capacity", 0.0, "Use 1.0 for perfect balance"),
@@ -79,12 +106,22 @@ def test_auto_has_a_bound_where_nothing_is_promised(
         ("moe_echo_min_tokens_per_clone", -1, "is negative"),
         ("moe_echo_ranks_per_node", 3, "does not divide the expert-parallel size 4"),
         ("moe_echo_force_skew", -1.0, "is negative"),
+        ("moe_echo_rows_per_clone", 5, "belongs to --moe-echo-tolerance auto. Leave one of the"),
+        ("moe_echo_clones_within_node", True, "knows no nodes. Give --moe-echo-ranks-per-node."),
     ],
 )
 def test_a_bad_value_names_the_flag_and_a_choice(field: str, value: object, advice: str) -> None:
     with pytest.raises(ValueError, match=flag_name(field)) as error:
         EchoTransformerConfig(**MOE, moe_enable_echo=True, **{field: value})
     assert advice in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [-1, 2**31])
+def test_a_bad_number_of_rows_for_a_clone(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"--moe-echo-rows-per-clone {rows} is out of range"):
+        EchoTransformerConfig(
+            **MOE, moe_enable_echo=True, moe_echo_tolerance=None, moe_echo_rows_per_clone=rows
+        )
 
 
 def test_symmetric_memory_needs_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:

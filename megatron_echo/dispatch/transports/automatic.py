@@ -1,6 +1,8 @@
 """Which transports a run uses: as its flags say, and by its topology where they say ``auto``."""
 
-from dataclasses import dataclass
+import math
+import os
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,11 +12,16 @@ from megatron_echo.compatibility import engine_refusal
 from megatron_echo.config import echo_setting, expert_elements, expert_width
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
-from megatron_echo.environment import has_peer_memory, machine_number
+from megatron_echo.environment import device_speeds, has_peer_memory, machine_number
 from megatron_echo.per_model import PerModel
+from megatron_echo.plan_settings import domain_ranks
+from megatron_echo.planner.price import MAX_ROWS, ClonePrice
 
 ENGINES = ("hybrid_ep", "nccl_ep")
 """Token transports of others, the one to be preferred first."""
+
+BY_PLAN = ("hybrid_ep", "nccl_ep", "symmetric_memory")
+"""Token transports whose traffic follows the plan: a token is sent once to a rank."""
 
 INSTALL = {
     "hybrid_ep": "DeepEP's branch hybrid-ep",
@@ -53,9 +60,8 @@ class Topology:
             return cls(ranks, has_nccl=False)
         lacks = [int(engine_refusal(engine, config) is not None) for engine in ENGINES]
         machine = machine_number()
-        device = torch.device("cuda", torch.cuda.current_device())
         most, least, lacks_peers, *lacks = highest(
-            [machine, -machine, not has_peer_memory(), *lacks], group, device
+            [machine, -machine, not has_peer_memory(), *lacks], group, _device_of(group)
         )
         engines = (
             engine for engine, is_absent in zip(ENGINES, lacks, strict=True) if not is_absent
@@ -120,12 +126,47 @@ def clone_bytes(config: Any) -> int:
     return expert_elements(config) * (times * dtype.itemsize + wide_dtype(dtype).itemsize)
 
 
+def clone_price(config: Any, group: dist.ProcessGroup, tokens: str, weights: str) -> ClonePrice:
+    """What a clone costs in rows, for ``--moe-echo-tolerance auto``; the same on all ranks.
+
+    No copy is taken to hide behind a product. Where ranks are on several machines and the planner
+    is not told, each clone costs what it costs between them.
+
+    Args:
+        config: the transformer's configuration.
+        group: the expert-parallel group, R ranks, which call it together; the host waits once.
+        tokens: how they travel.
+        weights: how those of clones do; by ``collective`` a clone more costs nothing.
+    """
+    ranks, speeds = group.size(), device_speeds()
+    node = echo_setting(config, "moe_echo_ranks_per_node")
+    local = node or math.gcd(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    row = 4 * expert_width(config) * config.params_dtype.itemsize if tokens in BY_PLAN else 0
+    clone = 0 if weights == "collective" else clone_bytes(config)
+    price = ClonePrice.of_layer(speeds, expert_elements(config), row, clone, ranks, local)
+    given = echo_setting(config, "moe_echo_rows_per_clone")
+    inside, across = price.inside, price.across
+    if given is not None:
+        inside, across = given, min(round(given * speeds.inside / speeds.across), MAX_ROWS)
+    inside = inside if node or local == ranks else across
+    if ranks > 1:  # what they see may differ, and plans may not
+        inside, across = highest([inside, across], group, _device_of(group))
+    return replace(price, inside=inside, across=across)
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    if "nccl" not in str(dist.get_backend_config(group)):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 class Transports(PerModel):
     """The transports of a model, decided once.
 
     Attributes:
         tokens: a word of ``--moe-echo-token-transport`` but ``auto``.
         weights: likewise of ``--moe-echo-expert-dispatcher-type``.
+        price: of a clone; None where the tolerance is a number.
     """
 
     def __init__(self, config: Any, group: dist.ProcessGroup) -> None:
@@ -145,6 +186,9 @@ class Transports(PerModel):
             tokens, weights = choose(self._topology, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens
             self.weights = weights if self.weights == "auto" else self.weights
+        self.price: ClonePrice | None = None
+        if echo_setting(config, "moe_echo_tolerance") is None:
+            self.price = clone_price(config, group, self.tokens, self.weights)
         is_pretended = group.size() > 1 and dist.get_backend(group) == "fake"
         self._is_silent = group.size() == 1 or is_pretended or dist.get_rank() != 0
 
@@ -162,15 +206,20 @@ class Transports(PerModel):
     def line(self, tokens: int, slots: int) -> str:
         """What :meth:`announce` prints."""
         config, ranks = self._config, self._group.size()
+        domain = domain_ranks(config, ranks)
         moved = token_bytes(self.tokens, config, ranks, tokens)
         text = f"tokens by {self.tokens}: at most {_megabytes(2 * moved)} a rank and layer"
         each = clone_bytes(config)
         if slots and self.weights == "collective":
-            every = _megabytes((ranks - 1) * slots * each)
+            every = _megabytes((domain - 1) * slots * each)
             text += f"; weights of clones by collective: {every}, whatever the plan"
         elif slots:
             text += f"; weights of clones by {self.weights}: {_megabytes(each)} a clone in use"
+        if slots and domain < ranks:
+            text += ", inside nodes"
         text += "; both passes."
+        if slots and self.price is not None:
+            text += f" A clone pays from {self.price.inside:,} rows on."
         return text + (self._reason() if self._topology is not None else "")
 
     def _reason(self) -> str:

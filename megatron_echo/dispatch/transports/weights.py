@@ -97,38 +97,60 @@ class CollectiveWeights(WeightTransport):
     Gradients are added in the order of slots, then ranks.
     """
 
+    def __init__(
+        self, group: dist.ProcessGroup, experts_per_rank: int, domain: int | None = None
+    ) -> None:
+        """Set the sizes.
+
+        Args:
+            group: the expert-parallel group, R ranks.
+            experts_per_rank: m.
+            domain: consecutive ranks among which clones are made, so that others get nothing;
+                None for R.
+        """
+        super().__init__(group, experts_per_rank)
+        size = domain or group.size()
+        first = self._rank // size * size
+        self._peers = range(first, first + size)
+
     def push(self, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:
         """See :class:`WeightTransport`; an unused slot gets some expert's weights."""
-        wanted = slot_expert - self._rank * self._experts
+        wanted = self._of_peers(slot_expert) - self._rank * self._experts
         wanted = wanted.clamp_(0, self._experts - 1)
-        homes = (slot_expert[self._rank] // self._experts).clamp_(min=0)
+        homes = slot_expert[self._rank] // self._experts - self._peers[0]
+        homes = homes.clamp_(min=0)
         for some in self._parts(slots):
             sent = weight.index_select(0, wanted[:, some].flatten())
-            received = exchange(sent, self._group).unflatten(0, (self._group.size(), -1))
+            received = exchange(sent, self._group, self._peers)
+            received = received.unflatten(0, (len(self._peers), -1))
             number = torch.arange(received.shape[1], device=sent.device)
             slots[some] = received[homes[some], number]
 
     @override
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: Any) -> Tensor:
-        ranks, experts = self._group.size(), self._experts
-        target = slot_expert - self._rank * experts
+        peers, experts = len(self._peers), self._experts
+        target = self._of_peers(slot_expert) - self._rank * experts
         is_here = (target >= 0) & (target < experts)
         for some in self._parts(grads[experts:]):
             parts = grads[experts:][some]
-            received = exchange(parts.expand(ranks, *parts.shape).flatten(0, 1), self._group)
+            sent = parts.expand(peers, *parts.shape).flatten(0, 1)
+            received = exchange(sent, self._group, self._peers)
             targets = target.masked_fill(~is_here, experts)[:, some]
             _add_in_order(grads, experts, received, targets)
         return grads[:experts]
 
+    def _of_peers(self, slot_expert: Tensor) -> Tensor:
+        return slot_expert[self._peers.start : self._peers.stop]
+
     def _parts(self, slots: Tensor) -> list[slice]:
         """Slots that travel at once, all of them or as many as fill ``_EXCHANGED_BYTES``."""
-        number = max(1, _EXCHANGED_BYTES // (self._group.size() * slots[0].nbytes))
+        number = max(1, _EXCHANGED_BYTES // (len(self._peers) * slots[0].nbytes))
         return [slice(first, first + number) for first in range(0, len(slots), number)]
 
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
         """See :class:`WeightTransport`; the same for every plan."""
         ranks, slots = slot_expert.shape
-        return ranks * (ranks - 1) * slots * expert_bytes
+        return ranks * (len(self._peers) - 1) * slots * expert_bytes
 
 
 class PeerToPeerWeights(WeightTransport):

@@ -73,6 +73,11 @@ function showCurves() {
     ["moe_echo/overload_placed", "placed", placed],
     ["moe_echo/overload_placed_max", "placed, highest", { ...placed, ...thin }],
   ], { help: "This run recorded no load of ranks. Start it with --moe-enable-echo." });
+  const saved = "moe_echo/seconds_saved";
+  if (runs.some((run) => saved in run.metrics.values)) {
+    metricChart("balance", "Seconds that clones save a layer call, predicted",
+      [[saved, "saved", placed]], { unit: "s" });
+  }
   metricChart("time", "Seconds of a step", [["iteration-time", "step", {}]], { unit: "s" });
 }
 

@@ -16,14 +16,16 @@ pass, and no time.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from megatron_echo.environment import Speeds
 from megatron_echo.memory.schedules import BACKWARD_SHARE
 from megatron_echo.observe.simulation.layout import Layout, Run, held
 from megatron_echo.observe.simulation.placement import Placement
-from megatron_echo.planner import balance_bound
+from megatron_echo.planner import ClonePrice, balance_bound
 
 GIB = 2**30
 IN_TRANSIT = 2
@@ -73,6 +75,29 @@ class Cost(NamedTuple):
     states: float  # bytes of weights, gradients and optimizer
     working: float  # bytes while it runs
     gone: float  # bytes kept on the host for backward
+
+
+TRAVELS_BY_PLAN = ("symmetric_memory", "hybrid_ep")
+"""Of tokens: those that send just the rows that leave."""
+
+
+def clone_price(run: Run, ranks: int, tokens_by: str, by_node: bool) -> ClonePrice:
+    """What a clone costs by these figures, as in training (``dispatch/transports/automatic.py``).
+
+    Where the planner is not told of nodes, each clone costs what it costs between them.
+    """
+    cluster, model = run.cluster, run.model
+    reached = 1e9 * cluster.link_efficiency
+    speeds = Speeds(
+        cluster.tflops * 1e12 * cluster.efficiency,
+        cluster.nvlink_gb_s * reached,
+        cluster.network_gb_s * reached,
+    )
+    row = 4 * 2 * model.hidden if tokens_by in TRAVELS_BY_PLAN else 0
+    node = cluster.ranks_per_node(ranks)
+    clone = 8 * model.expert_parameters
+    price = ClonePrice.of_layer(speeds, model.expert_parameters, row, clone, ranks, node)
+    return price if by_node or node == ranks else replace(price, inside=price.across)
 
 
 class Costs:
@@ -183,7 +208,7 @@ class Costs:
         passes = (6 if layout.recompute else 4) if ranks > 1 else 0
         if layout.tokens_by == "megatron":
             inside, across = placed.rows_inside * width, placed.rows_across * width
-        elif layout.tokens_by in ("symmetric_memory", "hybrid_ep"):
+        elif layout.tokens_by in TRAVELS_BY_PLAN:
             inside = placed.placed * (placed.leave_rank - placed.leave_node) * width
             across = placed.placed * placed.leave_node * width
         else:
@@ -316,7 +341,7 @@ class Costs:
         if not layout.weights_by:
             return None, placed.fullest
         pairs, ranks = self.tokens * run.model.topk, layout.expert
-        if placed.slots * ranks >= run.model.experts:
+        if placed.slots * ranks >= run.model.experts and placed.tolerance is not None:
             return None, round_rows(balance_bound(pairs * ranks, ranks, placed.tolerance))
         fullest = placed.placed.max() / pairs * run.cluster.capacity_margin
         capacity = math.ceil(fullest * 100) / 100

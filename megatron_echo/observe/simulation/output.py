@@ -29,7 +29,8 @@ def report_lines(search: Search, found: Sequence[Candidate], left_out: Sequence[
     traced = []
     if loads.traces:
         node = cluster.gpus_per_node if search.by_node else None
-        traced = [*trace_lines(loads.traces, search.tolerance[0], node), ""]
+        tolerance = next((t for t in search.tolerance if t is not None), 0.0)
+        traced = [*trace_lines(loads.traces, tolerance, node), ""]
     return [
         f"{model.name} ({model.parameters / 1e9:.1f} G parameters) on {cluster.gpus:,} GPUs of "
         f"{cluster.name}, TP={search.tp}, CP={search.cp}, {work.global_batch:,} "
@@ -172,10 +173,11 @@ def megatron_flags(run: Run, one: Candidate, by_node: bool = False) -> list[str]
     if one.kind != "echo":
         return lines
     capacity = "auto" if one.capacity is None else f"{one.capacity:g}"
+    tolerance = "auto" if placed.tolerance is None else f"{placed.tolerance:g}"
     peer = f" --moe-echo-peer-capacity {layout.peer_capacity:g}" if layout.peer_capacity < 1 else ""
     lines += [
         f"--moe-enable-echo --moe-num-echo-experts {placed.slots * placed.ranks} "
-        f"--moe-echo-tolerance {placed.tolerance:g} --moe-received-token-capacity {capacity}",
+        f"--moe-echo-tolerance {tolerance} --moe-received-token-capacity {capacity}",
         f"--moe-echo-token-transport {layout.tokens_by}{peer} "
         f"--moe-echo-expert-dispatcher-type {layout.weights_by}",
     ]

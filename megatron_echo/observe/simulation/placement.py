@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_echo.planner import ClonePlan, plan_clones
+from megatron_echo.planner import ClonePlan, ClonePrice, plan_clones
+from megatron_echo.planner.bound import MAX_TOLERANCE
 
 _BATCH = 32
 PEER_CALLS, PEER_SOURCES = 4, 16
@@ -24,7 +25,7 @@ class Placement:
 
     ranks: int  # R
     slots: int  # S
-    tolerance: float  # of the planner
+    tolerance: float | None  # of the planner, None for auto
     mean: np.ndarray  # rows of a rank, the mean
     routed: np.ndarray  # highest load without clones
     placed: np.ndarray  # highest load with them
@@ -36,6 +37,7 @@ class Placement:
     rows_inside: np.ndarray  # highest number that a rank gets from its node, without clones
     rows_across: np.ndarray  # the same from other nodes
     fullest: float  # scalar, mean over calls of the rank with the highest load over all
+    price: ClonePrice | None = None  # of a clone, with auto
 
     @property
     def overload_routed(self) -> np.ndarray:
@@ -49,24 +51,28 @@ class Placement:
 
 
 def place(
-    counts: np.ndarray, slots: int, tolerance: float, node: int, by_node: bool = False
-) -> Placement:
+    counts: np.ndarray, slots: int, tolerance: float | None, node: int, by_node: bool = False,
+    price: ClonePrice | None = None,
+) -> Placement:  # fmt: skip
     """Plan layer calls ``[C, R, E]`` of int64; plans are those of ``plan_clones``, bit for bit.
 
-    ``node`` ranks share a node; ``by_node`` says whether the planner is told.
+    ``node`` ranks share a node; ``by_node`` says whether the planner is told. Without a tolerance
+    the plan is the one of the shortest time at a ``price``, whatever buffer it needs.
     """
     parts = []
     for begin in range(0, len(counts), _BATCH):
         chunk = torch.from_numpy(np.ascontiguousarray(counts[begin : begin + _BATCH], np.int64))
         told = node if by_node and node < counts.shape[1] else None
-        parts.append(_figures(chunk, _allocations(chunk, slots, tolerance, told), node))
+        parts.append(_figures(chunk, _allocations(chunk, slots, tolerance, told, price), node))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     fullest = joined.pop("load").double().mean(0).max().item()
     arrays = {name: value.double().numpy() for name, value in joined.items()}
-    return Placement(counts.shape[1], slots, tolerance, **arrays, fullest=fullest)
+    return Placement(counts.shape[1], slots, tolerance, **arrays, fullest=fullest, price=price)
 
 
-def _allocations(counts: Tensor, slots: int, tolerance: float, node: int | None) -> Tensor:
+def _allocations(
+    counts: Tensor, slots: int, tolerance: float | None, node: int | None, price: ClonePrice | None
+) -> Tensor:
     """Rows of each expert on each rank, ``[C, E, R]``, of layer calls ``[C, R, E]``."""
     ranks, experts = counts.shape[1:]
     if slots == 0:
@@ -74,9 +80,9 @@ def _allocations(counts: Tensor, slots: int, tolerance: float, node: int | None)
         return counts.sum(1)[:, :, None] * (home[:, None] == torch.arange(ranks))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # operators that vmap runs one by one
-        return torch.vmap(lambda each: plan_clones(each, slots, tolerance, 0, node).allocation)(
-            counts
-        )
+        bound = MAX_TOLERANCE if tolerance is None else tolerance
+        settings = slots, bound, 0, node, False, price
+        return torch.vmap(lambda each: plan_clones(each, *settings).allocation)(counts)
 
 
 def _figures(counts: Tensor, allocation: Tensor, node: int) -> dict[str, Tensor]:
@@ -118,7 +124,7 @@ def fullest_part(counts: np.ndarray, placed: Placement) -> float:
     """
     most = 0
     chosen = torch.from_numpy(np.asarray(counts[:: max(1, len(counts) // PEER_CALLS)], np.int64))
-    allocations = _allocations(chosen, placed.slots, placed.tolerance, None)
+    allocations = _allocations(chosen, placed.slots, placed.tolerance, None, placed.price)
     sources = range(0, placed.ranks, max(1, placed.ranks // PEER_SOURCES))
     for each, allocation in zip(chosen, allocations, strict=True):
         plan = ClonePlan(each, each, allocation, each, each, each)

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_echo.flags import flag, flag_name
 from megatron_echo.memory.pipeline_layout import LayerCost, even_split, plan_layout
-from megatron_echo.observe.simulation.cost_model import GIB, Costs, Memory, StepTime
+from megatron_echo.observe.simulation.cost_model import GIB, Costs, Memory, StepTime, clone_price
 from megatron_echo.observe.simulation.inputs import CLUSTERS, MODELS, load
 from megatron_echo.observe.simulation.layout import Layout, Run, Work
 from megatron_echo.observe.simulation.placement import Placement, fullest_part, place
@@ -90,7 +90,13 @@ class Search:
         metavar="S",
         check=_slots,
     )
-    tolerance: tuple[float, ...] = _flag((0.02,), "of balance", check=_tolerance)
+    tolerance: tuple[float | None, ...] = _flag(
+        (0.02,),
+        "of balance; auto: clones only where they win (weights by p2p)",
+        metavar="X",
+        check=_tolerance,
+        none_word="auto",
+    )
     by_node: bool = _flag(False, "tell the planner of nodes")
     seq_length: int = _flag(4096, "tokens of a sequence", check=_size)
     micro_batch_size: int = _flag(1, "sequences", check=_size)
@@ -149,7 +155,9 @@ class Candidate:
         """One phrase."""
         if self.kind == "plain":
             return "plain EP"
-        return f"ECHO S={self.placed.slots}, {self.placed.tolerance:.0%}"
+        tolerance = self.placed.tolerance
+        word = "auto" if tolerance is None else f"{tolerance:.0%}"
+        return f"ECHO S={self.placed.slots}, {word}"
 
 
 def candidates(search: Search) -> tuple[list[Candidate], list[str]]:
@@ -257,14 +265,18 @@ def _of_size(search: Search, layouts: list[Layout]) -> list[Candidate]:
         return found
     full = model.experts // ranks
     numbers = (full if word == "all" else int(word) for word in search.slots)
-    settings = product(numbers, search.tolerance)
-    for slots, tolerance in dict.fromkeys(settings):
-        placed = place(counts, slots, tolerance, node, search.by_node)
-        part = min(fullest_part(counts, placed), tokens) / tokens * run.cluster.peer_margin
-        ways = transports(search, ranks, float(np.ceil(part * 1000) / 1000))
-        for layout, (way, peer), by in product(layouts, ways.items(), ("collective", "p2p")):
-            moved = replace(layout, tokens_by=way, weights_by=by, peer_capacity=peer)
-            found.append(Candidate.of(run, moved, placed))
+    for slots, tolerance in dict.fromkeys(product(numbers, search.tolerance)):
+        priced = tolerance is None
+        for tokens_by in [TRANSPORTS] if not priced else [TRANSPORTS[:2], TRANSPORTS[2:]]:
+            price = clone_price(run, ranks, tokens_by[0], search.by_node) if priced else None
+            placed = place(counts, slots, tolerance, node, search.by_node, price)
+            part = min(fullest_part(counts, placed), tokens) / tokens * run.cluster.peer_margin
+            ways = transports(search, ranks, float(np.ceil(part * 1000) / 1000))
+            chosen = [item for item in ways.items() if item[0] in tokens_by]
+            by_words = ("p2p",) if priced else ("collective", "p2p")
+            for layout, (way, peer), by in product(layouts, chosen, by_words):
+                moved = replace(layout, tokens_by=way, weights_by=by, peer_capacity=peer)
+                found.append(Candidate.of(run, moved, placed))
     return found
 
 

@@ -13,6 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_echo import compatibility
 from megatron_echo.dispatch.transports import automatic
 from megatron_echo.dispatch.transports.automatic import Topology, Transports, choose, token_bytes
+from megatron_echo.environment import Speeds
+from megatron_echo.planner import ClonePrice
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = Topology(8, has_nccl=False)
@@ -147,6 +149,48 @@ def test_what_is_said(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch)
     assert line_of(group).endswith("several machines, engines found: hybrid_ep.")
     pretend(monkeypatch, has_peer_memory=False)
     assert "Chosen by auto: one machine without peer memory" in line_of(group)
+
+
+def test_clones_within_nodes(group: dist.ProcessGroup) -> None:
+    """An exchange is of a node's ranks alone, and is said to be."""
+    nodes = {"moe_echo_ranks_per_node": 2, "moe_echo_clones_within_node": True}
+    assert "by collective: 48.0 MB, whatever the plan, inside nodes; both" in line_of(
+        group, **nodes
+    )
+    text = line_of(group, **nodes, moe_echo_expert_dispatcher_type="p2p")
+    assert "by p2p: 12.0 MB a clone in use, inside nodes; both passes." in text
+
+
+def price_of(group: dist.ProcessGroup, **fields: Any) -> ClonePrice | None:
+    config = layer_config(8, 2, BF16, hidden_size=1000, moe_ffn_hidden_size=500, **fields)
+    return Transports(config, group).price
+
+
+def test_the_price_of_a_clone(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the layer's sizes and the device's speeds; the highest that a rank finds."""
+    gpu = {"moe_echo_tolerance": None, "moe_echo_expert_dispatcher_type": "p2p"}
+    monkeypatch.setattr(automatic, "device_speeds", lambda: Speeds(100e12, 400e9, 50e9))
+    assert price_of(group) is None
+    price = price_of(group, **gpu)
+    assert price is not None
+    # A clone of 1.5 M elements moves 12 MB, a row is 9 MFLOP, 90 ns.
+    assert (price.inside, price.across) == (round(30e3 / 90), round(240e3 / 90))
+    assert price.row_seconds == pytest.approx(90e-9)
+    assert "A clone pays from 333 rows on." in line_of(group, **gpu)
+    # By engines and peers a row travels, four times 2,000 bytes of 7 in 8 rows: 17.5 ns more.
+    tokens = {"moe_echo_token_transport": "symmetric_memory"}
+    price = price_of(group, **gpu, **tokens)
+    assert price is not None
+    assert price.inside == round(30e3 / 107.5)
+    assert price_of(group, moe_echo_tolerance=None).inside == 0  # by collective, all the same
+    given = price_of(group, **gpu, moe_echo_rows_per_clone=70)
+    assert (given.inside, given.across) == (70, 560)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # two machines of which nobody told the planner
+    assert price_of(group, **gpu).inside == price_of(group, **gpu).across == 2667
+    nodes = {**gpu, "moe_echo_ranks_per_node": 4}
+    assert price_of(group, **nodes).inside == 333
+    monkeypatch.setattr(automatic, "highest", lambda values, *_: [value + 1 for value in values])
+    assert price_of(group, **nodes).inside == 334
 
 
 def test_it_is_said_once(

@@ -39,6 +39,17 @@ def test_latent_experts(ranks: int) -> None:
     run("latent", ranks)
 
 
+def test_clones_within_nodes() -> None:
+    """Two nodes of two ranks: no clone leaves its node, and the result is that of a dense loop."""
+    run("nodes", 4)
+
+
+@launch.on_ranks(3, slow=(2, 4))
+def test_auto_tolerance(ranks: int) -> None:
+    """Clones where they pay, else the bits of the layer without; and what the metrics say."""
+    run("auto_tolerance", ranks)
+
+
 @launch.on_ranks(3, slow=(2, 4))
 def test_balance(ranks: int) -> None:
     """No rank computes more than the bound, the buffer is that size, and nothing is dropped."""

@@ -69,6 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "iteration": n, "lm loss": 5 - n / 3, "iteration-time": 1 + (n * 7 % 5) / 7,
             "batch-size": 8, "moe_echo/clones": n / 7, "moe_echo/overload_placed_max": 1 + n / 100,
+            "moe_echo/seconds_saved": n / 1000,
             "offload/bytes": 1000 * n, "offload/exposed_bytes": n, "offload/hidden_bytes": 10,
             "forward-backward-time": 0.7 + n / 70, "forward-compute-time": 0.3,
             "batch-generator-time": 0.125, "backward-compute-time": 0.25 + n / 100,
@@ -109,6 +110,7 @@ def test_ten_figures_from_the_files(run: Path) -> None:
     assert summary["clones of a layer call"] == pytest.approx(
         sum(line["moe_echo/clones"] for line in lines) / STEPS
     )
+    assert summary["a layer call saves by prediction"] == pytest.approx(0.0035)
     assert summary["offloaded in a step"] == 4000  # the median of those that are numbers
     assert summary["came back late"] == 21 / (21 + 10 * STEPS)
     assert limits["highest load of a rank over the mean"] == 1.06
@@ -120,6 +122,32 @@ def test_ten_figures_from_the_files(run: Path) -> None:
     assert limits["of them within the tolerance"] == within > 0
     assert limits["clone slots of a rank"] == SLOTS
     assert all(row["source"] for row in data["summary"] + data["limits"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"moe_echo_tolerance": 0.1}, (0.1, None)),
+        ({"moe_echo_tolerance": None}, (0.25, None)),
+        ({"moe_echo_tolerance": None, "moe_received_token_capacity": 1.5}, (0.5, None)),
+        ({"moe_echo_clones_within_node": True, "moe_echo_ranks_per_node": 2}, (0.0, 2)),
+        ({"moe_echo_clones_within_node": False, "moe_echo_ranks_per_node": 2}, (0.0, None)),
+    ],
+)
+def test_the_bound_of_a_run(
+    flags: dict, expected: tuple[float, int | None], run: Path, tmp_path: Path
+) -> None:
+    """Of ``auto``, what the buffer holds; within nodes, that of the fullest."""
+    shutil.copytree(run, tmp_path / "other")
+    record = json.loads((run / "run.json").read_text())
+    kept = {name: record["flags"][name] for name in ("moe_enable_echo", "moe_echo_trace_dir")}
+    (tmp_path / "other" / "run.json").write_text(json.dumps({**record, "flags": {**kept, **flags}}))
+    data = read_run(tmp_path / "other", 10**6)
+    tolerance, domain = expected
+    layer = data["trace"]["steps"][0]["layers"][0]
+    size = domain or RANKS
+    fullest = max(sum(layer["before"][at : at + size]) for at in range(0, RANKS, size))
+    assert layer["bound"] == balance_bound(fullest, size, tolerance)
 
 
 def test_metrics_as_columns(run: Path) -> None:

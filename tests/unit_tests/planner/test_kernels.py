@@ -12,6 +12,7 @@ from planner_cases import EDGES
 
 from megatron_echo.planner.balance import plan_clones_reference
 from megatron_echo.planner.kernels import plan_tensors
+from megatron_echo.planner.price import MAX_ROWS, ClonePrice
 
 SLOW = pytest.mark.slow
 
@@ -40,7 +41,11 @@ def test_random_inputs(seed: int) -> None:
     counts = torch.rand(shape, generator=generator, dtype=torch.float64) * popularity * largest
     node = pick(None, *(n for n in range(1, ranks + 1) if ranks % n == 0))
     tolerance, minimum = pick(0.0, 0.0, 0.02, 0.5), pick(0, 0, largest // 10, 10**9)
-    check_same(counts.long(), pick(1, 2, per_rank, per_rank + 1), tolerance, minimum, node)
+    slots = pick(1, 2, per_rank, per_rank + 1)
+    is_within = node is not None and pick(False, True)
+    rows = pick(0, 1, largest // 50, largest)
+    price = pick(None, ClonePrice(min(rows, MAX_ROWS), min(4 * rows, MAX_ROWS)))
+    check_same(counts.long(), slots, tolerance, minimum, node, is_within, price)
 
 
 @pytest.mark.parametrize("name", EDGES)
@@ -91,15 +96,19 @@ def barriers_of_a_step(ptx):
     return max("\\n".join(lines[start:end]).count("bar.sync") for start, end in inner)
 
 
-kernel = kernels._plan_kernel
+types = {{"scale": "i64", **dict.fromkeys(
+    ("minimum", "node_size", "price_inside", "price_across"), "i32"
+)}}
 for shape in {shapes}:
-    constants = kernels.constants(*shape)
-    types = {{"scale": "i64", "minimum": "i32", "node_size": "i32"}}
-    signature = {{name: types.get(name, "*i64") for name in kernel.arg_names}}
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 8}})
-    print("SHARED", compiled.metadata.shared, barriers_of_a_step(compiled.asm["ptx"]))
+    fixed = kernels.constants(*shape)
+    for kernel in (kernels._plan_kernel, kernels._best_kernel)[: 2 if fixed["TRIALS"] > 1 else 1]:
+        constants = {{name: value for name, value in fixed.items() if name in kernel.arg_names}}
+        signature = {{name: types.get(name, "*i64") for name in kernel.arg_names}}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        target = GPUTarget("cuda", 90, 32)
+        compiled = triton.compile(source, target=target, options={{"num_warps": 8}})
+        print("SHARED", compiled.metadata.shared, barriers_of_a_step(compiled.asm["ptx"]))
 """
 
 
@@ -107,9 +116,17 @@ for shape in {shapes}:
     "shapes",
     [
         [(64, 256, 1, False, False)],
-        pytest.param([(64, 256, 4, False, False), (256, 1024, 3, False, True)], marks=SLOW),
+        [(8, 64, 8, True, False, True, 4)],
+        pytest.param(
+            [
+                (64, 256, 4, False, False),
+                (256, 1024, 3, False, True),
+                (256, 1024, 3, True, True, True),
+            ],
+            marks=SLOW,
+        ),
     ],
-    ids=["greedy", "exact, and large"],
+    ids=["greedy", "with a price, within nodes", "exact, and large"],
 )
 def test_it_compiles_for_a_gpu_that_is_not_here(shapes: list[tuple], tmp_path: Path) -> None:
     """For an H100, within its 227 KiB of shared memory: both algorithms, small and large.
@@ -130,6 +147,6 @@ def test_it_compiles_for_a_gpu_that_is_not_here(shapes: list[tuple], tmp_path: P
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     figures = [line.split()[1:] for line in finished.stdout.splitlines() if "SHARED" in line]
-    assert len(figures) == len(shapes)
+    assert len(figures) >= len(shapes)
     assert max(int(shared) for shared, _ in figures) <= 227 * 1024
     assert max(int(barriers) for _, barriers in figures[:1]) <= 14

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from planner_cases import EDGES
 
-from megatron_echo.planner import ClonePlan, balance_bound, plan_clones
+from megatron_echo.planner import ClonePlan, ClonePrice, balance_bound, plan_clones
 from megatron_echo.planner.split import split_up_to
 
 settings.register_profile("planner", deadline=None, max_examples=150, print_blob=True)
@@ -126,6 +126,89 @@ def test_a_clone_across_nodes_is_not_made_for_the_larger_hole() -> None:
     assert plan.load_after.max() == 25
     assert plan.allocation[:4, 4:].sum() == 0
     assert plan.allocation[4:, :4].sum() == 0
+
+
+def predicted(plan: ClonePlan, price: ClonePrice) -> int:
+    """Rows of the fullest rank, and the clones of the busiest, counted one by one."""
+    ranks = plan.counts.shape[0]
+    per_rank, node = plan.counts.shape[1] // ranks, plan.ranks_per_node or ranks
+    inside, across = torch.zeros(2, ranks, dtype=torch.int64), torch.zeros(2, ranks).long()
+    for rank, expert in torch.nonzero(plan.allocation.t()).tolist():
+        home = expert // per_rank
+        if home != rank:
+            link = inside if home // node == rank // node else across
+            link[0, home] += 1
+            link[1, rank] += 1
+    spent = max(int(inside.max()) * price.inside, int(across.max()) * price.across)
+    return int(plan.load_after.max()) + spent
+
+
+@given(instances(), st.sampled_from([0, 1, 30, 10**6]), st.sampled_from([0.0, 0.25, 100.0]),
+       st.data())  # fmt: skip
+def test_a_price_never_makes_it_slower(
+    instance: tuple[torch.Tensor, int], rows: int, tolerance: float, data: st.DataObject
+) -> None:
+    """Than no clones, where these are allowed, and with enough slots than exact balance."""
+    counts, slots = instance
+    ranks, experts = counts.shape
+    node = data.draw(st.sampled_from([None, *(n for n in range(1, ranks + 1) if ranks % n == 0)]))
+    price, minimum = ClonePrice(rows, 3 * rows), data.draw(st.sampled_from([0, 5, 10**9]))
+    plan = plan_clones(counts, slots, tolerance, minimum, node, price=price)
+    check_plan(plan, counts, slots)
+    bound, time = balance_bound(int(counts.sum()), ranks, tolerance), predicted(plan, price)
+    assert plan.rows_saved() == plan.load_before.max() - time
+    if plan.load_before.max() <= bound:
+        assert time <= plan.load_before.max()
+    if slots >= experts // ranks:
+        assert plan.load_after.max() <= bound
+        exact = plan_clones(counts, slots, 0.0, 0, node)
+        assert time <= predicted(exact, price)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_price_decides_whether_a_clone_is_made(slots: int) -> None:
+    """Rank 0 has 60 tokens above the others: worth a clone, or none."""
+    counts = torch.full((4, 16), 25)
+    counts[:, :4] += 5
+    made = [
+        int(plan_clones(counts, slots, 100.0, price=ClonePrice(rows, rows)).num_clones)
+        for rows in (0, 15, 100)
+    ]
+    assert made[0] >= made[1] > made[2] == 0
+    with pytest.raises(ValueError, match="knows no price"):
+        plan_clones(counts, slots).rows_saved()
+
+
+@given(instances(), st.sampled_from([0.0, 0.02, 0.5]), st.booleans(), st.data())
+def test_no_clone_leaves_its_node(
+    instance: tuple[torch.Tensor, int], tolerance: float, is_priced: bool, data: st.DataObject
+) -> None:
+    counts, slots = instance
+    ranks, experts = counts.shape
+    node = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
+    price = ClonePrice(20, 60) if is_priced else None
+    minimum = data.draw(st.sampled_from([0, 5, 10**9]))
+    plan = plan_clones(counts, slots, tolerance, minimum, node, True, price)
+    check_plan(plan, counts, slots)
+    home = torch.arange(experts) // (experts // ranks)
+    used = plan.slot_expert >= 0
+    there = torch.arange(ranks)[:, None].expand(plan.slot_expert.shape)[used]
+    assert torch.equal(home[plan.slot_expert[used]] // node, there // node)
+    fullest = int(plan.load_before.view(-1, node).sum(1).max())
+    if slots >= experts // ranks:
+        assert plan.load_after.max() <= balance_bound(fullest, node, tolerance)
+    if node == ranks:
+        alone = plan_clones(counts, slots, tolerance, minimum, None, False, price)
+        assert torch.equal(plan.allocation, alone.allocation)
+
+
+def test_a_node_below_the_fullest_is_not_balanced_for_nothing() -> None:
+    """Its ranks wait for the other node's, whatever it does."""
+    counts = torch.zeros(4, 8, dtype=torch.int64)
+    counts[0] = torch.tensor([400, 400, 100, 100, 150, 150, 50, 50])
+    plan = plan_clones(counts, 2, ranks_per_node=2, within_node=True)
+    assert plan.load_after.tolist() == [500, 500, 300, 100]
+    assert plan.num_clones == 1
 
 
 @given(instances(), st.data())
@@ -268,12 +351,19 @@ def test_fake_tensors_of_a_gpu_that_is_not_here(tmp_path: Path) -> None:
         ({"tolerance": float("nan")}, "tolerance nan"),
         ({"min_tokens_per_clone": -5}, "min_tokens_per_clone -5"),
         ({"ranks_per_node": 3}, "ranks_per_node 3 does not divide 4 ranks"),
+        ({"within_node": True}, "within_node needs nodes. Give ranks_per_node."),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
     good = {"counts": torch.zeros(4, 8, dtype=torch.int64), "num_slots": 2}
     with pytest.raises(ValueError, match=message):
         plan_clones(**{**good, **arguments})
+
+
+@pytest.mark.parametrize("rows", [(-1, 0), (0, 2**31)])
+def test_a_bad_price(rows: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"A clone's price of .* rows is out of range"):
+        ClonePrice(*rows)
 
 
 def test_a_rank_that_is_not_there() -> None:

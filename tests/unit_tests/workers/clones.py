@@ -43,7 +43,6 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
-from megatron_echo.config import AUTO_CAPACITY
 from megatron_echo.dispatch.layout import round_rows
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.dispatch.transports import CollectiveWeights, PeerToPeerWeights
@@ -51,6 +50,7 @@ from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.plan_settings import AUTO_CAPACITY
 from megatron_echo.planner import ClonePlan, balance_bound
 from megatron_echo.step.self_check import EchoCheckError, SelfCheck
 from megatron_echo.step.step_end import StepEnd
@@ -145,6 +145,70 @@ def against(
             StepEnd.of(layer.config).overflow.check()
     assert most_clones >= dist.get_world_size() - 1
     report(f"worst errors in {dtype}", {name: f"{value:.1e}" for name, value in worst.items()})
+
+
+def check_nodes() -> None:
+    """Two nodes: clones stay in theirs, by each transport of weights, and nothing overflows."""
+    ranks, made = dist.get_world_size(), 0
+    node = ranks // 2
+    cases = itertools.product(("hot", "random", "one expert"), all_slots())
+    ways = itertools.cycle(itertools.product(("collective", "p2p"), (0.0, 0.02, None)))
+    for kind, slots in cases:
+        case = case_of(kind, 2, torch.float64)
+        expected = dense(plain(2, torch.float64), case)
+        weights, tolerance = next(ways)
+        layer = cloned(
+            2, torch.float64, slots, moe_echo_tolerance=tolerance, moe_echo_ranks_per_node=node,
+            moe_echo_clones_within_node=True, moe_echo_expert_dispatcher_type=weights,
+            moe_received_token_capacity=float(ranks) if slots < layer_experts(ranks) else None,
+        )  # fmt: skip
+        with watched(layer) as seen:
+            found = errors(run(layer, case), expected)
+        assert max(found.values()) <= 1e-12, (kind, slots, weights, found)
+        ((_, clones),) = seen
+        assert clones is not None
+        homes = clones.slot_expert // clones.experts_per_rank // node
+        there = torch.arange(ranks)[:, None] // node
+        assert ((homes == there) | (clones.slot_expert < 0)).all()
+        made += int((clones.slot_expert >= 0).sum())
+        if slots >= layer_experts(ranks):
+            rows = 2 * TOKENS * 2 * (1.25 if tolerance is None else 1 + tolerance)
+            assert layer.token_dispatcher.buffer_rows(TOKENS) == round_rows(int(rows + 0.999))
+        StepEnd.of(layer.config).overflow.check()
+    assert made > 0
+
+
+def layer_experts(ranks: int) -> int:
+    """Experts of a rank."""
+    return experts_for(ranks) // ranks
+
+
+def check_auto_tolerance() -> None:
+    """Clones where they are cheap; where they are not, the layer without, bit by bit."""
+    ranks = dist.get_world_size()
+    for kind, slots in itertools.product(("hot", "random"), (1, layer_experts(ranks))):
+        case = case_of(kind, 2, torch.float64)
+        without = run(plain(2, torch.float64), case)
+        for rows, way in ((0, "collective"), (3, "p2p"), (10**6, "collective"), (None, "p2p")):
+            layer = cloned(
+                2, torch.float64, slots, moe_echo_tolerance=None, moe_echo_rows_per_clone=rows,
+                moe_echo_expert_dispatcher_type=way, moe_received_token_capacity=float(ranks),
+            )  # fmt: skip
+            with watched(layer) as seen:
+                found = run(layer, case)
+            ((_, clones),) = seen
+            assert clones is not None
+            number = int((clones.slot_expert >= 0).sum())
+            assert (number == 0) if rows == 10**6 else (number > 0 or rows != 0 or kind != "hot")
+            assert max(errors(found, without).values()) <= 1e-12
+            if number == 0:
+                assert all(torch.equal(found[name], without[name]) for name in RESULTS)
+            step = StepEnd.of(layer.config)
+            step.overflow.check()
+            step.statistics.end_step()
+            values = step.statistics.read()
+            assert values["clones"] == number
+            assert (values["seconds_saved"] > 0) == (number > 0), (rows, number, values)
 
 
 def check_expert_tensor_parallelism() -> None:
