@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting, num_clone_slots, token_capacity
@@ -37,7 +37,7 @@ from megatron_echo.step.counts import CountExchange
 from megatron_echo.step.load_metrics import read_load_metrics
 from megatron_echo.step.overflow import OverflowCheck
 from megatron_echo.step.self_check import SelfCheck
-from megatron_echo.step_hooks import EndOfStep
+from megatron_echo.step_hooks import EndOfStep, watch_optimizers
 
 
 class StepEnd(PerModel, EndOfStep):
@@ -68,7 +68,7 @@ class StepEnd(PerModel, EndOfStep):
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _watch_calls(self)
-        _watch_optimizers(self)
+        watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = token_capacity(config, num_clone_slots(config)) is None
         self.overflow = OverflowCheck(policy, is_auto)
@@ -178,17 +178,6 @@ class StepEnd(PerModel, EndOfStep):
         has_line = self._has_clones and "moe_echo/overload_routed" in values
         if has_line and dist.get_rank() == dist.get_world_size() - 1:
             print(console_line(values, iteration), flush=True)
-
-
-def _watch_optimizers(step_end: StepEnd) -> None:
-    """Call ``before_optimizer`` while the object lives, without keeping it alive."""
-    reference = weakref.ref(step_end)
-
-    def before(optimizer: Optimizer, *_: Any) -> None:
-        if (alive := reference()) is not None:
-            alive.before_optimizer(optimizer)
-
-    weakref.finalize(step_end, register_optimizer_step_pre_hook(before).remove)
 
 
 def _watch_calls(step_end: StepEnd) -> None:
