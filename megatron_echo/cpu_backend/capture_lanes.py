@@ -77,8 +77,8 @@ class CaptureLanes:
             self._order.wait(stream, seen)
         elif stream in self._members:
             raise CaptureError(
-                "A captured stream waits for an event from outside of the capture. Record the event "
-                "inside, or wait before the capture begins."
+                "A captured stream waits for an event from outside of the capture. Record the "
+                "event inside, or wait before the capture begins."
             )
 
     def allocate(self, stream: Hashable, tensor: Tensor) -> None:

@@ -1,8 +1,8 @@
 """``--cuda-graph-impl full_iteration`` on a CPU: captured once, replayed, the same bits as eager.
 
 Megatron's own wrapper captures the step; ``cpu_backend/recorded_graph.py`` stands in for the CUDA
-graph, so Python does not run in a replayed step, just as on a GPU. It checks at capture that streams
-are joined and that what they do to the same memory is ordered.
+graph, so Python does not run in a replayed step, just as on a GPU. It checks at the capture that
+streams are joined and that what they do to the same memory is ordered.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ GRAPH = {
 
 
 def fast_first(cases: Sequence) -> list:
-    """All but the first marked slow."""
-    return [cases[0], *(pytest.param(*each, marks=pytest.mark.slow) if isinstance(each, tuple)
-                        else pytest.param(each, marks=pytest.mark.slow) for each in cases[1:])]  # fmt: skip
+    """All but the first marked slow; a case is a name, or a tuple of values."""
+    rest = [case if isinstance(case, tuple) else (case,) for case in cases[1:]]
+    return [cases[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
 
 
 LAYOUTS = (
