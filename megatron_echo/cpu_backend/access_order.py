@@ -1,7 +1,7 @@
 """Which accesses to memory are ordered: a vector clock for each lane of work.
 
-One rule for the simulated device and for the recorded graph: two accesses that touch the same bytes,
-one of them a write, must be ordered by program order in a lane or by an event that another waits for.
+One rule for the simulated device and for the recorded graph: two accesses to the same bytes, one of
+them a write, must be ordered by program order in a lane or by an event that the other waits for.
 """
 
 import collections

@@ -21,7 +21,7 @@ class CaptureError(RuntimeError):
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor in its storage, and the one behind its last; ``(0, 0)`` if empty."""
+    """The first byte of a tensor in its storage, and the one behind its last; both 0 if empty."""
     if tensor.numel() == 0:
         return 0, 0
     steps = sum(

@@ -29,6 +29,7 @@ _MEGATRON = {
     "activation_offload_fraction": 1.0,
     "delta_offload_bytes_across_pp_ranks": 0,
     "delay_offload_until_cuda_graph": False,
+    "fine_grained_offloading_max_inflight_offloads": None,
 }
 """Megatron's destinations and their defaults."""
 
@@ -170,6 +171,11 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
             args.echo_delay_offload_until_cuda_graph and not has_graph,
             "takes --delay-offload-until-cuda-graph for copies that are in the graph of the step. "
             f"Use --cuda-graph-impl {_WHOLE_STEP}, or leave it out.",
+        ),
+        (
+            args.echo_fine_grained_offloading_max_inflight_offloads is not None,
+            "has no queue of its own for --fine-grained-offloading-max-inflight-offloads. Leave "
+            "it out; --offload-target-bytes says how much may stay on the device.",
         ),
         (
             args.overlap_moe_expert_parallel_comm,

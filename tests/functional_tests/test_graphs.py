@@ -105,8 +105,10 @@ def test_offloading_in_the_graph_changes_no_bit(name: str, fraction: float, tmp_
     assert_same_plans(graph_traces, eager_traces)
     assert [line == offloaded[-1] for line in offloaded[WARM_UP:]] == [True] * 10
     last = offloaded[-1]
-    assert last["offload/bytes"] == last["offload/planned_bytes"] > 0
-    assert (last["offload/kept_fraction_bytes"] > 0) == (fraction < 1)
+    has_saved = not name.endswith("recompute")  # there every module is recomputed
+    assert last["offload/bytes"] == last["offload/planned_bytes"]
+    assert (last["offload/bytes"] > 0) == has_saved
+    assert (last["offload/kept_fraction_bytes"] > 0) == (has_saved and fraction < 1)
     assert last["offload/kept_host_full_bytes"] == last["offload/live_storages"] == 0
 
 
