@@ -253,8 +253,10 @@ class RecordedGraph:
             storage = tensor.untyped_storage()
             size = max(storage.nbytes(), self._sizes.get(_key(tensor), (storage, 0))[1])
             self._sizes[_key(tensor)] = storage, size
-        is_view = all(each is None for each in fresh) and not any(
-            True for _ in _written(function, *arguments)
+        is_view = (
+            function.namespace != "c10d"
+            and all(each is None for each in fresh)
+            and not any(True for _ in _written(function, *arguments))
         )
         is_empty = function._schema.name in _EMPTY
         if not is_view:
