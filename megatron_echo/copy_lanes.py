@@ -1,4 +1,4 @@
-"""Where copies run: on CUDA's side streams, or at once.
+"""Where copies run: on side streams, or at once.
 
 Three lanes of work: the compute stream, and one lane of copies in each direction. A backend only
 copies, records and waits; which order is needed is decided by its callers, for activations only in
@@ -8,6 +8,7 @@ copies, records and waits; which order is needed is decided by its callers, for 
 import enum
 import fractions
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -81,13 +82,22 @@ class Backend:
         return None
 
 
-class CudaBackend(Backend):
-    """Copies on two streams of the default priority, ordered by events. A tick is a nanosecond.
+class StreamBackend(Backend):
+    """Copies on two streams of the default priority, ordered by events; for CUDA's stand-ins too.
 
     CUDA has no lower one: it counts down from 0, which is what the compute stream has too.
 
     Nothing calls ``record_stream``: memory is freed, in the compute stream's order, only after
-    the compute stream waited for the copy.
+    the compute stream waited for the copy. In a capture that is what makes the memory of an
+    original free for the operations behind it: a block with ``record_stream`` comes back only when
+    the capture is over (torch 2.11 without ``graph_capture_record_stream_reuse``), so that a graph
+    would hold every original for good.
+
+    In a capture a side stream joins by its first wait for the captured stream, and its copies
+    become nodes of the graph with the addresses of the capture: those on the device lie in the
+    graph's pool, since all memory is allocated on the captured stream, and those on the host are
+    the arena's. An event of a capture orders nothing outside of it, nor the other way round; CUDA
+    refuses both. So whoever begins or ends a capture forgets the events that it holds.
     """
 
     def __init__(self) -> None:
@@ -95,18 +105,9 @@ class CudaBackend(Backend):
             Lane.TO_HOST: torch.cuda.Stream(),
             Lane.TO_DEVICE: torch.cuda.Stream(),
         }
-        self._link: Link | None = None
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         return torch.cuda.current_stream() if lane is Lane.COMPUTE else self._streams[lane]
-
-    def accepts(self, tensor: Tensor) -> bool:
-        """True for a CUDA tensor."""
-        return tensor.is_cuda
-
-    def allocate_host(self, nbytes: int) -> Tensor:
-        """Pinned memory; PyTorch would round up to a power of two."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
         """Enqueue the copy."""
@@ -120,6 +121,22 @@ class CudaBackend(Backend):
     def wait(self, lane: Lane, event: torch.cuda.Event) -> None:
         """Enqueue the wait."""
         self._stream(lane).wait_event(event)
+
+
+class CudaBackend(StreamBackend):
+    """Copies between a GPU and pinned memory. A tick is a nanosecond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._link: Link | None = None
+
+    def accepts(self, tensor: Tensor) -> bool:
+        """True for a CUDA tensor."""
+        return tensor.is_cuda
+
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """Pinned memory; PyTorch would round up to a power of two."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def timestamp(self) -> torch.cuda.Event:
         """An event with time on the compute stream."""
@@ -151,3 +168,13 @@ class CudaBackend(Backend):
                 rates.append(_SUSTAINED * _PROBE_BYTES / self.ticks(start, end))
             self._link = Link(*rates)
         return self._link
+
+
+def backend_for(parameters: Iterable[Tensor]) -> Backend:
+    """Where copies of a model run: on CUDA's streams if a part of it is on a GPU.
+
+    Where CUDA is pretended on a CPU its streams are too, so that a capture sees the order.
+    """
+    if any(parameter.is_cuda for parameter in parameters):
+        return CudaBackend()
+    return StreamBackend() if torch.cuda.is_initialized() else Backend()

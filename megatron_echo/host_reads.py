@@ -55,13 +55,22 @@ def reads_on_host(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     return any(tag in func.tags for tag in _TAGS)
 
 
+def _is_everything(index: Any) -> bool:
+    return isinstance(index, slice) and index == slice(None)
+
+
 @contextlib.contextmanager
 def masked_stores_of_cuda() -> Iterator[None]:
-    """Within it ``tensor[mask] = number`` is ``masked_fill_``, as CUDA makes it; a CPU counts."""
+    """Within it ``tensor[mask] = number`` is ``masked_fill_``, as CUDA makes it; a CPU counts.
+
+    So is ``tensor[mask, :] = number``, which Megatron's embedding does under tensor parallelism.
+    """
     original = Tensor.__setitem__
 
     def store(self: Tensor, index: Any, value: Any) -> None:
         is_number = isinstance(value, bool | int | float | complex)
+        if isinstance(index, tuple) and index and all(map(_is_everything, index[1:])):
+            index = index[0]
         if is_number and is_mask(index) and index.dim() <= self.dim():
             rest = (1,) * (self.dim() - index.dim())
             self.masked_fill_(index.bool().view(*index.shape, *rest), value)

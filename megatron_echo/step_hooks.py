@@ -1,11 +1,13 @@
-"""The two moments of Megatron's training loop that this package hooks into without a patch."""
+"""The moments of Megatron's training loop that this package hooks into without a patch."""
 
+import weakref
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import unwrap_model
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 
 class EndOfStep(ABC):
@@ -54,3 +56,21 @@ class StepHook(EndOfStep):
     @abstractmethod
     def attach(self, chunks: list[nn.Module]) -> None:
         """Hook into the model chunks of this rank, without their wrappers."""
+
+
+class OptimizerWatcher(Protocol):
+    """Wants to hear of optimizers; a step that is replayed calls nothing else."""
+
+    def before_optimizer(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step."""
+
+
+def watch_optimizers(watcher: OptimizerWatcher) -> None:
+    """Call ``before_optimizer`` while the object lives, without keeping it alive."""
+    reference = weakref.ref(watcher)
+
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        if (alive := reference()) is not None:
+            alive.before_optimizer(optimizer)
+
+    weakref.finalize(watcher, register_optimizer_step_pre_hook(before).remove)

@@ -106,6 +106,7 @@ def first_stage(recorder: Recorder) -> list[Case]:
         *kernel_checks.cases(dry),
         *capture_safety.cases(dry),
         offloading.bits(dry),
+        offloading.captured_bits(dry),
         Case("Symmetric memory", "two processes on one device", exchange),
         *small.cases,
     ]

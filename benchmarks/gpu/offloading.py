@@ -60,6 +60,52 @@ def check_bits(rows: int, width: int) -> Figures:
     return {"gradients": len(plain), **{name: statistics[f"offload/{name}"] for name in names}}
 
 
+def check_captured_bits(rows: int, width: int) -> Figures:
+    """Gradients of replays with offloading against eager steps without.
+
+    Raises:
+        AssertionError: they differ, or the capture sent nothing to the host.
+    """
+    release_memory()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(width) for _ in range(LAYERS))).to(device(), torch.bfloat16)
+    x = torch.empty(rows, width, device=device(), dtype=torch.bfloat16)
+    parameters = list(model.parameters())
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+
+    def step() -> None:
+        found = torch.autograd.grad(model(x).float().square().mean(), parameters)
+        for parameter, gradient in zip(total, found, strict=True):
+            parameter.copy_(gradient)
+
+    def gradients_of(number: int, run: Callable[[], None]) -> list[Tensor]:
+        torch.manual_seed(number)
+        x.copy_(torch.randn(rows, width, device=device(), dtype=torch.bfloat16))
+        run()
+        return [gradient.clone() for gradient in total]
+
+    plain = [gradients_of(number, step) for number in range(STEPS)]
+    config = OffloadConfig(extra_regions={"middle": "*.middle"}, min_tensor_bytes=0)
+    offloader = ActivationOffloader(config).attach(model)
+
+    def offloaded() -> None:
+        with offloader.step():
+            step()
+
+    for number in range(config.learning_steps):
+        gradients_of(number, offloaded)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        offloaded()
+    for number, expected in enumerate(plain):
+        if not all(map(torch.equal, gradients_of(number, graph.replay), expected)):
+            raise AssertionError(f"other gradients in replay {number}")
+    sent = offloader.statistics()["offload/planned_bytes"]
+    if not sent:
+        raise AssertionError(f"nothing was offloaded: {offloader.statistics()}")
+    return {"replays": len(plain), "bytes": sent}
+
+
 def measure_overlap() -> Figures:
     """How much of the shorter of copies and products hides behind the longer.
 
@@ -109,6 +155,12 @@ def bits(dry: bool) -> Case:
     """The check of the gradients."""
     sizes = (32, 16) if dry else (ROWS, WIDTH)
     return Case(PART, "the same gradients", lambda: check_bits(*sizes))
+
+
+def captured_bits(dry: bool) -> Case:
+    """The check of the gradients of replays."""
+    sizes = (32, 16) if dry else (ROWS, WIDTH)
+    return Case(PART, "the same gradients in a graph", lambda: check_captured_bits(*sizes))
 
 
 def overlap() -> Case:

@@ -23,7 +23,7 @@ import os
 import runpy
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,8 +33,16 @@ import torch
 import torch.utils._device
 
 from megatron_echo import environment
-from megatron_echo.cpu_backend.cuda_stand_ins import DefaultGenerator, Event, Stream
-from megatron_echo.cpu_backend.recorded_graph import RecordedGraph, capture
+from megatron_echo.cpu_backend.cuda_stand_ins import (
+    DefaultGenerator,
+    Event,
+    Stream,
+    current_stream,
+    default_stream,
+    set_stream,
+    use_stream,
+)
+from megatron_echo.cpu_backend.recorded_graph import RecordedGraph, capture, record_stream
 
 _PREFIX = "[megatron_echo.cpu_backend]"
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -151,7 +159,7 @@ def _patch_factories() -> None:
     _patches.set(torch.Tensor, "type", _redirect_type(torch.Tensor.type))
     _patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _patches.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
-    _patches.set(torch.Tensor, "record_stream", lambda self, stream: None)
+    _patches.set(torch.Tensor, "record_stream", record_stream)
     _patches.set(torch.nn.Module, "cuda", lambda self, device=None: self)
     _patches.set(torch, "load", _redirect(torch.load, 1))
     for name in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte"):
@@ -161,20 +169,14 @@ def _patch_factories() -> None:
 
 def _patch_streams() -> None:
     """Streams, events and waits: a CPU runs one thing after another."""
-    stream = Stream()
-
-    @contextlib.contextmanager
-    def use_stream(_: Any) -> Iterator[None]:
-        yield
-
     _patches.set(torch.cuda, "Stream", Stream)
     _patches.set(torch.cuda, "ExternalStream", Stream)
     _patches.set(torch.cuda, "Event", Event)
-    for name in ("current_stream", "default_stream"):
-        _patches.set(torch.cuda, name, lambda device=None: stream)
+    for function in (current_stream, default_stream, set_stream):
+        _patches.set(torch.cuda, function.__name__, function)
     _patches.set(torch.cuda, "stream", use_stream)
-    _patches.set(torch.cuda, "device", use_stream)
-    for name in ("set_stream", "synchronize", "set_device"):
+    _patches.set(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for name in ("synchronize", "set_device"):
         _patches.set(torch.cuda, name, lambda *args, **kwargs: None)
     _patches.set(torch.cuda, "CUDAGraph", RecordedGraph)
     _patches.set(torch.cuda, "graph", capture)

@@ -3,20 +3,30 @@
 ``cpu_backend`` puts them in the place of ``torch.cuda``'s.
 """
 
+import itertools
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from megatron_echo.cpu_backend.access_order import Clock
+from megatron_echo.cpu_backend.capture_lanes import CaptureError, CaptureLanes
+
+_numbers = itertools.count()
+_thread = threading.local()
+
 
 class Stream:
-    """A stream on which every operation is already complete."""
+    """A stream on which every operation is already complete, but for a capture's bookkeeping."""
 
     cuda_stream = 0
     device = torch.device("cpu")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.stream_id = 0
+        self.stream_id = next(_numbers)
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
@@ -29,46 +39,119 @@ class Stream:
         event.record(self)
         return event
 
+    def wait_event(self, event: "Event") -> None:
+        """CPU operations run in program order; only a capture takes note."""
+        event.wait(self)
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """Wait for an event that is recorded in ``stream`` now."""
+        self.wait_event(stream.record_event())
+
     def query(self) -> bool:
         """True: nothing is ever outstanding."""
         return True
 
-    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
-        """CPU operations run in program order; there is nothing to wait for."""
-
-    wait_event = wait_stream = synchronize = _do_nothing
+    def synchronize(self) -> None:
+        """Nothing is outstanding."""
 
     def __enter__(self) -> "Stream":
+        self._outer = current_stream()
+        set_stream(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        pass
+        set_stream(self._outer)
+
+
+_default = Stream()
+
+
+def current_stream(device: Any = None) -> Stream:
+    """The stream of this thread."""
+    return getattr(_thread, "stream", _default)
+
+
+def default_stream(device: Any = None) -> Stream:
+    """The one that a thread begins with."""
+    return _default
+
+
+def set_stream(stream: Stream) -> None:
+    """Use another stream in this thread."""
+    _thread.stream = stream
+
+
+@contextmanager
+def use_stream(stream: Stream | None) -> Iterator[None]:
+    """Use a stream inside the block; None changes nothing."""
+    outer = current_stream()
+    set_stream(stream or outer)
+    try:
+        yield
+    finally:
+        set_stream(outer)
 
 
 class Event:
-    """An event that is complete as soon as it is recorded; keeps the host's clock."""
+    """An event that is complete as soon as it is recorded; keeps the host's clock.
+
+    Recorded in a capture it has no time, and only the streams of that capture may wait for it.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._time: float | None = None
+        self._capture: CaptureLanes | None = None
+        self._seen: Clock | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         """Remember the time, in seconds of ``time.perf_counter``."""
-        self._time = time.perf_counter()
+        self._capture, self._seen = CaptureLanes.current, None
+        if self._capture is not None:
+            self._seen = self._capture.record(stream or current_stream())
+        if self._seen is None:
+            self._capture = None
+            self._time = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """Let a stream wait, by default the current one.
+
+        Raises:
+            CaptureError: one of the two belongs to a capture, and the other does not.
+        """
+        current, is_recorded = CaptureLanes.current, self._seen is not None or self._time
+        if current is not None and is_recorded:
+            seen = self._seen if self._capture is current else None
+            current.wait(stream or current_stream(), seen)
+        elif self._seen is not None:
+            self._refuse()
 
     def query(self) -> bool:
         """True: what was recorded is done."""
+        self.synchronize()
         return True
+
+    def synchronize(self) -> None:
+        """Everything recorded is already complete.
+
+        Raises:
+            CaptureError: it was recorded in a capture.
+        """
+        if self._seen is not None:
+            self._refuse()
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds from this event to ``end``."""
+        for event in (self, end):
+            event.synchronize()
         if self._time is None or end._time is None:
             raise RuntimeError("Both events must be recorded before elapsed_time().")
         return (end._time - self._time) * 1e3
 
-    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
-        """Everything recorded is already complete."""
-
-    wait = synchronize = _do_nothing
+    @staticmethod
+    def _refuse() -> None:
+        raise CaptureError(
+            "An event of a capture is used outside of it. Record another one behind the replay."
+        )
 
 
 class DefaultGenerator:

@@ -6,8 +6,10 @@ What holds for a CUDA graph holds here, so that what would break on a GPU breaks
 - A capture has no effect: what its operations wrote into tensors from outside is put back. The
   first replay has the effect.
 - The host must not read a value in a capture; that is an error, as on a GPU.
+- Streams must be forked from the captured one and joined to it, and what two of them do to the same
+  memory must be ordered by events (``capture_lanes.py``). A replay runs in program order.
 
-What a CPU cannot show: streams that are not joined, random numbers (refused here), memory reuse.
+What a CPU cannot show: random numbers (refused here), collectives beside other work, speed.
 ``cpu_backend`` puts :class:`RecordedGraph` in the place of ``torch.cuda.CUDAGraph``.
 """
 
@@ -27,10 +29,15 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from megatron_echo.cpu_backend.capture_lanes import CaptureError, CaptureLanes
+from megatron_echo.cpu_backend.cuda_stand_ins import Stream, current_stream, use_stream
 from megatron_echo.host_reads import masked_stores_of_cuda, reads_on_host
 
 _POINT_TO_POINT = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
 _EMPTY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+
+_OF_PYTHON = ("aten::set_",)
+"""They bind a tensor to other memory and touch none, so that a replay has nothing to repeat."""
 
 _graphs: "weakref.WeakSet[RecordedGraph]" = weakref.WeakSet()
 
@@ -42,10 +49,6 @@ def _reset_all() -> None:
         graph.reset()
 
 
-class CaptureError(RuntimeError):
-    """An operation that a graph cannot hold."""
-
-
 @dataclass(frozen=True)
 class _Operation:
     """One recorded call.
@@ -53,12 +56,14 @@ class _Operation:
     Attributes:
         function: the operator.
         arguments: its positional and keyword arguments; tensors share memory with the originals.
+        stream: on which it was captured.
         storages: keys of the memory that it touches.
         fresh: for each output tensor the one of the capture, which a replay fills; None for a view.
     """
 
     function: Any
     arguments: tuple[tuple, dict]
+    stream: Stream
     storages: frozenset[int]
     fresh: tuple[Tensor | None, ...]
 
@@ -84,11 +89,13 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _written(function: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
     """The tensors that a call may write into."""
-    if function.namespace == "c10d":
-        yield from _tensors((args, kwargs))
-        return
-    for index, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+    schema, is_collective = function._schema, function.namespace == "c10d"
+    for index, argument in enumerate(schema.arguments):
+        if is_collective:  # without marks of what it writes
+            writes = schema.name != "c10d::send" and not argument.name.startswith("input")
+        else:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             yield from _tensors(value)
 
@@ -105,6 +112,8 @@ class RecordedGraph:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._of_host: dict[int, Tensor] = {}
         self._sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._aliases: dict[int, list[Tensor]] = {}
+        self._lanes: CaptureLanes | None = None
         self._state_shape = torch.default_generator.get_state().shape
         self._modes: contextlib.ExitStack | None = None
         _graphs.add(self)
@@ -134,22 +143,30 @@ class RecordedGraph:
         if RecordedGraph._current is not None:
             raise CaptureError("A graph is being captured already. End that capture first.")
         RecordedGraph._current = self
+        self._lanes = CaptureLanes.current = CaptureLanes(current_stream(), self._references)
         self._modes = contextlib.ExitStack()
         self._modes.enter_context(masked_stores_of_cuda())
         self._modes.enter_context(_Recorder(self._record))
 
     def capture_end(self) -> None:
-        """Stop recording, and undo what the operations did to memory from outside."""
+        """Stop recording, and undo what the operations did to memory from outside.
+
+        Raises:
+            CaptureError: a stream is not joined.
+        """
         assert self._modes is not None, "capture_begin has not been called"
+        assert self._lanes is not None
         self._modes.close()
-        self._modes = RecordedGraph._current = None
+        self._modes = RecordedGraph._current = CaptureLanes.current = None
         for storage, size in self._sizes.values():
             if storage.nbytes() < size:
                 storage.resize_(size)
         for memory, before in self._before.values():
             memory.copy_(before)
-        self._before.clear()
-        self._of_host.clear()
+        lanes, self._lanes = self._lanes, None
+        for kept in (self._before, self._of_host, self._aliases):
+            kept.clear()
+        lanes.end()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -186,6 +203,10 @@ class RecordedGraph:
             self._of_host |= {_key(tensor): tensor for tensor in _tensors(result)}
             return result
         name = function._schema.name
+        if name in _OF_PYTHON:
+            return function(*args, **kwargs)
+        assert self._lanes is not None
+        self._lanes.check_member(current_stream(), name)
         if reads_on_host(function, args, kwargs):
             raise CaptureError(
                 f"{name} cannot be captured: the host would read a value of the device. Move it "
@@ -227,17 +248,47 @@ class RecordedGraph:
             fresh.append(None)
             if _key(tensor) not in touched:
                 fresh[-1] = self._inside[_key(tensor)] = torch.ops.aten.detach.default(tensor)
+                self._hold(fresh[-1])
         for tensor in (*touched.values(), *(each for each in fresh if each is not None)):
             storage = tensor.untyped_storage()
             size = max(storage.nbytes(), self._sizes.get(_key(tensor), (storage, 0))[1])
             self._sizes[_key(tensor)] = storage, size
-        is_view = all(each is None for each in fresh) and not any(
-            True for _ in _written(function, *arguments)
+        is_view = (
+            function.namespace != "c10d"
+            and all(each is None for each in fresh)
+            and not any(True for _ in _written(function, *arguments))
         )
         is_empty = function._schema.name in _EMPTY
+        if not is_view:
+            self._order(function, arguments, [each for each in fresh if each is not None])
         if not is_view and not is_empty:
             storages = frozenset(touched) | {_key(each) for each in fresh if each is not None}
-            self._operations.append(_Operation(function, arguments, storages, tuple(fresh)))
+            operation = _Operation(function, arguments, current_stream(), storages, tuple(fresh))
+            self._operations.append(operation)
+            for tensor in _tensors(arguments):
+                self._hold(tensor)
+
+    def _order(self, function: Any, arguments: tuple[tuple, dict], fresh: list[Tensor]) -> None:
+        """Check what an operation does to memory against what other streams do to it."""
+        assert self._lanes is not None
+        stream, name = current_stream(), function._schema.name
+        written = {id(tensor) for tensor in _written(function, *arguments)}
+        for tensor in _tensors(arguments):
+            self._lanes.access(stream, tensor, id(tensor) in written, name)
+        for tensor in fresh:
+            self._lanes.allocate(stream, tensor)
+
+    def _hold(self, tensor: Tensor) -> None:
+        self._aliases.setdefault(_key(tensor), []).append(tensor)
+
+    def _references(self, key: int) -> int:
+        """How many references to a storage are this object's: its aliases, and in ``_sizes``."""
+        return len(self._aliases.get(key, ())) + (key in self._sizes)
+
+    def keep(self, tensor: Tensor) -> None:
+        """``record_stream`` in the capture."""
+        if self._lanes is not None:
+            self._lanes.keep(tensor)
 
     def _keep(self, tensor: Tensor) -> None:
         """Remember memory from outside as it was before the capture first writes it."""
@@ -249,12 +300,22 @@ class RecordedGraph:
 
 @contextlib.contextmanager
 def capture(graph: RecordedGraph, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """``torch.cuda.graph`` for a :class:`RecordedGraph`; pools and streams have no meaning here."""
-    graph.capture_begin()
-    try:
-        yield
-    finally:
+    """``torch.cuda.graph`` for a :class:`RecordedGraph`; pools have no meaning here."""
+    with use_stream(kwargs.get("stream") or Stream()):
+        graph.capture_begin()
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(CaptureError):  # what failed comes first
+                graph.capture_end()
+            raise
         graph.capture_end()
+
+
+def record_stream(tensor: Tensor, stream: Any) -> None:
+    """``Tensor.record_stream``: it matters in a capture only."""
+    if RecordedGraph._current is not None:
+        RecordedGraph._current.keep(tensor)
 
 
 def _work(result: Any) -> dist.Work:

@@ -3,7 +3,9 @@
 import bisect
 import collections
 import dataclasses
-from collections.abc import Callable
+import heapq
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -31,14 +33,22 @@ class Lease:
     Attributes:
         block: uint8 ``[size_class(nbytes)]`` on the host.
         guard: event of the last read of the block; whoever writes next waits for it.
+        is_of_graph: a captured copy has the block's address, so that replays write it.
     """
 
     block: Tensor
     guard: Any = None
+    is_of_graph: bool = False
 
 
 class HostArena:
     """Lends blocks of host memory and takes them back.
+
+    **In a capture** nothing is pinned: CUDA forbids it, and the memory would be the graph's for
+    good. What a step needs is pinned by :meth:`rehearse` before. What a capture was lent is never
+    lent again outside of it, because each replay writes it; the arena keeps it, as a graph holds
+    addresses and no memory. No slab is given back to PyTorch, which would ask an event of the
+    capture whether the copies are done.
 
     Args:
         allocate: gives a uint8 tensor of so many bytes, pinned where there is a device. It is asked
@@ -56,6 +66,8 @@ class HostArena:
         self._rests: list[Tensor] = []  # of slabs, the smallest first
         self._cuts: collections.Counter[int] = collections.Counter()
         self._free: dict[int, collections.deque[Lease]] = collections.defaultdict(collections.deque)
+        self._of_graphs: list[Lease] = []
+        self._is_captured = False
         self.allocations = 0
         self.allocated_bytes = 0
         self.leased_bytes = 0
@@ -71,6 +83,9 @@ class HostArena:
             if block is None:
                 return None
             lease = Lease(block)
+        if self._is_captured and not lease.is_of_graph:
+            lease.is_of_graph = True
+            self._of_graphs.append(lease)
         self.leased_bytes += size
         self.peak_leased_bytes = max(self.peak_leased_bytes, self.leased_bytes)
         return lease
@@ -78,13 +93,43 @@ class HostArena:
     def give_back(self, lease: Lease) -> None:
         """End a loan; what still reads the block must be ``lease.guard``."""
         self.leased_bytes -= lease.block.numel()
-        self._free[lease.block.numel()].append(lease)
+        if self._is_captured or not lease.is_of_graph:
+            self._free[lease.block.numel()].append(lease)
+
+    def begin_capture(self) -> None:
+        """Pin nothing from now on, and forget the guards: a capture begins with an idle device."""
+        self._is_captured = True
+        for lease in itertools.chain.from_iterable(self._free.values()):
+            lease.guard = None
+
+    def end_capture(self) -> None:
+        """Leave to the graph what it was lent."""
+        self._is_captured = False
+        for size, leases in self._free.items():
+            self._free[size] = collections.deque(one for one in leases if not one.is_of_graph)
+
+    def rehearse(self, loans: Iterable[tuple[int, int, int]]) -> None:
+        """Pin what a step will need, by lending and taking back as it will.
+
+        Args:
+            loans: bytes, first and last moment of each; the first moments ascend. What is taken
+                back at a moment can be lent at it.
+        """
+        open_loans: list[tuple[int, int, Lease]] = []
+        for number, (nbytes, begin, end) in enumerate(loans):
+            while open_loans and open_loans[0][0] <= begin:
+                self.give_back(heapq.heappop(open_loans)[2])
+            lease = self.lease(nbytes)
+            if lease is not None:
+                heapq.heappush(open_loans, (end, number, lease))
+        for _, _, lease in open_loans:
+            self.give_back(lease)
 
     def _cut(self, size: int) -> Tensor | None:
         """A new block, from the smallest rest that holds it or else from a new slab."""
         at = bisect.bisect_left(self._rests, size, key=Tensor.numel)
         if at == len(self._rests):
-            nbytes = self._slab_size(size)
+            nbytes = None if self._is_captured else self._slab_size(size)
             if nbytes is None:
                 return None
             self._rests.append(self._allocate(nbytes))

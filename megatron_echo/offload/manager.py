@@ -13,7 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from megatron_echo.copy_lanes import Backend, CudaBackend
+from megatron_echo.copy_lanes import Backend, backend_for
+from megatron_echo.environment import is_capturing
+from megatron_echo.offload import capture
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.offload.host_arena import HostArena
 from megatron_echo.offload.recorder import Chunk, StepRecord
@@ -47,6 +49,10 @@ class ActivationOffloader:
     after ``learning_steps`` equal steps a :class:`~megatron_echo.offload.schedule.Plan` says what
     goes and when. A step that departs from the plan goes on without one, and is learnt.
 
+    A step with a plan can be captured in a CUDA graph, whole: its copies, waits and frees are then
+    in the graph, the same in every replay, and :meth:`statistics` are those of each replay. Keep
+    the offloader, whose host memory the graph uses. Another schedule needs another capture.
+
     Args:
         config: what to offload.
         backend: where copies run; by default CUDA's streams for a model on a GPU.
@@ -68,6 +74,7 @@ class ActivationOffloader:
         self._lock = threading.RLock()
         self._record: StepRecord | None = None
         self._plan: Plan | None = None
+        self._is_captured = False
         self._largest = 0
         self._bytes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._uses: Counter[str] = Counter()
@@ -84,8 +91,7 @@ class ActivationOffloader:
             raise RuntimeError("This offloader is attached already. Use one for each model.")
         models = [model] if isinstance(model, nn.Module) else list(model)
         if self._backend is None:
-            on_cuda = any(parameter.is_cuda for m in models for parameter in m.parameters())
-            self._backend = CudaBackend() if on_cuda else Backend()
+            self._backend = backend_for(p for m in models for p in m.parameters())
         arena = HostArena(
             self._backend.allocate_host, self.config.max_host_bytes, self.config.slab_bytes
         )
@@ -147,10 +153,17 @@ class ActivationOffloader:
         self.step_end()
 
     def step_begin(self) -> None:
-        """Begin a step. Optional: the first forward pass with gradients begins one."""
+        """Begin a step. Optional: the first forward pass with gradients begins one.
+
+        Raises:
+            RuntimeError: it is captured in a CUDA graph and not ready for that.
+        """
         if self._record is not None:
             self.step_abort()
         self._plan = self._scheduler.plan
+        self._is_captured = is_capturing()
+        if self._is_captured:
+            capture.begin(self._plan, self.transfers.arena, self.config.learning_steps)
         self._record = StepRecord(self.transfers.backend, self._scheduler.wants_times)
         self._excluded = {
             tensor.untyped_storage()._cdata
@@ -168,12 +181,18 @@ class ActivationOffloader:
 
         Raises:
             ValueError: strict, and a configured name saved nothing in the first step.
+            RuntimeError: the step is captured and is not the one that was planned.
         """
+        plan, is_captured = self._plan, self._is_captured
         record = self._finish()
         if record is None:
             return
-        if not record.is_broken and record.chunks:
+        if is_captured:
+            capture.check_complete(plan, record)
+        elif not record.is_broken and record.chunks:
             self._scheduler.learn(record)
+            if self._scheduler.plan is not plan:
+                capture.pin_ahead(self._scheduler.plan, record, self.transfers.arena)
             if self._unused:
                 names, self._unused = ", ".join(sorted(self._unused)), set()
                 self._complain(
@@ -189,7 +208,10 @@ class ActivationOffloader:
     def _finish(self) -> StepRecord | None:
         record, self._record = self._record, None
         if record is not None:
-            self.transfers.trim(0)
+            self.transfers.join()
+            if self._is_captured:
+                self.transfers.arena.end_capture()
+                self._is_captured = False
             self._last_step = StepSummary.of(self.transfers, self._bytes, self._uses, record)
         return record
 
@@ -377,9 +399,15 @@ class ActivationOffloader:
             self.transfers.receive(blob)
 
     def _follow(self, record: StepRecord, what: Hashable) -> None:
-        """Leave the plan if the next mark is not the one that it expects."""
+        """Leave the plan if the next mark is not the one that it expects.
+
+        Raises:
+            RuntimeError: the step is captured, and would do so in every replay.
+        """
         plan, position = self._plan, len(record.marks)
         if plan is not None and plan.marks[position : position + 1] != (what,):
+            if self._is_captured:
+                capture.refuse_departure(position)
             logger.info("The schedule departs from the plan at mark %d; no plan for now", position)
             self._plan = None
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
+from megatron_echo.environment import is_capturing
 from megatron_echo.flags import add_flags, flag, flag_name
 from megatron_echo.offload.config import POLICIES, OffloadConfig, setting_refusal
 from megatron_echo.offload.manager import ActivationOffloader
 from megatron_echo.record.metrics import publish
-from megatron_echo.step_hooks import StepHook
+from megatron_echo.step_hooks import StepHook, watch_optimizers
 
 _MEGATRON = {
     "fine_grained_activation_offloading": False,
@@ -27,6 +29,7 @@ _MEGATRON = {
     "activation_offload_fraction": 1.0,
     "delta_offload_bytes_across_pp_ranks": 0,
     "delay_offload_until_cuda_graph": False,
+    "fine_grained_offloading_max_inflight_offloads": None,
 }
 """Megatron's destinations and their defaults."""
 
@@ -37,6 +40,9 @@ _NUMBERS = {
     "max_host_bytes": "offload_host_bytes",
 }
 """Numbers of the offloader's settings and the flags that give them."""
+
+_WHOLE_STEP = "full_iteration"
+"""The ``--cuda-graph-impl`` that has the copies in its graph."""
 
 _HIGHEST = ("peak_device_bytes", "host_bytes", "host_allocated_bytes")
 """Statistics of which the highest rank counts, not the sum."""
@@ -143,6 +149,7 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     )
     if not args.echo_fine_grained_activation_offloading:
         return None
+    has_graph = args.cuda_graph_impl == _WHOLE_STEP
     for refused, reason in (
         (not args.echo_offload_modules, "needs names. Give --offload-modules."),
         (
@@ -151,9 +158,24 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
             "which each stage offloads what it needs.",
         ),
         (
-            args.cuda_graph_impl != "none",
-            "orders its copies in Python, which a CUDA graph skips. Leave "
-            f"--cuda-graph-impl {args.cuda_graph_impl} out.",
+            args.cuda_graph_impl not in ("none", _WHOLE_STEP),
+            "orders its copies in Python between the modules, which graphs of single layers skip. "
+            f"Use --cuda-graph-impl {_WHOLE_STEP}, not {args.cuda_graph_impl}.",
+        ),
+        (
+            has_graph and args.cuda_graph_warmup_steps < config.learning_steps,
+            "learns its plan in the steps before the graph. Use --cuda-graph-warmup-steps "
+            f"{config.learning_steps} or more, not {args.cuda_graph_warmup_steps}.",
+        ),
+        (
+            args.echo_delay_offload_until_cuda_graph and not has_graph,
+            "takes --delay-offload-until-cuda-graph for copies that are in the graph of the step. "
+            f"Use --cuda-graph-impl {_WHOLE_STEP}, or leave it out.",
+        ),
+        (
+            args.echo_fine_grained_offloading_max_inflight_offloads is not None,
+            "has no queue of its own for --fine-grained-offloading-max-inflight-offloads. Leave "
+            "it out; --offload-target-bytes says how much may stay on the device.",
         ),
         (
             args.overlap_moe_expert_parallel_comm,
@@ -171,7 +193,11 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
 
 
 class OffloadedTraining(StepHook):
-    """An offloader in Megatron's training loop."""
+    """An offloader in Megatron's training loop.
+
+    With ``--cuda-graph-impl full_iteration`` a step ends inside its graph, at capture only. Each
+    replay does what the capture did; so its statistics are published before the optimizer.
+    """
 
     def __init__(self, config: OffloadConfig, model_config: Any) -> None:
         """Hook into a model that is going to be built.
@@ -182,6 +208,10 @@ class OffloadedTraining(StepHook):
         """
         super().__init__(model_config)
         self.offloader = ActivationOffloader(config)
+        self._is_replayed = False
+        self._published = 0
+        self._values: dict[str, float] = {}
+        watch_optimizers(self)
 
     def attach(self, chunks: list[nn.Module]) -> None:
         """Hook into the modules."""
@@ -190,26 +220,41 @@ class OffloadedTraining(StepHook):
     def end_step(self) -> None:
         """End the offloader's step and publish its statistics."""
         self.offloader.step_end()
-        self._publish(self.offloader.statistics())
+        self._is_replayed, self._values = is_capturing(), {}
+        if not self._is_replayed:
+            self._publish()
 
-    @staticmethod
-    def _publish(statistics: dict[str, float]) -> None:
-        """Sum over ranks, and hand on to TensorBoard and wandb."""
-        from megatron.training import global_vars
+    def before_optimizer(self, optimizer: Optimizer) -> None:
+        """Publish the statistics of a replay, once in an iteration."""
+        if self._is_replayed and _iteration() != self._published:
+            self._publish()
 
-        names = sorted(statistics)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        sums = torch.tensor(
-            [statistics[name] for name in names], dtype=torch.float64, device=device
-        )
-        highest = sums.clone()
-        dist.all_reduce(sums, op=dist.ReduceOp.SUM)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        values = {
-            name: most if name.removeprefix("offload/") in _HIGHEST else total
-            for name, total, most in zip(names, sums.tolist(), highest.tolist(), strict=True)
-        }
-        publish(values, global_vars.get_args().curr_iteration + 1)
+    def _publish(self) -> None:
+        """Sum over ranks, once for all replays, and hand on to TensorBoard and wandb."""
+        if not self._values:
+            self._values = _over_ranks(self.offloader.statistics())
+        self._published = _iteration()
+        publish(self._values, self._published)
+
+
+def _iteration() -> int:
+    from megatron.training import global_vars
+
+    return global_vars.get_args().curr_iteration + 1
+
+
+def _over_ranks(statistics: dict[str, float]) -> dict[str, float]:
+    """Sums over all ranks, and of peaks the highest."""
+    names = sorted(statistics)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sums = torch.tensor([statistics[name] for name in names], dtype=torch.float64, device=device)
+    highest = sums.clone()
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return {
+        name: most if name.removeprefix("offload/") in _HIGHEST else total
+        for name, total, most in zip(names, sums.tolist(), highest.tolist(), strict=True)
+    }
 
 
 def announcement(config: OffloadConfig) -> str:

@@ -9,6 +9,7 @@ copy to the host                            compute frees the original
 copy to the host                            copy back
 compute's last use of the new allocation    copy back into it
 copy back                                   compute uses it, or frees it
+all copies of a step                        the end of the step
 ==========================================  =====================================================
 """
 
@@ -36,6 +37,7 @@ class Transfers:
         self.backend = backend
         self.arena = arena
         self.pending: dict[Outbound, None] = {}
+        self._working: dict[Lane, None] = {}
         self.reloading_bytes = 0
         self.device_bytes = 0
         self.peak_device_bytes = 0
@@ -61,6 +63,7 @@ class Transfers:
         source = blob.present()
         self.backend.copy(Lane.TO_HOST, lease.block[: blob.nbytes], source)
         blob.lease, blob.copied = lease, self.backend.record(Lane.TO_HOST)
+        self._working[Lane.TO_HOST] = None
         blob.advance(State.COPYING)
         blob.outbound = Outbound(source, blob.copied, blob)
         self.pending[blob.outbound] = None
@@ -101,6 +104,16 @@ class Transfers:
             total -= outbound.nbytes
             self.release(outbound)
 
+    def join(self) -> None:
+        """Release all originals, and put all copies before what compute does next.
+
+        A capture must not end before: streams that were forked in it have to be joined.
+        """
+        self.trim(0)
+        for lane in self._working:
+            self.backend.wait(Lane.COMPUTE, self.backend.record(lane))
+        self._working.clear()
+
     def fetch(self, blob: Blob) -> None:
         """Begin the copy back."""
         assert blob.lease is not None
@@ -111,6 +124,7 @@ class Transfers:
         self.backend.wait(Lane.TO_DEVICE, blob.copied)
         self.backend.copy(Lane.TO_DEVICE, blob.device, like)
         blob.loaded = blob.lease.guard = self.backend.record(Lane.TO_DEVICE)
+        self._working[Lane.TO_DEVICE] = None
         blob.advance(State.RELOADING)
         self.reloading_bytes += blob.nbytes
 

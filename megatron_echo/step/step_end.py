@@ -30,7 +30,7 @@ import torch.distributed as dist
 from megatron.core.transformer.cuda_graphs import is_graph_capturing, is_graph_warmup
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting, num_clone_slots
@@ -46,7 +46,7 @@ from megatron_echo.step.counts import CountExchange
 from megatron_echo.step.load_metrics import read_load_metrics
 from megatron_echo.step.overflow import OverflowCheck
 from megatron_echo.step.self_check import SelfCheck
-from megatron_echo.step_hooks import EndOfStep
+from megatron_echo.step_hooks import EndOfStep, watch_optimizers
 
 
 class StepEnd(PerModel, EndOfStep):
@@ -79,7 +79,7 @@ class StepEnd(PerModel, EndOfStep):
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._chunks: Sequence[nn.Module] = ()
         _watch_calls(self)
-        _watch_optimizers(self)
+        watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = token_capacity(config, num_clone_slots(config)) is None
         self.overflow = OverflowCheck(policy, is_auto)
@@ -227,17 +227,6 @@ def _gather_again(chunks: Iterable[nn.Module]) -> None:
             for group in getattr(chunk, name, ()):
                 if group.param_gather_handle is None:  # none is under way
                     group.param_gather_dispatched = False
-
-
-def _watch_optimizers(step_end: StepEnd) -> None:
-    """Call ``before_optimizer`` while the object lives, without keeping it alive."""
-    reference = weakref.ref(step_end)
-
-    def before(optimizer: Optimizer, *_: Any) -> None:
-        if (alive := reference()) is not None:
-            alive.before_optimizer(optimizer)
-
-    weakref.finalize(step_end, register_optimizer_step_pre_hook(before).remove)
 
 
 def _watch_calls(step_end: StepEnd) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_echo.copy_lanes import Backend, Lane, Link
+from megatron_echo.cpu_backend.access_order import AccessOrder, Clock
 
 _POISON = 0xFF
 
@@ -28,15 +29,7 @@ class Event(NamedTuple):
     """When everything that a lane was given was done, and what was ordered before that."""
 
     time: int
-    clock: dict[Lane, int]
-
-
-class Access(NamedTuple):
-    """One use of a block."""
-
-    lane: Lane
-    epoch: int
-    writes: bool
+    clock: Clock
 
 
 def _block(tensor: Tensor) -> tuple[int, int]:
@@ -67,10 +60,9 @@ class SimulatedBackend(Backend):
         self._link = link
         self._latency = latency or self._by_link
         self._time = dict.fromkeys(Lane, 0)
-        self._clock = {lane: {other: int(other is lane) for other in Lane} for lane in Lane}
+        self._order = AccessOrder()
         self._actions: list[tuple[int, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
-        self._accesses: dict[tuple[int, int], list[Access]] = {}
         self._landing: dict[tuple[int, int], int] = {}
         self._tracked: list[StorageWeakRef] = []
         self.races: list[str] = []
@@ -136,15 +128,12 @@ class SimulatedBackend(Backend):
 
     def record(self, lane: Lane) -> Event:
         """The lane's time, and its vector clock."""
-        event = Event(self._time[lane], dict(self._clock[lane]))
-        self._clock[lane][lane] += 1
-        return event
+        return Event(self._time[lane], self._order.record(lane))
 
     def wait(self, lane: Lane, event: Event) -> None:
         """Move the lane's time and clock behind the event's."""
         self._time[lane] = max(self._time[lane], event.time)
-        for other, epoch in event.clock.items():
-            self._clock[lane][other] = max(self._clock[lane][other], epoch)
+        self._order.wait(lane, event.clock)
         if lane is Lane.COMPUTE:
             self._run_until(self.now)
 
@@ -174,18 +163,10 @@ class SimulatedBackend(Backend):
         """What the planner is told."""
         return self._link
 
-    # ----------------------------------------------------------------- the race checker
-
     def _access(self, lane: Lane, tensor: Tensor, writes: bool) -> None:
-        mine = self._clock[lane]
-        earlier = self._accesses.setdefault(_block(tensor), [])
-        for other in earlier:
-            if (writes or other.writes) and mine[other.lane] < other.epoch:
-                kinds = ("read", "write")
-                self.races.append(
-                    f"{kinds[writes]} in lane {lane.value} is not ordered behind a "
-                    f"{kinds[other.writes]} in lane {other.lane.value}"
-                )
-        if writes:
-            earlier.clear()
-        earlier.append(Access(lane, mine[lane], writes))
+        kinds = ("read", "write")
+        self.races += [
+            f"{kinds[writes]} in lane {lane.value} is not ordered behind a "
+            f"{kinds[other.writes]} in lane {other.lane.value}"
+            for other in self._order.access(lane, _block(tensor), 0, tensor.numel(), writes)
+        ]

@@ -38,6 +38,7 @@ FULL = {
     "recompute_num_layers": 1,
 }
 GRAPH = {"cuda_graph_impl": "full_iteration", "no_check_for_nan_in_loss_and_grad": True}
+OFFLOAD = {"fine_grained_activation_offloading": True, "offload_modules": "moe_act"}
 ROWS = (
     Row("tensor and sequence parallelism, whole experts",
         {"tensor_model_parallel_size": 2, "sequence_parallel": True,
@@ -179,9 +180,23 @@ ROWS = (
     Row("upcycling", {"moe_use_upcycling": True}, "cannot be built from a dense checkpoint."),
     Row("initialisation on the CPU", {"use_cpu_initialization": True},
         "gives every expert-parallel rank the same experts."),
-    Row("fine-grained offloading",
-        {"fine_grained_activation_offloading": True, "offload_modules": "moe_act"},
+    Row("fine-grained offloading", OFFLOAD,
         note="by our manager"),
+    Row("fine-grained offloading in a whole-step CUDA graph",
+        {**GRAPH, **OFFLOAD, "cuda_graph_warmup_steps": 2},
+        note="captured in the third step", is_elsewhere=True),
+    Row("fine-grained offloading delayed until the graph",
+        {**GRAPH, **OFFLOAD, "cuda_graph_warmup_steps": 2, "delay_offload_until_cuda_graph": True},
+        note="its copies are in the graph"),
+    Row("fine-grained offloading, delayed without a graph",
+        {**OFFLOAD, "delay_offload_until_cuda_graph": True},
+        "takes --delay-offload-until-cuda-graph for copies that are in the graph of the step."),
+    Row("fine-grained offloading, captured in the second step",
+        {**GRAPH, **OFFLOAD, "cuda_graph_warmup_steps": 1},
+        "learns its plan in the steps before the graph."),
+    Row("fine-grained offloading with Megatron's limit of copies in flight",
+        {**OFFLOAD, "fine_grained_offloading_max_inflight_offloads": 1},
+        "has no queue of its own for --fine-grained-offloading-max-inflight-offloads."),
     Row("sequences of several lengths", {"sft": True},
         "--sft is not supported by pretrain_gpt_moe.py."),
     Row("dropping at capacity 0.8",

@@ -1,11 +1,12 @@
 """``--cuda-graph-impl full_iteration`` on a CPU: captured once, replayed, the same bits as eager.
 
 Megatron's own wrapper captures the step; ``cpu_backend/recorded_graph.py`` stands in for the CUDA
-graph, so Python does not run in a replayed step, just as on a GPU. What only a GPU shows (streams,
-memory reuse) is not tested here.
+graph, so Python does not run in a replayed step, just as on a GPU. It checks at the capture that
+streams are joined and that what they do to the same memory is ordered.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import golden
@@ -30,24 +31,59 @@ RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": "moe la
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("moe_clones_ep2", marks=SLOW),
-        pytest.param("moe_echo_ep1", marks=SLOW),
-        pytest.param("moe_echo_ep2_bf16", marks=SLOW),
-        pytest.param("moe_echo_tp2_sp_ep2", marks=SLOW),
-        pytest.param("moe_echo_cp2", marks=SLOW),
-        pytest.param("moe_echo_mla_ep2", marks=SLOW),
-        pytest.param("moe_clones_ep2_pp2", marks=SLOW),
-        pytest.param("moe_clones_ep2_dist_optimizer", marks=SLOW),
-        pytest.param("moe_clones_ep2_recompute", marks=SLOW),
-        "moe_loss_batch_ep2",
-        pytest.param("moe_loss_batch_ep2_pp2", marks=SLOW),
-        pytest.param("moe_loss_seq_ep2", marks=SLOW),
-        pytest.param("moe_skewed_clones_ep4", marks=SLOW),
-    ],
+def fast_first(cases: Sequence) -> list:
+    """All but the first marked slow; a case is a name, or a tuple of values."""
+    rest = [case if isinstance(case, tuple) else (case,) for case in cases[1:]]
+    return [cases[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
+
+
+LAYOUTS = (
+    "moe_loss_batch_ep2",  # the fast one
+    "moe_clones_ep2",
+    "moe_echo_ep1",
+    "moe_echo_ep2_bf16",
+    "moe_echo_tp2_sp_ep2",
+    "moe_echo_cp2",
+    "moe_echo_mla_ep2",
+    "moe_clones_ep2_pp2",
+    "moe_clones_ep2_dist_optimizer",
+    "moe_clones_ep2_recompute",
+    "moe_loss_batch_ep2_pp2",
+    "moe_loss_seq_ep2",
+    "moe_skewed_clones_ep4",
 )
+MODULES = ["attn_norm", "qkv_linear", "core_attn", "mlp_norm", "expert_fc1", "moe_act", "router"]
+OFFLOAD = {
+    "fine_grained_activation_offloading": True,
+    "offload_modules": " ".join(MODULES),
+    "min_offloaded_tensor_size": 16,
+}
+WARM_UP = 2  # steps to learn the plan
+
+
+def run_case(
+    case: golden.Case, where: Path, script: Path = launch.SCRIPT, **flags: object
+) -> tuple[list[dict], list]:
+    """Metrics of each iteration without times, and traces."""
+    has_clones = "--moe-num-echo-experts" not in case.model_args
+    traces = where / "traces" if has_clones else None
+    flags |= {"log_interval": 2, "eval_interval": 3, "eval_iters": 2, "run_dir": where,
+              "moe_echo_trace_dir": traces}  # fmt: skip
+    launch.run(case.argv(**flags), case.world_size, script, case.env_vars).check()
+    lines = [
+        {key: value for key, value in line.items() if "time" not in key}
+        for line in read_metrics(where)
+    ]
+    return lines, read_traces(traces) if traces else []
+
+
+def assert_same_plans(graph: list, eager: list) -> None:
+    for graph_trace, eager_trace in zip(graph, eager, strict=True):
+        for field, array in vars(eager_trace).items():
+            assert np.array_equal(vars(graph_trace)[field], array), (eager_trace.iteration, field)
+
+
+@pytest.mark.parametrize("name", fast_first(LAYOUTS))
 def test_curves_plans_and_metrics_are_those_of_eager_steps(name: str, tmp_path: Path) -> None:
     """Ten routings, nine of them replayed: every logged number and every plan has the same bits."""
     assert_same_bits(name, GRAPH, tmp_path)
@@ -57,24 +93,52 @@ def assert_same_bits(
     name: str, graph: dict, tmp_path: Path, script: Path = launch.SCRIPT, **changes: object
 ) -> None:
     """Ten steps of a golden case with graphs, and without."""
+    case, changes = golden.load_case(name), {"train_iters": 10, **changes}
+    eager, eager_traces = run_case(case, tmp_path / "eager", script, **changes)
+    replayed, traces = run_case(case, tmp_path / "graph", script, **changes, **graph)
+    assert replayed == eager
+    assert len(eager) == 10
+    assert_same_plans(traces, eager_traces)
+
+
+@pytest.mark.parametrize(
+    ("name", "fraction"), fast_first([(name, f) for name in LAYOUTS for f in (0.5, 1.0)])
+)
+def test_offloading_in_the_graph_changes_no_bit(name: str, fraction: float, tmp_path: Path) -> None:
+    """Ten replays with offloading against eager steps without; statistics of each replay."""
     case = golden.load_case(name)
-    has_clones = "--moe-num-echo-experts" not in case.model_args
-    flags = {"train_iters": 10, "log_interval": 2, "eval_interval": 3, "eval_iters": 2, **changes}
-    lines, traces = {}, {}
-    for way, used in (("eager", {}), ("graph", graph)):
-        where = tmp_path / way
-        flags |= {"run_dir": where, "moe_echo_trace_dir": where / "traces" if has_clones else None}
-        launch.run(case.argv(**flags, **used), case.world_size, script, case.env_vars).check()
-        lines[way] = [
-            {key: value for key, value in line.items() if "time" not in key}
-            for line in read_metrics(where)
-        ]
-        traces[way] = read_traces(where / "traces") if has_clones else []
-    assert lines["graph"] == lines["eager"]
-    assert len(lines["eager"]) == 10
-    for graph_trace, eager_trace in zip(traces["graph"], traces["eager"], strict=True):
-        for field, array in vars(eager_trace).items():
-            assert np.array_equal(vars(graph_trace)[field], array), (eager_trace.iteration, field)
+    iterations = WARM_UP + 10
+    flags = {**OFFLOAD, "activation_offload_fraction": fraction,
+             "cuda_graph_warmup_steps": WARM_UP}  # fmt: skip
+    eager, eager_traces = run_case(case, tmp_path / "eager", train_iters=iterations)
+    graph, graph_traces = run_case(
+        case, tmp_path / "graph", train_iters=iterations, **{**GRAPH, **flags}
+    )
+    offloaded = [
+        {key: line.pop(key) for key in list(line) if key.startswith("offload/")} for line in graph
+    ]
+    assert graph == eager
+    assert_same_plans(graph_traces, eager_traces)
+    assert [line == offloaded[-1] for line in offloaded[WARM_UP:]] == [True] * 10
+    last = offloaded[-1]
+    has_saved = not name.endswith("recompute")  # there every module is recomputed
+    assert last["offload/bytes"] == last["offload/planned_bytes"]
+    assert (last["offload/bytes"] > 0) == has_saved
+    assert (last["offload/kept_fraction_bytes"] > 0) == (has_saved and fraction < 1)
+    assert last["offload/kept_host_full_bytes"] == last["offload/live_storages"] == 0
+
+
+def test_statistics_of_replays_are_those_of_eager_steps(tmp_path: Path) -> None:
+    flags = {"moe_enable_echo": True, **OFFLOAD, "offload_modules": MODULES, "train_iters": 5}
+    lines = []
+    for way, graph in (("eager", {}), ("graph", {**GRAPH, "cuda_graph_warmup_steps": WARM_UP})):
+        words = launch.tiny_model(**flags, **graph, run_dir=tmp_path / way)
+        launch.run(words, 1).check()
+        lines.append(
+            [{k: line[k] for k in line if "offload/" in k} for line in read_metrics(tmp_path / way)]
+        )
+    assert lines[0] == lines[1]
+    assert lines[0][-1]["offload/planned_bytes"] > 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,12 @@ from ranks import WaitingRanks
 from record import Case, SkippedError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_rank")]
-CASES = [*kernel_checks.cases(False), *capture_safety.cases(False), offloading.bits(False)]
+CASES = [
+    *kernel_checks.cases(False),
+    *capture_safety.cases(False),
+    offloading.bits(False),
+    offloading.captured_bits(False),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.part}: {case.name}")

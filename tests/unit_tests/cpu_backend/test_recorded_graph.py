@@ -129,12 +129,14 @@ def test_what_is_static_is_not_refused() -> None:
         picked = tensor[index]
         cleared = tensor.clone()
         cleared[tensor < 0] = 0
-        return torch.cat((picked, cleared))
+        rows = tensor.view(3, 1) * 1
+        rows[tensor < 0, :] = 0
+        return torch.cat((picked, cleared, rows.view(3)))
 
     graph, result = captured(step)
     tensor.neg_()
     graph.replay()
-    assert result.tolist() == [-3, -1, 0, 2, 0]
+    assert result.tolist() == [-3, -1, 0, 2, 0, 0, 2, 0]
 
 
 def test_states_of_generators_belong_to_the_host() -> None:
