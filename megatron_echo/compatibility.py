@@ -42,8 +42,8 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "computes experts in bf16, fp16 or fp32. Leave --fp8-format and --fp4-format out.",
     ),
     (
-        lambda c: c.add_bias_linear,
-        "has experts without biases. Use --disable-bias-linear.",
+        lambda c: c.add_bias_linear and c.moe_shared_expert_intermediate_size,
+        "has shared experts without biases, as Megatron. Use --disable-bias-linear.",
     ),
     (
         lambda c: c.moe_apply_probs_on_input,
