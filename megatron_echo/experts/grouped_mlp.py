@@ -100,7 +100,8 @@ class GroupedLinear(torch.nn.Module):
         Returns:
             The products, and the biases to add to them, of :func:`bias_stack`, if there are any.
         """
-        gemm, bias = self._grouped_gemm(len(ends)), self.bias
+        gemm = self._grouped_gemm(len(ends))
+        bias: Tensor | None = self.bias
         if bias is not None:
             if clones is not None and rows.requires_grad and not bias.requires_grad:
                 bias = bias.detach().requires_grad_()  # backward has exchanges: see EchoGroupedMLP

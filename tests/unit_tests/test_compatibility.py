@@ -24,13 +24,15 @@ PLAIN = SimpleNamespace(
     step_batch_size_schedule=None, check_for_spiky_loss=False, timing_log_level=0,
     log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
     moe_echo_row_alignment=16, moe_received_token_capacity=None,
+    moe_shared_expert_intermediate_size=None,
 )  # fmt: skip
 GRAPH = {"cuda_graph_impl": "full_iteration"}
 OF_CONFIG = (
     {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
     {"moe_expert_capacity_factor": 1.0},
     {"moe_expert_rank_capacity_factor": 1.5},
-    {"fp8": "hybrid"}, {"fp4": "e2m1"}, {"add_bias_linear": True},
+    {"fp8": "hybrid"}, {"fp4": "e2m1"},
+    {"add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},
     {"moe_apply_probs_on_input": True},
     {"overlap_moe_expert_parallel_comm": True},
     {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},

@@ -43,6 +43,7 @@ from unit_tests.workers.moe_layer import (
     run,
     run_quietly,
     same_bits,
+    weights,
 )
 
 from megatron_echo import cpu_backend
@@ -204,13 +205,14 @@ def check_biases() -> None:
     wires = itertools.cycle(TRANSPORTS)
     for kind, slots in itertools.product(("hot", "random", "padding", "idle rank"), (0, 1, 2)):
         case = case_of(kind, 2, torch.float64)
+        way = next(ways)
         layer = with_biases(
-            2, torch.float64, slots, moe_echo_expert_dispatcher_type=next(ways),
+            2, torch.float64, slots, moe_echo_expert_dispatcher_type=way,
             moe_echo_token_transport=next(wires), moe_received_token_capacity=4.0,
         )  # fmt: skip
         if kind == "hot" and slots:
             assert with_clones_somewhere(layer, case).any()
-        with no_host_sync("raise") if not slots else contextlib.nullcontext():
+        with no_host_sync("raise") if way != "p2p" else contextlib.nullcontext():
             result = run(layer, case)
         found = errors(result, dense(layer, case))
         assert set(found) == {*RESULTS, *BIAS_RESULTS}
@@ -838,8 +840,9 @@ def frozen_run(layer: EchoMoELayer, case: Problem, needs_hidden: bool) -> dict[s
     probs = mine.probs.clone().requires_grad_()
     output, _ = forced(layer, probs, mine.chosen)(hidden)
     output.backward(mine.weight.view_as(output))
-    leaves = (hidden, probs, layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight)
-    grads = dict(zip(RESULTS[1:], (leaf.grad for leaf in leaves), strict=True))
+    leaves = (hidden, probs, *weights(layer), *biases(layer))
+    names = (*RESULTS[1:], *BIAS_RESULTS)
+    grads = {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
     return {RESULTS[0]: output.detach(), **grads}
 
 
@@ -854,16 +857,18 @@ def check_experts_frozen_on_one_rank() -> None:
         settings = {
             "moe_echo_expert_dispatcher_type": way,
             "moe_echo_token_transport": "all_to_all",
+            "add_bias_linear": True,
         }
         expected = frozen_run(cloned(2, torch.float32, **settings), case, needs_hidden)
         for who in range(ranks):
             layer = cloned(2, torch.float32, **settings)
             if rank == who:
                 for name in names:
-                    getattr(layer.experts, name).weight.requires_grad_(False)
+                    getattr(layer.experts, name).requires_grad_(False)
             found = frozen_run(layer, case, needs_hidden)
             for name, tensor in found.items():
-                is_frozen = rank == who and f"linear_{name[1:]}" in names
+                module = f"linear_{name[1:].replace('bias', 'fc')}"
+                is_frozen = rank == who and module in names
                 whole = None if is_frozen else expected[name]
                 assert (tensor is None) == (whole is None), (way, who, name)
                 assert tensor is None or torch.equal(tensor, whole), (way, who, name)
