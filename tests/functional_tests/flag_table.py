@@ -176,6 +176,11 @@ ROWS = (
         note="by our manager"),
     Row("sequences of several lengths", {"sft": True},
         "--sft is not supported by pretrain_gpt_moe.py."),
+    Row("hybrid model of attention, MLP and MoE layers",
+        {"hybrid_layer_pattern": "*E|-E", "num_layers": None, "pipeline_model_parallel_size": 2,
+         "expert_model_parallel_size": 1}),
+    Row("hybrid model with Mamba layers", {"hybrid_layer_pattern": "M*E", "num_layers": None},
+        "has layers (M) that need Transformer Engine.", note="with it Megatron's are taken"),
     Row("dropping at capacity 0.8",
         {"moe_received_token_capacity": 0.8, "moe_echo_overflow": "drop"}),
 )  # fmt: skip

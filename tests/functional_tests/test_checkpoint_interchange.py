@@ -81,15 +81,19 @@ GPT_OSS = {
 """Experts with biases."""
 
 
+HYBRID = {"expert_model_parallel_size": 2, "num_layers": None, "hybrid_layer_pattern": "*E-E"}
+
+
 @pytest.mark.parametrize(
     ("layout", "first"),
     [
         pytest.param(SHARED_EXPERTS, "stock", id="slices"),
+        pytest.param(HYBRID, "stock", id="hybrid model"),
         pytest.param(GPT_OSS, "stock", id="biases"),
         pytest.param(GPT_OSS, "ours", id="biases, and back", marks=pytest.mark.slow),
     ],
 )
-def test_slices_and_biases(layout: dict, first: str, tmp_path: Path, text_flags: dict) -> None:
+def test_other_models(layout: dict, first: str, tmp_path: Path, text_flags: dict) -> None:
     """The other layer goes on from the third step as the first does; the same keys."""
     second = "ours" if first == "stock" else "stock"
     flags = {**text_flags, **layout, "train_iters": 6, "save_interval": 3}
