@@ -143,6 +143,12 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "computes weight gradients with the other gradients. Leave --delay-wgrad-compute out.",
     ),
     (
+        # It takes matrices, one a parameter, and hands everything else to Adam.
+        lambda a: a.optimizer in ("muon", "dist_muon", "adaptive_muon", "soap"),
+        "keeps experts in stacks, which --optimizer {args.optimizer} would leave to Adam. Use "
+        "adam.",
+    ),
+    (
         lambda a: a.fine_grained_activation_offloading,
         "is unknown to Megatron's offloading manager. Leave --offload-implementation megatron out.",
     ),
@@ -273,5 +279,5 @@ def argument_refusal(args: Any) -> str | None:
     has_graph = args.cuda_graph_impl == "full_iteration"
     for refused, reason in (*_ARGUMENTS, *(_WHOLE_STEP_GRAPH if has_graph else ())):
         if refused(args):
-            return reason
+            return reason.format(args=args)
     return None

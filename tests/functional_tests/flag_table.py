@@ -2,7 +2,7 @@
 
     python tests/functional_tests/flag_table.py      # writes docs/flags.md
 
-``test_flag_table.py`` runs every row.
+``test_flag_table.py`` runs every row. The second table is that of ``upstream_matrix.py``.
 """
 
 import dataclasses
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
+
+import upstream_matrix  # noqa: E402
+
 PAGE = ROOT / "docs" / "flags.md"
 
 
@@ -169,6 +173,7 @@ ROWS = (
     Row("torch FSDP2", {"use_torch_fsdp2": True}, "keeps its experts whole."),
     Row("Megatron FSDP", {"use_megatron_fsdp": True}, "keeps its experts whole."),
     Row("upcycling", {"moe_use_upcycling": True}, "cannot be built from a dense checkpoint."),
+    Row("Muon", {"optimizer": "muon"}, "keeps experts in stacks, which --optimizer muon would"),
     Row("initialisation on the CPU", {"use_cpu_initialization": True},
         "gives every expert-parallel rank the same experts."),
     Row("fine-grained offloading",
@@ -207,7 +212,7 @@ def render() -> str:
         verdict = "works" if row.refusal is None else f"refused: {row.refusal}"
         verdict += f" ({row.note})" if row.note else ""
         lines.append(f"| {row.setting} | `{words.replace('{folder}', 'DIR')}` | {verdict} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + upstream_matrix.render()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ PLAIN = SimpleNamespace(
     step_batch_size_schedule=None, check_for_spiky_loss=False, timing_log_level=0,
     log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
     moe_echo_row_alignment=16, moe_received_token_capacity=None,
-    moe_shared_expert_intermediate_size=None,
+    moe_shared_expert_intermediate_size=None, optimizer="adam",
 )  # fmt: skip
 GRAPH = {"cuda_graph_impl": "full_iteration"}
 OF_CONFIG = (
@@ -52,6 +52,7 @@ TAKEN_OVER = (
 OF_ARGUMENTS = (
     {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True}, {"moe_use_upcycling": True},
     {"delay_wgrad_compute": True}, {"fine_grained_activation_offloading": True},
+    {"optimizer": "muon"}, {"optimizer": "soap"},
 )  # fmt: skip
 OF_GRAPHS = (
     {"optimizer_cuda_graph": True}, {"overlap_param_gather": True}, {"fp16": True},
