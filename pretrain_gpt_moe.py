@@ -56,10 +56,12 @@ from megatron.training import (  # noqa: E402
 )
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args, parse_args  # noqa: E402
 from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
+from megatron.training.models.hybrid import HybridModelConfig  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
@@ -71,6 +73,7 @@ from megatron_echo.arguments import (  # noqa: E402
 )
 from megatron_echo.compatibility import settings_taken_over  # noqa: E402
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
+from megatron_echo.layer_specs import hybrid_stack_spec  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
 from megatron_echo.offload.config import OffloadConfig  # noqa: E402
 from megatron_echo.offload.training import (  # noqa: E402
@@ -305,10 +308,14 @@ def extra_args_provider(parser: Any) -> Any:
     return add_echo_arguments(parser)
 
 
-def model_config_from_args(args: Any) -> GPTModelConfig:
+def model_config_from_args(args: Any) -> GPTModelConfig | HybridModelConfig:
     """Our model, or with ``--spec`` what the user names there, on our configuration."""
-    config_class = EchoGPTModelConfig if args.spec is None else GPTModelConfig
-    config = gpt_config_from_args(args, echo_config_from_args(args), config_class)
+    if args.hybrid_layer_pattern is not None:
+        config = hybrid_config_from_args(args, echo_config_from_args(args))
+        config.hybrid_stack_spec = config.hybrid_stack_spec or hybrid_stack_spec(config.transformer)
+    else:
+        config_class = EchoGPTModelConfig if args.spec is None else GPTModelConfig
+        config = gpt_config_from_args(args, echo_config_from_args(args), config_class)
     if args.freeze_all_layers:
         config.pre_wrap_hooks.append(freeze)
     return config
@@ -334,7 +341,7 @@ def announce(args: Any, config: Any) -> None:
 
 def train(
     args: Any,
-    model_config: GPTModelConfig,
+    model_config: GPTModelConfig | HybridModelConfig,
     offloading: OffloadConfig | None,
     command: tuple[str, ...],
     ranks: Ranks,

@@ -54,8 +54,8 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "computes experts in bf16, fp16 or fp32. Leave --fp8-format and --fp4-format out.",
     ),
     (
-        lambda c: c.add_bias_linear,
-        "has experts without biases. Use --disable-bias-linear.",
+        lambda c: c.add_bias_linear and c.moe_shared_expert_intermediate_size,
+        "has shared experts without biases, as Megatron. Use --disable-bias-linear.",
     ),
     (
         lambda c: c.moe_apply_probs_on_input,
@@ -199,6 +199,12 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda a: a.delay_wgrad_compute,
         "computes weight gradients with the other gradients. Leave --delay-wgrad-compute out.",
+    ),
+    (
+        # It takes matrices, one a parameter, and hands everything else to Adam.
+        lambda a: a.optimizer in ("muon", "dist_muon", "adaptive_muon", "soap"),
+        "keeps experts in stacks, which --optimizer {args.optimizer} would leave to Adam. Use "
+        "adam.",
     ),
     (
         lambda a: a.fine_grained_activation_offloading,
@@ -355,5 +361,5 @@ def argument_refusal(args: Any) -> str | None:
     has_graph = args.cuda_graph_impl == "full_iteration"
     for refused, reason in (*_ARGUMENTS, *(_WHOLE_STEP_GRAPH if has_graph else ())):
         if refused(args):
-            return reason
+            return reason.format(args=args)
     return None

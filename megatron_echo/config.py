@@ -445,10 +445,11 @@ def expert_width(config: Any) -> int:
 
 
 def expert_elements(config: Any) -> int:
-    """Elements of an expert's weights on a rank, or of its slice there."""
-    matrices = 3 if config.gated_linear_unit else 2
-    slices = config.expert_tensor_parallel_size
-    return matrices * expert_width(config) * config.moe_ffn_hidden_size // slices
+    """Elements of an expert's weights on a rank, or of its slice there; biases included."""
+    matrices, width = 3 if config.gated_linear_unit else 2, expert_width(config)
+    ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+    biases = (matrices - 1) * ffn + width if config.add_bias_linear else 0
+    return matrices * width * ffn + biases
 
 
 @dataclass

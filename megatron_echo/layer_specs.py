@@ -13,9 +13,15 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
+    get_gpt_layer_local_submodules,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import (
+    hybrid_stack_spec as megatron_hybrid_stack,
+)
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -23,12 +29,17 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
+from megatron.core.transformer.transformer_layer import (
+    BaseTransformerLayer,
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import EchoConfigMixin
-from megatron_echo.local_modules import LocalCoreAttention, LocalNorm
+from megatron_echo.local_modules import LocalCoreAttention, LocalHybridStack, LocalNorm
 from megatron_echo.moe_layer import EchoMoELayer, EchoTransformerLayer
 from megatron_echo.step.step_end import StepEnd
 
@@ -80,8 +91,8 @@ def _uses_echo(config: TransformerConfig) -> bool:
 def _our_layer(config: TransformerConfig) -> dict[Any, Any]:
     if not _uses_echo(config):
         return {}
-    graphed = {TransformerLayer: EchoTransformerLayer} if has_layer_graphs(config) else {}
-    return {MoELayer: EchoMoELayer, **graphed}
+    stock = (TransformerLayer, MoETransformerLayer) if has_layer_graphs(config) else ()
+    return {MoELayer: EchoMoELayer, **dict.fromkeys(stock, EchoTransformerLayer)}
 
 
 def _replacements(config: TransformerConfig) -> dict[Any, Any]:
@@ -170,6 +181,47 @@ def moe_module_spec(config: TransformerConfig) -> functools.partial:
         moe_grouped_gemm=True,
     )
     return replace_modules(spec, {MoELayer: EchoMoELayer})
+
+
+def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
+    """The layers of a ``HybridModel``, for ``--hybrid-layer-pattern``, with our MoE layer.
+
+    With Transformer Engine they are Megatron's. Without it attention, MLA, MLP and MoE layers
+    (``*``, ``+``, ``-``, ``E``) are local ones; the others exist with it only.
+    """
+    if _uses_echo(config):
+        StepEnd.of(config)  # on every rank, also where a pipeline stage has no MoE layer
+    if _uses_transformer_engine(config):
+        return replace_modules(megatron_hybrid_stack, _our_layer(config))
+
+    def local(**options: Any) -> TransformerLayerSubmodules:
+        return get_gpt_layer_local_submodules(
+            qk_layernorm=config.qk_layernorm, normalization=config.normalization, **options
+        )
+
+    def attention(parts: TransformerLayerSubmodules) -> ModuleSpec:
+        only = TransformerLayerSubmodules(
+            input_layernorm=parts.input_layernorm,
+            self_attention=parts.self_attention,
+            self_attn_bda=parts.self_attn_bda,
+        )
+        return ModuleSpec(module=TransformerLayer, submodules=only)
+
+    def feed_forward(module: type, mlp: Any) -> ModuleSpec:
+        only = TransformerLayerSubmodules(
+            pre_mlp_layernorm=plain.pre_mlp_layernorm, mlp=mlp, mlp_bda=plain.mlp_bda
+        )
+        return ModuleSpec(module=module, submodules=only)
+
+    plain = local()
+    moe = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+    layers = HybridStackSubmodules(
+        attention_layer=attention(plain),
+        mla_layer=attention(local(multi_latent_attention=True)),
+        mlp_layer=feed_forward(MLPLayer, plain.mlp),
+        moe_layer=feed_forward(MoETransformerLayer, moe),
+    )
+    return replace_modules(ModuleSpec(LocalHybridStack, submodules=layers), _replacements(config))
 
 
 class GPTMoELayer(BaseTransformerLayer):

@@ -1,8 +1,8 @@
-"""Norm and core attention for ``--transformer-impl local``, where Megatron's own ones refuse.
+"""Modules for ``--transformer-impl local``, where Megatron's own ones refuse.
 
-Without Transformer Engine, Megatron's norm refuses sequence parallelism, and its attention
-refuses context parallelism and MLA. These two say yes and otherwise are the stock modules: the
-same parameters, names and arithmetic.
+Without Transformer Engine, Megatron's norm refuses sequence parallelism, its attention refuses
+context parallelism and MLA, and its hybrid stack has no final norm. These say yes and otherwise
+are the stock modules: the same parameters, names and arithmetic.
 """
 
 import copy
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -51,6 +52,17 @@ class LocalNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class LocalHybridStack(HybridStack):
+    """Megatron's stack of hybrid layers with a local norm at its end, as given by ``LocalNorm``."""
+
+    def __init__(self, *args: Any, post_layer_norm: bool = True, **rest: Any) -> None:
+        super().__init__(*args, post_layer_norm=False, **rest)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            eps = self.config.layernorm_epsilon
+            self.final_norm = LocalNorm(self.config, self.config.hidden_size, eps)
 
 
 class LocalCoreAttention(DotProductAttention):

@@ -20,6 +20,7 @@ from megatron_echo.dispatch import permute
 from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
 from megatron_echo.dispatch.transports.peer_memory import PeerRows
 from megatron_echo.experts.activation import ExpertActivation, weighted_activation
+from megatron_echo.experts.biases import with_weighted_bias
 from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
 from megatron_echo.planner import ClonePrice, plan_clones
 from megatron_echo.planner.balance import plan_clones_reference
@@ -188,6 +189,34 @@ def activate_reference(
     return [result[: int(ends[-1])] for result in activate(*wide, ends, kind)]
 
 
+def biased_inputs(
+    kind: ExpertActivation, dtype: torch.dtype, rows: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, ExpertActivation, Tensor]:
+    """A gated activation with the biases of three groups."""
+    given = activation_inputs(kind, dtype, rows, width)
+    return *given, torch.randn(3, 2 * width, device=device())
+
+
+def activate_biased(
+    hidden: Tensor, probs: Tensor, grad: Tensor, ends: Tensor, kind: ExpertActivation, bias: Tensor
+) -> Sequence[Tensor]:
+    """Bias, activation and weighted bias; output and all gradients, that of the bias whole."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (hidden, probs, bias)]
+    inner = weighted_activation(leaves[0], leaves[1], ends, kind, leaves[2])
+    output = with_weighted_bias(inner, leaves[2][:, : grad.shape[1]], leaves[1], ends)
+    grads = torch.autograd.grad(output, leaves, grad)
+    return output.detach(), *grads
+
+
+def activate_biased_reference(
+    hidden: Tensor, probs: Tensor, grad: Tensor, ends: Tensor, kind: ExpertActivation, bias: Tensor
+) -> Sequence[Tensor]:
+    """In fp64 on the CPU."""
+    wide = (tensor.double().cpu() for tensor in (hidden, probs, grad))
+    *of_rows, to_bias = activate_biased(*wide, ends.cpu(), kind, bias.double().cpu())
+    return *(result[: int(ends[-1])] for result in of_rows), to_bias
+
+
 # ------------------------------------------------------------------------- products
 
 
@@ -306,6 +335,12 @@ def kernel_checks(dry: bool = False) -> list[KernelCheck]:
                     partial(activation_inputs, kind, dtype, rows // size, width // size),
                     activate, activate_reference, LIMITS[dtype])
         for name, (kind, dtype, rows, width) in ACTIVATIONS.items()
+    ]  # fmt: skip
+    checks += [
+        KernelCheck(f"{name} with biases",
+                    partial(biased_inputs, kind, dtype, rows // size, width // size),
+                    activate_biased, activate_biased_reference, LIMITS[dtype])
+        for name, (kind, dtype, rows, width) in ACTIVATIONS.items() if kind.is_gated
     ]  # fmt: skip
     for name, (dtype, ends, slots, taken, made) in PRODUCTS.items():
         given = dtype, [end // size for end in ends], slots, taken // size // 8 * 8, made // size

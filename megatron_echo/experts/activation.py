@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.environment import on_gpu
+from megatron_echo.experts.biases import bias_of_rows, group_sums, row_groups
 
 _KERNELS: dict[Callable[[Tensor], Tensor], str] = {
     F.silu: "silu",
@@ -78,32 +79,45 @@ class _WeightedActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, probs, ends)
+        ctx: Any, hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(hidden, probs, ends, *([] if bias is None else [bias]))
         ctx.activation = activation
+        given = [] if bias is None else [bias, row_groups(ends, len(hidden))]
         settings = activation.kernel_settings(hidden, probs)
         if settings is None:
-            return _weighted(hidden, probs, activation)
+            return _weighted(_biased(hidden, *given), probs, activation)
         from megatron_echo.experts import activation_kernels
 
-        return activation_kernels.forward(hidden, probs, ends, settings)
+        return activation_kernels.forward(hidden, probs, ends, settings, *given)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, probs, ends = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, probs, ends, *bias = ctx.saved_tensors
+        given = [*bias, row_groups(ends, len(hidden))] if bias else []
         settings = ctx.activation.kernel_settings(hidden, probs)
         if settings is None:
             with torch.enable_grad():
+                hidden = _biased(hidden, *given)
                 hidden, probs = (t.detach().requires_grad_() for t in (hidden, probs))
                 output = _weighted(hidden, probs, ctx.activation)
             to_hidden, to_probs = torch.autograd.grad(output, (hidden, probs), grad)
         else:
             from megatron_echo.experts import activation_kernels
 
-            to_hidden, to_probs = activation_kernels.backward(hidden, probs, ends, grad, settings)
-        return to_hidden, to_probs, None, None
+            to_hidden, to_probs = activation_kernels.backward(
+                hidden, probs, ends, grad, settings, *given
+            )
+        to_bias = group_sums(to_hidden, given[1], ends, given[0]) if given else None
+        return to_hidden, to_probs, None, None, to_bias
+
+
+def _biased(hidden: Tensor, bias: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+    if bias is None or groups is None:
+        return hidden
+    return (hidden + bias_of_rows(bias, groups)).to(hidden.dtype)
 
 
 def _weighted(hidden: Tensor, probs: Tensor, activation: ExpertActivation) -> Tensor:
@@ -111,9 +125,10 @@ def _weighted(hidden: Tensor, probs: Tensor, activation: ExpertActivation) -> Te
 
 
 def weighted_activation(
-    hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation
-) -> Tensor:
-    """``activation(hidden) * probs``, multiplied in the wider of the two dtypes.
+    hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``activation(hidden + bias) * probs``, multiplied in the wider of the two dtypes.
 
     With the probability here, and not behind the second projection, that projection's output need
     not be kept for the probability's gradient ("memory-efficient permutation"). On a GPU it is one
@@ -123,9 +138,10 @@ def weighted_activation(
         hidden: ``[B, 2F]`` or ``[B, F]``.
         probs: ``[B]``.
         ends: int32 ``[G]``, end offset of each group of rows, on the device.
-        activation: elementwise on rows.
+        activation: elementwise on rows; its clamp comes after the bias.
+        bias: ``[G, 2F]`` or ``[G, F]``, wide; see :func:`~megatron_echo.experts.biases.bias_stack`.
 
     Returns:
         ``[B, F]`` in ``hidden``'s dtype; anything in the rows beyond the last end.
     """
-    return _WeightedActivation.apply(hidden, probs, ends, activation)
+    return _WeightedActivation.apply(hidden, probs, ends, activation, bias)

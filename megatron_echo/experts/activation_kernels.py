@@ -38,10 +38,23 @@ def _value_and_slope(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gate_and_up(hidden, at, mask, F: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+def _biased(hidden, bias, group, row, column, mask, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """``[B, WIDTH]`` in fp32, with the bias of each row's group."""
+    x = tl.load(hidden + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + group[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    return x
+
+
+@triton.jit
+def _gate_and_up(
+    hidden, bias, group, row, column, mask,
+    F: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """The two halves in fp32 with clamp and offset; and where the clamp lets gradients through."""
-    gate = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(hidden + at + F, mask=mask, other=0.0).to(tl.float32)
+    gate = _biased(hidden, bias, group, row, column, mask, 2 * F, HAS_BIAS)
+    up = _biased(hidden, bias, group, row, column + F, mask, 2 * F, HAS_BIAS)
     passes_gate, passes_up = mask, mask
     if LIMIT is not None:
         passes_gate, passes_up = gate <= LIMIT, (up >= -LIMIT) & (up <= LIMIT)
@@ -52,9 +65,9 @@ def _gate_and_up(hidden, at, mask, F: tl.constexpr, LIMIT: tl.constexpr, OFFSET:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
-    hidden, probs, used, output, num_rows,
+    hidden, probs, used, bias, groups, output, num_rows,
     F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
-    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     end = tl.minimum(tl.load(used), num_rows)
     row = tl.program_id(0).to(tl.int64) * ROWS
@@ -64,23 +77,24 @@ def _forward_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (row < end)[:, None] & (column < F)[None, :]
     prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
+    group = tl.load(groups + row, mask=row < end, other=0) if HAS_BIAS else 0
     if IS_GATED:
-        at = row[:, None] * (2 * F) + column[None, :]
-        gate, up, _, _ = _gate_and_up(hidden, at, mask, F, LIMIT, OFFSET)
+        gate, up, _, _ = _gate_and_up(
+            hidden, bias, group, row, column, mask, F, LIMIT, OFFSET, HAS_BIAS
+        )
         value, _ = _value_and_slope(gate, KIND)
         value *= up
     else:
-        at = row[:, None] * F + column[None, :]
-        x = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+        x = _biased(hidden, bias, group, row, column, mask, F, HAS_BIAS)
         value, _ = _value_and_slope(x, KIND)
     tl.store(output + row[:, None] * F + column[None, :], value * prob, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    hidden, probs, used, grad, to_hidden, to_probs, num_rows,
+    hidden, probs, used, bias, groups, grad, to_hidden, to_probs, num_rows,
     F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
-    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     end = tl.minimum(tl.load(used), num_rows)
     row = tl.program_id(0).to(tl.int64) * ROWS
@@ -88,6 +102,7 @@ def _backward_kernel(
         return
     row += tl.arange(0, ROWS)
     prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
+    group = tl.load(groups + row, mask=row < end, other=0) if HAS_BIAS else 0
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(0, F, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -96,7 +111,9 @@ def _backward_kernel(
         incoming = incoming.to(tl.float32)
         if IS_GATED:
             at = row[:, None] * (2 * F) + column[None, :]
-            gate, up, passes_gate, passes_up = _gate_and_up(hidden, at, mask, F, LIMIT, OFFSET)
+            gate, up, passes_gate, passes_up = _gate_and_up(
+                hidden, bias, group, row, column, mask, F, LIMIT, OFFSET, HAS_BIAS
+            )
             value, slope = _value_and_slope(gate, KIND)
             to_gate = tl.where(passes_gate, incoming * prob * up * slope, 0.0)
             to_up = tl.where(passes_up, incoming * prob * value, 0.0)
@@ -105,14 +122,16 @@ def _backward_kernel(
             total += tl.where(mask, incoming * value * up, 0.0)
         else:
             at = row[:, None] * F + column[None, :]
-            x = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+            x = _biased(hidden, bias, group, row, column, mask, F, HAS_BIAS)
             value, slope = _value_and_slope(x, KIND)
             tl.store(to_hidden + at, incoming * prob * slope, mask=mask)
             total += tl.where(mask, incoming * value, 0.0)
     tl.store(to_probs + row, tl.sum(total, axis=1), mask=row < end)
 
 
-def constants(width: int, settings: dict[str, Any], is_backward: bool) -> dict[str, Any]:
+def constants(
+    width: int, settings: dict[str, Any], is_backward: bool, has_bias: bool = False
+) -> dict[str, Any]:
     """The kernels' compile-time arguments.
 
     Args:
@@ -120,13 +139,17 @@ def constants(width: int, settings: dict[str, Any], is_backward: bool) -> dict[s
         settings: ``KIND``, ``IS_GATED``, ``LIMIT`` and ``OFFSET``, from
             :meth:`~megatron_echo.experts.activation.ExpertActivation.kernel_settings`.
         is_backward: for the backward kernel.
+        has_bias: the rows get one.
     """
     rows = _BACKWARD_ROWS if is_backward else _FORWARD_ROWS
     block = min(_COLUMNS, triton.next_power_of_2(width))
-    return {"F": width, "ROWS": rows, "BLOCK": block, **settings}
+    return {"F": width, "ROWS": rows, "BLOCK": block, "HAS_BIAS": has_bias, **settings}
 
 
-def forward(hidden: Tensor, probs: Tensor, ends: Tensor, settings: dict[str, Any]) -> Tensor:
+def forward(
+    hidden: Tensor, probs: Tensor, ends: Tensor, settings: dict[str, Any],
+    bias: Tensor | None = None, groups: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``activation(hidden) * probs``: ``[B, F]``; the rows beyond the last end are not written.
 
     Args:
@@ -135,32 +158,38 @@ def forward(hidden: Tensor, probs: Tensor, ends: Tensor, settings: dict[str, Any
         probs: fp32 ``[B]``.
         ends: int32 ``[G]``; only the last is read.
         settings: as in :func:`constants`.
+        bias: fp32 ``[G, 2F]`` or ``[G, F]``, contiguous; added to the rows first.
+        groups: int32 ``[B]``, the group of each row; with a bias.
     """
     rows, width = hidden.shape[0], hidden.shape[1] // (2 if settings["IS_GATED"] else 1)
     output = hidden.new_empty(rows, width)
     if output.numel() == 0:
         return output
-    chosen = constants(width, settings, is_backward=False)
+    chosen = constants(width, settings, is_backward=False, has_bias=bias is not None)
     grid = (triton.cdiv(rows, chosen["ROWS"]), triton.cdiv(width, chosen["BLOCK"]))
     with torch.cuda.device_of(hidden):
         _forward_kernel[grid](
-            hidden.contiguous(), probs.contiguous(), ends[-1:], output, rows, **chosen
+            hidden.contiguous(), probs.contiguous(), ends[-1:], bias, groups, output, rows, **chosen
         )
     return output
 
 
 def backward(
-    hidden: Tensor, probs: Tensor, ends: Tensor, grad: Tensor, settings: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``hidden`` and of ``probs``, from that of the output, ``[B, F]``."""
+    hidden: Tensor, probs: Tensor, ends: Tensor, grad: Tensor, settings: dict[str, Any],
+    bias: Tensor | None = None, groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of ``hidden`` and of ``probs``, from that of the output, ``[B, F]``.
+
+    That of the bias is the sum of the former over the rows of each group.
+    """
     rows, width = grad.shape
     to_hidden, to_probs = hidden.new_empty(hidden.shape), probs.new_empty(rows)
     if grad.numel() == 0:
         return to_hidden, to_probs.zero_()
-    chosen = constants(width, settings, is_backward=True)
+    chosen = constants(width, settings, is_backward=True, has_bias=bias is not None)
     with torch.cuda.device_of(hidden):
         _backward_kernel[(triton.cdiv(rows, chosen["ROWS"]),)](
-            hidden.contiguous(), probs.contiguous(), ends[-1:], grad.contiguous(), to_hidden,
-            to_probs, rows, **chosen,
+            hidden.contiguous(), probs.contiguous(), ends[-1:], bias, groups, grad.contiguous(),
+            to_hidden, to_probs, rows, **chosen,
         )  # fmt: skip
     return to_hidden, to_probs

@@ -40,7 +40,8 @@ def sharded_stack(
     """One object for the whole stack, so that the optimizer finds its moments by the parameter.
 
     Args:
-        weight: the parameter ``[m, out, in]``.
+        weight: the parameter, ``[m, out, in]`` or a bias ``[m, out]``. Megatron has biases only
+            where there is one tensor rank.
         key: ``...experts.linear_fc1.weight``, or with ``separate`` a name with ``{expert}`` in it.
         place: what of the experts this rank holds.
         replica_id: which copy this rank holds.
@@ -57,14 +58,14 @@ def sharded_stack(
         # The stack is one shard of the expert axis; a single expert has no such axis.
         experts = (axes, place.expert_rank, place.expert_ranks)
         front = (*sharded_offsets, experts) if is_stack else sharded_offsets
-        axis = axes + is_stack + (not is_fc1)
+        axis = axes + is_stack + (not is_fc1 and weight.dim() == 3)
         if not gated:
             named = [(name, (axis, rank, ranks))]
         elif is_stack:
             named = [(name, (axis, half * ranks + rank, 2 * ranks)) for half in (0, 1)]
         else:
             named = [(f"{name}_{half}", (axis, rank, ranks)) for half in "wv"]
-        pieces = tensor.chunk(2, dim=-2) if gated else (tensor,)  # the parameter itself, not a view
+        pieces = tensor.chunk(2, int(is_stack)) if gated else (tensor,)  # itself, not a view
         return [
             ShardedTensor.from_rank_offsets(
                 part, piece, *front, offset, replica_id=replica_id, prepend_axis_num=axes
@@ -87,7 +88,7 @@ def sharded_stack(
     def merge(loaded: list) -> Tensor:
         pieces = [torch.as_tensor(piece) for piece in loaded]
         if not separate:
-            return torch.cat(pieces, dim=-2)
+            return torch.cat(pieces, dim=1)
         step = 2 if gated else 1
         experts = [torch.cat(pieces[i : i + step], dim=0) for i in range(0, len(pieces), step)]
         return torch.stack(experts)

@@ -18,6 +18,7 @@ from megatron_echo.config import echo_setting, expert_width
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.activation import expert_activation, weighted_activation
+from megatron_echo.experts.biases import bias_stack, with_weighted_bias
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, cloned_linear
 from megatron_echo.experts.grouped_linear import (
@@ -59,7 +60,7 @@ def automatic_gemm(
 
 
 class GroupedLinear(torch.nn.Module):
-    """The same projection of each expert, ``weight [m, out, in]``, without a bias."""
+    """The same projection of each expert: ``weight [m, out, in]`` and perhaps ``bias [m, out]``."""
 
     def __init__(
         self, experts: int, in_features: int, out_features: int, config: TransformerConfig
@@ -74,27 +75,42 @@ class GroupedLinear(torch.nn.Module):
             )
         )
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
+        bias = self.weight.new_empty(experts, out_features) if config.add_bias_linear else None
+        self.bias = None if bias is None else torch.nn.Parameter(bias)
         # Megatron's mark of a parameter that is not shared by all data-parallel ranks.
         shares_groups = (
             config.expert_model_parallel_size == 1
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
-        setattr(self.weight, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
+        for parameter in self.parameters():
+            setattr(parameter, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
 
         self._pool = WeightPool.of(config)
         self._gemm = echo_setting(config, "moe_echo_grouped_gemm")
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
 
-    def forward(self, rows: Tensor, ends: Tensor, clones: Clones | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, ends: Tensor, clones: Clones | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """``[B, in]`` to ``[B, out]``; see :func:`grouped_linear` and :func:`cloned_linear`.
 
         The clones are brought here, in the forward pass of the module that owns the weights:
         Megatron's parameter all-gather is waited for before it.
+
+        Returns:
+            The products, and the biases to add to them, of :func:`bias_stack`, if there are any.
         """
         gemm = self._grouped_gemm(len(ends))
+        bias: Tensor | None = self.bias
+        if bias is not None:
+            if clones is not None and rows.requires_grad and not bias.requires_grad:
+                bias = bias.detach().requires_grad_()  # backward has exchanges: see EchoGroupedMLP
+            bias = bias_stack(bias, clones)
         if clones is None:
-            return grouped_linear(rows, self.weight, ends, gemm)
-        return cloned_linear(rows, self.weight, ends, clones, self._pool, gemm, self._keeps_clones)
+            return grouped_linear(rows, self.weight, ends, gemm), bias
+        return cloned_linear(
+            rows, self.weight, ends, clones, self._pool, gemm, self._keeps_clones
+        ), bias
 
     def _grouped_gemm(self, groups: int) -> GroupedGemm:
         kind, weight = self._gemm, self.weight
@@ -112,9 +128,11 @@ class WeightedActivation(torch.nn.Module):
         super().__init__()
         self._activation = expert_activation(config)
 
-    def forward(self, hidden: Tensor, probs: Tensor, ends: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, probs: Tensor, ends: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``; see :func:`weighted_activation`."""
-        return weighted_activation(hidden, probs, ends, self._activation)
+        return weighted_activation(hidden, probs, ends, self._activation, bias)
 
 
 class EchoGroupedMLP(MegatronModule):
@@ -164,10 +182,13 @@ class EchoGroupedMLP(MegatronModule):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Draw the weights expert by expert, fc1 before fc2, as SequentialMLP does."""
+        """Draw the weights expert by expert, fc1 before fc2, as SequentialMLP does; no bias."""
         for fc1, fc2 in zip(self.linear_fc1.weight, self.linear_fc2.weight, strict=True):
             self._draw(fc1, self.config.init_method)
             self._draw(fc2, self.config.output_layer_init_method)
+        for bias in (self.linear_fc1.bias, self.linear_fc2.bias):
+            if bias is not None:
+                bias.zero_()
 
     def _draw(self, weight: Tensor, method: Callable[[Tensor], Any]) -> None:
         if self.config.use_cpu_initialization:
@@ -196,14 +217,16 @@ class EchoGroupedMLP(MegatronModule):
             clones: which experts sit in the slots.
 
         Returns:
-            ``[B, H]``, anything in the rows beyond the last expert's; and no bias.
+            ``[B, H]``, anything in the rows beyond the last expert's; and no bias: that of the
+            second projection is added here, times the row's probability, as Megatron does.
         """
         if clones is not None and probs.requires_grad and not hidden_states.requires_grad:
             # fc1's backward pass has exchanges: it must not depend on whether its weight is frozen.
             hidden_states = hidden_states.detach().requires_grad_()
-        hidden = self.linear_fc1(hidden_states, ends, clones)
-        hidden = self.activation(hidden, probs, ends)
-        return self.linear_fc2(hidden, ends, clones), None
+        hidden, bias = self.linear_fc1(hidden_states, ends, clones)
+        hidden = self.activation(hidden, probs, ends, bias)
+        output, bias = self.linear_fc2(hidden, ends, clones)
+        return output if bias is None else with_weighted_bias(output, bias, probs, ends), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are computed with the others."""
@@ -216,11 +239,12 @@ class EchoGroupedMLP(MegatronModule):
         state: dict[str, Any] = {}
         for name in ("linear_fc1", "linear_fc2"):
             key = f"{prefix}experts.{'{expert}.' if separate else ''}{name}."
-            state[f"{prefix}{name}.weight"] = sharded_stack(
-                getattr(self, name).weight, f"{key}weight", self._place,
-                (0, 0, self._data_parallel_rank), sharded_offsets, separate=separate,
-                is_fc1=name == "linear_fc1", gated=self.config.gated_linear_unit,
-            )  # fmt: skip
+            for kind, parameter in getattr(self, name).named_parameters():
+                state[f"{prefix}{name}.{kind}"] = sharded_stack(
+                    parameter, f"{key}{kind}", self._place, (0, 0, self._data_parallel_rank),
+                    sharded_offsets, separate=separate, is_fc1=name == "linear_fc1",
+                    gated=self.config.gated_linear_unit,
+                )  # fmt: skip
             state |= empty_extra_states(
                 f"{key}_extra_state", f"{prefix}{name}._extra_state", self.num_local_experts,
                 self._place, (0, self._place.tensor_rank, self._data_parallel_rank),

@@ -12,8 +12,6 @@ _UNSUPPORTED = (
     "sft",
     "fim_data",
     "hybrid_context_parallel",
-    "hybrid_layer_pattern",
-    "hybrid_override_pattern",
     "dataloader_inter_document_masking",
     "logits_load_dir",
 )
@@ -44,6 +42,8 @@ _SIZES = (
     "recompute_num_layers",
 )
 """Megatron divides by most of these, or builds empty modules, before it looks at them."""
+_LOCAL_LAYERS = set("*+-E|")
+"""Of a hybrid pattern: attention, MLA, MLP and MoE layers, and ends of pipeline stages."""
 _NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
 
 
@@ -214,6 +214,13 @@ def _check_unsupported(args: Namespace) -> None:
             "Megatron-Core 0.19.2. Install it, or recompute other modules."
         )
     is_local = args.transformer_impl == "local"
+    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern or ""
+    others = "".join(sorted(set(pattern) - _LOCAL_LAYERS))
+    if others and is_local:
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern} has layers ({others}) that need Transformer Engine. "
+            "Install it, or use *, +, - and E without multi-token prediction."
+        )
     if args.reset_attention_mask and args.context_parallel_size > 1 and is_local:
         raise ValueError(
             "--reset-attention-mask with --context-parallel-size "

@@ -2,7 +2,7 @@
 
     python tests/functional_tests/flag_table.py      # writes docs/flags.md
 
-``test_flag_table.py`` runs every row.
+``test_flag_table.py`` runs every row. The second table is that of ``upstream_matrix.py``.
 """
 
 import dataclasses
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
+
+import upstream_matrix  # noqa: E402
+
 PAGE = ROOT / "docs" / "flags.md"
 
 
@@ -131,7 +135,16 @@ ROWS = (
         note="with Transformer Engine our own refusal: experts in bf16, fp16 or fp32"),
     Row("fp4", {"fp4_format": "e2m1"}, "--fp4-format requires Transformer Engine",
         note="with Transformer Engine our own refusal"),
-    Row("experts with biases", {"disable_bias_linear": None}, "has experts without biases."),
+    Row("experts with biases, GPT-OSS's activation",
+        {"disable_bias_linear": None, "swiglu": None, "quick_geglu": True,
+         "activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0},
+        note="clones bring them", is_elsewhere=True),
+    Row("experts and shared experts with biases", {**SHARED, "disable_bias_linear": None},
+        "has shared experts without biases, as Megatron. Use --disable-bias-linear."),
+    Row("experts with biases, expert-tensor parallelism",
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+         "expert_model_parallel_size": 1, "disable_bias_linear": None},
+        "Bias in Moe is only supported when ETP==1", note="by Megatron itself"),
     Row("interleaved gate and up projections", {"moe_mlp_glu_interleave_size": 32},
         "keeps gate and up projections apart."),
     Row("probabilities on the input",
@@ -178,6 +191,7 @@ ROWS = (
     Row("torch FSDP2", {"use_torch_fsdp2": True}, "keeps its experts whole."),
     Row("Megatron FSDP", {"use_megatron_fsdp": True}, "keeps its experts whole."),
     Row("upcycling", {"moe_use_upcycling": True}, "cannot be built from a dense checkpoint."),
+    Row("Muon", {"optimizer": "muon"}, "keeps experts in stacks, which --optimizer muon would"),
     Row("initialisation on the CPU", {"use_cpu_initialization": True},
         "gives every expert-parallel rank the same experts."),
     Row("fine-grained offloading", OFFLOAD,
@@ -199,6 +213,11 @@ ROWS = (
         "has no queue of its own for --fine-grained-offloading-max-inflight-offloads."),
     Row("sequences of several lengths", {"sft": True},
         "--sft is not supported by pretrain_gpt_moe.py."),
+    Row("hybrid model of attention, MLP and MoE layers",
+        {"hybrid_layer_pattern": "*E|-E", "num_layers": None, "pipeline_model_parallel_size": 2,
+         "expert_model_parallel_size": 1}),
+    Row("hybrid model with Mamba layers", {"hybrid_layer_pattern": "M*E", "num_layers": None},
+        "has layers (M) that need Transformer Engine.", note="with it Megatron's are taken"),
     Row("dropping at capacity 0.8",
         {"moe_received_token_capacity": 0.8, "moe_echo_overflow": "drop"}),
 )  # fmt: skip
@@ -225,7 +244,7 @@ def render() -> str:
         verdict = "works" if row.refusal is None else f"refused: {row.refusal}"
         verdict += f" ({row.note})" if row.note else ""
         lines.append(f"| {row.setting} | `{words.replace('{folder}', 'DIR')}` | {verdict} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + upstream_matrix.render()
 
 
 if __name__ == "__main__":

@@ -69,12 +69,37 @@ SHARED_EXPERTS = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 """Megatron then gives each rank a slice of every expert (expert tensor parallelism)."""
 
 
-def test_slices_of_experts(tmp_path: Path, text_flags: dict) -> None:
-    """Two ranks share each expert: ours goes on from stock's third step as stock does."""
-    flags = {**text_flags, **SHARED_EXPERTS, "train_iters": 6, "save_interval": 3}
-    stock = train(flags, 2, tmp_path / "stock")
-    load = tmp_path / "stock" / "ckpt"
-    ours = train(flags, 2, tmp_path / "ours", load, ckpt_step=3, **LAYERS["ours"])
+GPT_OSS = {
+    "expert_model_parallel_size": 2,
+    "disable_bias_linear": None,
+    "swiglu": None,
+    "quick_geglu": True,
+    "activation_func_clamp_value": 1.0,
+    "glu_linear_offset": 1.0,
+    "no_bias_gelu_fusion": True,
+}
+"""Experts with biases."""
+
+
+HYBRID = {"expert_model_parallel_size": 2, "num_layers": None, "hybrid_layer_pattern": "*E-E"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "first"),
+    [
+        pytest.param(SHARED_EXPERTS, "stock", id="slices"),
+        pytest.param(HYBRID, "stock", id="hybrid model"),
+        pytest.param(GPT_OSS, "stock", id="biases"),
+        pytest.param(GPT_OSS, "ours", id="biases, and back", marks=pytest.mark.slow),
+    ],
+)
+def test_other_models(layout: dict, first: str, tmp_path: Path, text_flags: dict) -> None:
+    """The other layer goes on from the third step as the first does; the same keys."""
+    second = "ours" if first == "stock" else "stock"
+    flags = {**text_flags, **layout, "train_iters": 6, "save_interval": 3}
+    stock = train(flags, 2, tmp_path / first, **LAYERS[first])
+    load = tmp_path / first / "ckpt"
+    ours = train(flags, 2, tmp_path / second, load, ckpt_step=3, **LAYERS[second])
     assert [line["iteration"] for line in ours] == [4, 5, 6]
     for theirs, line in zip(stock[3:], ours, strict=True):
         for name in ("lm loss", "grad-norm"):

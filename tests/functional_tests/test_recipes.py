@@ -20,6 +20,7 @@ PUBLISHED_PARAMETERS = {
     "mixtral_8x7b": 46.7e9,
     "qwen3_30b_a3b": 30.5e9,
     "qwen3_235b_a22b": 235e9,
+    "gpt_oss_120b": 116.8e9,
     "deepseek_v3": 671e9,  # without the MTP layer
 }
 QWEN3 = {"rotary_base": 1_000_000, "layernorm_epsilon": 1e-6, "qk_layernorm": True}
@@ -27,6 +28,17 @@ PUBLISHED_SETTINGS = {
     "mixtral_8x7b": {"rotary_base": 1_000_000, "layernorm_epsilon": 1e-5, "qk_layernorm": False},
     "qwen3_30b_a3b": QWEN3,
     "qwen3_235b_a22b": QWEN3,
+    "gpt_oss_120b": {
+        "rotary_base": 150_000,
+        "layernorm_epsilon": 1e-5,
+        "qk_layernorm": False,
+        "add_bias_linear": True,
+        "quick_geglu": True,
+        "activation_func_clamp_value": 7.0,
+        "glu_linear_offset": 1.0,
+        "window_size": (128, 0),
+        "softmax_type": "learnable",
+    },
     "deepseek_v3": {
         "rotary_base": 10_000,
         "layernorm_epsilon": 1e-6,
@@ -40,7 +52,7 @@ PUBLISHED_SETTINGS = {
         "moe_router_group_topk": 4,
     },
 }
-QUICK_TWINS = ("deepseek_v3", "mixtral_8x7b")
+QUICK_TWINS = ("deepseek_v3", "gpt_oss_120b", "mixtral_8x7b")
 """Between them every array of flags; the other twins differ from them in sizes."""
 TWIN_STEPS = 10
 
@@ -93,7 +105,7 @@ def model_of(args: Namespace, name: str) -> Model:
 def test_the_shape_is_the_published_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags, the simulator's model and the published number of parameters say the same."""
     args = parsed(name, monkeypatch)
-    assert args.swiglu
+    assert args.swiglu != args.quick_geglu  # both are gated
     assert args.normalization == "RMSNorm"
     assert args.untie_embeddings_and_output_weights
     assert args.group_query_attention != args.multi_latent_attention

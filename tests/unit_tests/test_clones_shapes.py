@@ -56,6 +56,7 @@ def test_meta_tensors(ranks: int, wire: str, slots: int | None) -> None:
     layer = build(
         ranks, wire, torch.bfloat16, slots, moe_router_dtype="fp32",
         moe_echo_recompute_expert_dispatch=again, moe_echo_row_alignment=16 if again else 1,
+        add_bias_linear=slots == 2,
     ).to("meta")  # fmt: skip
     shape = (SEQUENCE, BATCH, HIDDEN)
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)

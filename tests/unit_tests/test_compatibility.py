@@ -28,6 +28,7 @@ PLAIN = SimpleNamespace(
     step_batch_size_schedule=None, check_for_spiky_loss=False, timing_log_level=0,
     log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
     moe_echo_row_alignment=16, moe_received_token_capacity=None,
+    moe_shared_expert_intermediate_size=None, optimizer="adam",
 )  # fmt: skip
 LAYERS = {"cuda_graph_impl": "local"}
 GRAPH = {"cuda_graph_impl": "full_iteration"}
@@ -35,7 +36,8 @@ OF_CONFIG = (
     {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
     {"moe_expert_capacity_factor": 1.0},
     {"moe_expert_rank_capacity_factor": 1.5},
-    {"fp8": "hybrid"}, {"fp4": "e2m1"}, {"add_bias_linear": True},
+    {"fp8": "hybrid"}, {"fp4": "e2m1"},
+    {"add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},
     {"moe_apply_probs_on_input": True},
     {"overlap_moe_expert_parallel_comm": True},
     {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},
@@ -64,6 +66,7 @@ OF_ARGUMENTS = (
     {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True}, {"moe_use_upcycling": True},
     {"delay_wgrad_compute": True}, {"fine_grained_activation_offloading": True},
     {**GRAPH, "rampup_batch_size": [2, 2, 8]}, {**LAYERS, "step_batch_size_schedule": "0:8"},
+    {"optimizer": "muon"}, {"optimizer": "soap"},
 )  # fmt: skip
 OF_GRAPHS = (
     {"optimizer_cuda_graph": True}, {"overlap_param_gather_with_optimizer_step": True},

@@ -1,3 +1,4 @@
+import copy
 import functools
 from unittest import mock
 
@@ -13,6 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -27,6 +30,7 @@ from megatron_echo.layer_specs import (
     gpt_moe_block_spec,
     gpt_moe_layer_spec,
     gpt_mtp_block_spec,
+    hybrid_stack_spec,
     moe_module_spec,
     replace_modules,
 )
@@ -174,6 +178,25 @@ def test_a_hybrid_model_takes_the_layer() -> None:
         for m in model.modules()
         if isinstance(m, EchoMoELayer)
     )
+
+
+def test_the_stack_of_a_hybrid_model() -> None:
+    """Local layers without Transformer Engine, MLA among them; Megatron's with it."""
+    model_parallel_cuda_manual_seed(1)
+    base = model_config(num_layers=5, moe_layer_freq=1)
+    config = base.transformer
+    pattern = "*E-E"
+    model = HybridModel(config, hybrid_stack_spec(config), 16, 8, hybrid_layer_pattern=pattern)
+    kinds = [type(getattr(layer, "mlp", None)) for layer in model.decoder.layers]
+    assert kinds == [IdentityOp, EchoMoELayer, MLP, EchoMoELayer]
+    tokens = torch.arange(8)[None]
+    model(tokens, tokens, attention_mask=None).sum().backward()
+    assert model.decoder.final_norm.weight.grad.any()
+    with_engine = copy.copy(config)
+    with_engine.transformer_impl = "transformer_engine"
+    stack = hybrid_stack_spec(with_engine)
+    assert stack.module is HybridStack
+    assert "EchoMoELayer" in str(stack.submodules.moe_layer.submodules.mlp)
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep", "ncclep"])

@@ -72,8 +72,9 @@ def build(ranks: int, wire: str, dtype: torch.dtype, **fields: Any) -> EchoMoELa
         {},
         {"moe_echo_row_alignment": 16},
         {"moe_received_token_capacity": 0.5, "moe_echo_overflow": "drop"},
+        {"add_bias_linear": True},
     ],
-    ids=["auto", "aligned", "small"],
+    ids=["auto", "aligned", "small", "biases"],
 )
 def test_meta_tensors(ranks: int, wire: str, fields: dict[str, Any]) -> None:
     """The whole layer with Megatron's router, in bf16: no value is there to be read."""

@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 from unit_tests.dispatch.test_kernels import run_script
 
 from megatron_echo.experts import activation as module
-from megatron_echo.experts import activation_kernels
+from megatron_echo.experts import activation_kernels, biases
 from megatron_echo.experts.activation import ExpertActivation, weighted_activation
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,7 +38,11 @@ EPSILON = 8 * torch.finfo(torch.float32).eps
 
 @pytest.fixture(autouse=True)
 def interpreted() -> Iterator[None]:
-    with triton_interpreter.mended(), mock.patch.object(module, "on_gpu", return_value=True):
+    with (
+        triton_interpreter.mended(),
+        mock.patch.object(module, "on_gpu", return_value=True),
+        mock.patch.object(biases, "on_gpu", return_value=True),
+    ):
         yield
 
 
@@ -52,6 +56,7 @@ class Case:
     width: int = 24
     last: int = 33
     seed: int = 0
+    has_bias: bool = False
 
     def __post_init__(self) -> None:
         self.activation = KINDS[self.kind]
@@ -66,16 +71,20 @@ class Case:
         for tensor in (self.hidden, self.grad, self.probs):
             tensor[self.last :] = float("nan")
         self.ends = torch.tensor([0, self.last // 2, self.last], dtype=torch.int32)
+        self.bias = torch.randn(3, hidden.shape[1], generator=generator)
 
     def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Output and gradients of hidden and probs, in the rows in use; in the wide dtype exact."""
-        hidden, probs, grad = self.hidden, self.probs, self.grad
+        hidden, probs, grad, bias = self.hidden, self.probs, self.grad, self.bias
         if dtype is not None:
-            hidden, probs, grad = (t.to(dtype) for t in (hidden, probs, grad))
-        leaves = [t.detach().clone().requires_grad_() for t in (hidden, probs)]
-        output = weighted_activation(*leaves, self.ends, self.activation)
-        grads = torch.autograd.grad(output, leaves, grad)
-        return [t.detach()[: self.used] for t in (output, *grads)]
+            hidden, probs, grad, bias = (t.to(dtype) for t in (hidden, probs, grad, bias))
+        given = (hidden, probs, *([bias] if self.has_bias else []))
+        leaves = [t.detach().clone().requires_grad_() for t in given]
+        output = weighted_activation(*leaves[:2], self.ends, self.activation, *leaves[2:])
+        with mock.patch.object(biases, "on_gpu", return_value=dtype is None):
+            grads = torch.autograd.grad(output, leaves, grad)
+        found = [t.detach()[: self.used] for t in (output, *grads[:2])]
+        return found + list(grads[2:])
 
     def sizes(self) -> list[Tensor]:
         """What bounds the terms of the results, in fp64."""
@@ -83,17 +92,28 @@ class Case:
             t[: self.used].double().abs() for t in (self.hidden, self.probs, self.grad)
         )
         probs = probs[:, None]
+        if self.has_bias:
+            hidden += biases.bias_of_rows(self.bias, self.groups()).double().abs()
         gate, up = hidden.chunk(2, 1) if self.activation.is_gated else (hidden, torch.tensor(1.0))
         up = up + self.activation.offset
         value = gate * (gate + 1) * up
         to_hidden = [grad * probs * up * (1 + gate)]
         to_hidden += [grad * probs * gate] * self.activation.is_gated
-        return [value * probs, torch.cat(to_hidden, 1), (value * grad).sum(1)]
+        sizes = [value * probs, torch.cat(to_hidden, 1), (value * grad).sum(1)]
+        if self.has_bias:  # sums of gradients that were rounded to the rows' dtype
+            of_hidden = sizes[1] * (1 + torch.finfo(self.dtype).eps / EPSILON)
+            with mock.patch.object(biases, "on_gpu", return_value=False):
+                like = self.bias.double()
+                sizes.append(biases.group_sums(of_hidden, self.groups(), self.ends, like))
+        return sizes
+
+    def groups(self) -> Tensor:
+        return biases.row_groups(self.ends, self.rows)[: self.used]
 
 
 def check(case: Case) -> None:
     exact = case.results(torch.float64)
-    terms = 1, 1, max(case.width / 4, 1)
+    terms = (1, 1, max(case.width / 4, 1), 1)[: len(exact)]
     for result, value, size, count in zip(case.results(), exact, case.sizes(), terms, strict=True):
         smallest = torch.finfo(result.dtype).smallest_normal * torch.finfo(result.dtype).eps
         unit = torch.finfo(result.dtype).eps
@@ -112,6 +132,14 @@ def test_within_half_a_unit_of_the_exact_result(kind: str, name: str) -> None:
     assert kinds[2] == (torch.float32, ())
 
 
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("kind", ["gpt-oss", "gelu"])
+def test_with_a_bias(kind: str, name: str) -> None:
+    """Of each row's group, before the clamp; its gradient is a sum over the group's rows."""
+    for last in (33, 0, 45):
+        check(Case(kind, DTYPES[name], last=last, has_bias=True))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_shapes(seed: int) -> None:
     draw = np.random.default_rng(seed)
@@ -120,7 +148,7 @@ def test_random_shapes(seed: int) -> None:
         Case(
             kind=draw.choice(list(KINDS)), dtype=DTYPES[draw.choice(list(DTYPES))], rows=rows,
             width=int(draw.choice([1, 3, 8, 255, 256, 257, 520])),
-            last=int(draw.integers(rows + 5)), seed=seed,
+            last=int(draw.integers(rows + 5)), seed=seed, has_bias=bool(seed % 2),
         )
     )  # fmt: skip
 
@@ -231,6 +259,7 @@ for name, dtype, constants in {cases}:
     kernel = getattr(activation_kernels, name)
     types = dict.fromkeys(kernel.arg_names, "*" + dtype)
     types |= {{"probs": "*fp32", "to_probs": "*fp32", "used": "*i32", "num_rows": "i32"}}
+    types |= {{"bias": "*fp32", "groups": "*i32"}}
     types |= dict.fromkeys(constants, "constexpr")
     types = {{name: types[name] for name in kernel.arg_names}}
     pointers = [n for n, arg in enumerate(kernel.arg_names) if types[arg][0] == "*"]

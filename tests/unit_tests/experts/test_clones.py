@@ -34,6 +34,16 @@ def test_expert_tensor_parallelism(ranks: int) -> None:
 
 
 @launch.on_ranks(2, slow=(4,))
+def test_biases(ranks: int) -> None:
+    """GPT-OSS's experts against a loop, with clones and without; broken biases are seen."""
+    print(
+        launch.run(["biases", "biases_in_bf16", "mutants_of_biases"], ranks, script=WORKER)
+        .check()
+        .output
+    )
+
+
+@launch.on_ranks(2, slow=(4,))
 def test_latent_experts(ranks: int) -> None:
     """Between the two projections of Megatron's latent MoE, with clones and without."""
     run("latent", ranks)

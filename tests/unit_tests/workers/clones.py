@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from megatron.core import parallel_state
+from megatron.core.activations import quick_gelu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -21,12 +22,14 @@ from moe_cases import HIDDEN, ForcedRouter, experts_for, forced, layer_config, r
 from torch import Tensor
 from unit_tests.workers.moe_layer import (
     BATCH,
+    BIAS_RESULTS,
     RESULTS,
     SEQUENCE,
     TOKENS,
     TRANSPORTS,
     Problem,
     advised,
+    biases,
     build,
     dense,
     errors,
@@ -40,6 +43,7 @@ from unit_tests.workers.moe_layer import (
     run,
     run_quietly,
     same_bits,
+    weights,
 )
 
 from megatron_echo import cpu_backend
@@ -238,6 +242,81 @@ def check_expert_tensor_parallelism() -> None:
         found = errors(run(layer, case), dense(layer, case, slices))
         assert max(found.values()) <= 1e-12, (kind, slots, wire, found)
         StepEnd.of(layer.config).overflow.check()
+
+
+GPT_OSS: dict[str, Any] = {
+    "add_bias_linear": True,
+    "activation_func": quick_gelu,
+    "activation_func_clamp_value": 1.0,
+    "glu_linear_offset": 1.0,
+}
+
+
+def with_biases(topk: int, dtype: torch.dtype, slots: int, **fields: Any) -> EchoMoELayer:
+    """A layer of GPT-OSS's experts, each with biases of its own."""
+    layer = cloned(topk, dtype, slots, **{**GPT_OSS, **fields})
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    with torch.no_grad():
+        for bias in biases(layer):
+            assert not bias.any()  # as Megatron's before the first step
+            bias.copy_(torch.randn(bias.shape, generator=generator))
+    return layer
+
+
+def check_biases() -> None:
+    """Those of clones come with the weights and take their gradients home, by every way."""
+    ways = itertools.cycle(("collective", "p2p", "symmetric_memory"))
+    wires = itertools.cycle(TRANSPORTS)
+    for kind, slots in itertools.product(("hot", "random", "padding", "idle rank"), (0, 1, 2)):
+        case = case_of(kind, 2, torch.float64)
+        way = next(ways)
+        layer = with_biases(
+            2, torch.float64, slots, moe_echo_expert_dispatcher_type=way,
+            moe_echo_token_transport=next(wires), moe_received_token_capacity=4.0,
+        )  # fmt: skip
+        if kind == "hot" and slots:
+            assert with_clones_somewhere(layer, case).any()
+        with no_host_sync("raise") if way != "p2p" else contextlib.nullcontext():
+            result = run(layer, case)
+        found = errors(result, dense(layer, case))
+        assert set(found) == {*RESULTS, *BIAS_RESULTS}
+        assert max(found.values()) <= 1e-12, (kind, slots, found)
+        StepEnd.of(layer.config).overflow.check()
+        same_bits(run(layer, case), result)
+
+
+def check_biases_in_bf16() -> None:
+    """Parts of a gradient are added wide and rounded once: as near as without clones."""
+    case = case_of("hot", 2, torch.bfloat16)
+    for slots in (0, 2):
+        # Rounding would decide what a clamp lets through.
+        layer = with_biases(2, torch.bfloat16, slots, activation_func_clamp_value=None)
+        found = errors(run(layer, case), dense(layer, case))
+        assert max(found.values()) <= 0.04, (slots, found)
+
+
+def check_mutants_of_biases() -> None:
+    """A bias that is not cloned, and a clone's that takes no gradient home, are seen."""
+    case = case_of("hot", 2, torch.float64)
+    push, bring = CollectiveWeights.push, CollectiveWeights.bring_home
+
+    def no_bias(self: Any, weight: Tensor, *rest: Any) -> None:
+        push(self, weight, *rest)
+        if weight.shape[1] == 1:
+            rest[-1].zero_()
+
+    def no_gradient(self: Any, grads: Tensor, *rest: Any) -> Tensor:
+        home = bring(self, grads.clone(), *rest)
+        return grads[: len(home)] if grads.shape[1] == 1 else home
+
+    for name, mutant, wrong in (
+        ("push", no_bias, {"output", "dbias1"}),
+        ("bring_home", no_gradient, {"dbias1", "dbias2"}),
+    ):
+        layer = with_biases(2, torch.float64, 2)
+        with mock.patch.object(CollectiveWeights, name, mutant):
+            found = errors(run(layer, case), dense(layer, case))
+        assert wrong <= {result for result, error in found.items() if error > 1e-3}, found
 
 
 class Projection(torch.nn.Module):
@@ -825,8 +904,9 @@ def frozen_run(layer: EchoMoELayer, case: Problem, needs_hidden: bool) -> dict[s
     probs = mine.probs.clone().requires_grad_()
     output, _ = forced(layer, probs, mine.chosen)(hidden)
     output.backward(mine.weight.view_as(output))
-    leaves = (hidden, probs, layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight)
-    grads = dict(zip(RESULTS[1:], (leaf.grad for leaf in leaves), strict=True))
+    leaves = (hidden, probs, *weights(layer), *biases(layer))
+    names = (*RESULTS[1:], *BIAS_RESULTS)
+    grads = {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
     return {RESULTS[0]: output.detach(), **grads}
 
 
@@ -841,16 +921,18 @@ def check_experts_frozen_on_one_rank() -> None:
         settings = {
             "moe_echo_expert_dispatcher_type": way,
             "moe_echo_token_transport": "all_to_all",
+            "add_bias_linear": True,
         }
         expected = frozen_run(cloned(2, torch.float32, **settings), case, needs_hidden)
         for who in range(ranks):
             layer = cloned(2, torch.float32, **settings)
             if rank == who:
                 for name in names:
-                    getattr(layer.experts, name).weight.requires_grad_(False)
+                    getattr(layer.experts, name).requires_grad_(False)
             found = frozen_run(layer, case, needs_hidden)
             for name, tensor in found.items():
-                is_frozen = rank == who and f"linear_{name[1:]}" in names
+                module = f"linear_{name[1:].replace('bias', 'fc')}"
+                is_frozen = rank == who and module in names
                 whole = None if is_frozen else expected[name]
                 assert (tensor is None) == (whole is None), (way, who, name)
                 assert tensor is None or torch.equal(tensor, whole), (way, who, name)

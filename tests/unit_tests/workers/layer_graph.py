@@ -39,6 +39,7 @@ ALONE: tuple[dict[str, Any], ...] = (
     {"params_dtype": torch.bfloat16},
     {"params_dtype": torch.bfloat16, "moe_echo_token_transport": "all_to_all"},
     {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    {"add_bias_linear": True, "activation_func_clamp_value": 1.0},
 )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torch.utils.deterministic
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -42,6 +41,7 @@ SEQUENCE, BATCH = 6, 2
 TOKENS = SEQUENCE * BATCH  # on each rank
 TRANSPORTS = ("all_gather", "all_to_all")
 RESULTS = ("output", "dx", "dprobs", "dfc1", "dfc2")
+BIAS_RESULTS = ("dbias1", "dbias2")
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,27 @@ def forward(layer: EchoMoELayer, case: Problem) -> Callable[[], dict[str, Tensor
     assert (output.shape, output.dtype) == (hidden.shape, hidden.dtype)
 
     def backward() -> dict[str, Tensor]:
-        fc1, fc2 = layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight
-        fc1.grad = fc2.grad = None
+        parameters = [*weights(layer), *biases(layer)]
+        for parameter in parameters:
+            parameter.grad = None
         output.backward(mine.weight.view_as(output))
-        grads = [leaf.grad for leaf in (hidden, probs, fc1, fc2)]
+        grads = [leaf.grad for leaf in (hidden, probs, *parameters)]
         tensors = [output.detach(), *(grad for grad in grads if grad is not None)]
         tensors[:2] = [tensor.view(TOKENS, HIDDEN) for tensor in tensors[:2]]
-        return dict(zip(RESULTS, tensors, strict=True))
+        names = RESULTS + (BIAS_RESULTS if biases(layer) else ())
+        return dict(zip(names, tensors, strict=True))
 
     return backward
+
+
+def weights(layer: EchoMoELayer) -> list[Tensor]:
+    return [layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight]
+
+
+def biases(layer: EchoMoELayer) -> list[Tensor]:
+    """Of both projections, or none."""
+    both = (layer.experts.linear_fc1.bias, layer.experts.linear_fc2.bias)
+    return [bias for bias in both if bias is not None]
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -142,16 +154,30 @@ def dense(layer: EchoMoELayer, case: Problem, slices: int = 1) -> dict[str, Tens
         whole(linear.weight.double(), slices, linear is layer.experts.linear_fc1).requires_grad_()
         for linear in (layer.experts.linear_fc1, layer.experts.linear_fc2)
     )
+    added = [gathered(bias.double()).requires_grad_() for bias in biases(layer)]
     output = torch.zeros_like(hidden)
     for expert in range(len(fc1)):
-        gate, up = (hidden @ fc1[expert].T).chunk(2, dim=1)
-        result = (F.silu(gate) * up * probs[:, expert, None]) @ fc2[expert].T
+        bias1, bias2 = (bias[expert] for bias in added) if added else (0, 0)
+        inner = gated_unit(layer.config, hidden @ fc1[expert].T + bias1)
+        result = (inner @ fc2[expert].T + bias2) * probs[:, expert, None]
         output = output + torch.where(case.chosen[:, expert, None], result, 0)
-    grads = torch.autograd.grad(output, (hidden, probs, fc1, fc2), case.weight.double())
+    leaves = (hidden, probs, fc1, fc2, *added)
+    grads = torch.autograd.grad(output, leaves, case.weight.double())
     rank, ranks = dist.get_rank(), dist.get_world_size()
     of_tokens = (tensor.chunk(ranks)[rank] for tensor in (output.detach(), *grads[:2]))
-    of_weights = (part(grad, slices, grad is grads[2]) for grad in grads[2:])
-    return dict(zip(RESULTS, (*of_tokens, *of_weights), strict=True))
+    of_weights = (part(grad, slices, grad is grads[2]) for grad in grads[2:4])
+    of_biases = (grad.chunk(ranks)[rank] for grad in grads[4:])
+    names = RESULTS + (BIAS_RESULTS if added else ())
+    return dict(zip(names, (*of_tokens, *of_weights, *of_biases), strict=True))
+
+
+def gated_unit(config: Any, inner: Tensor) -> Tensor:
+    """The activation of an expert, with the clamp and the offset of the configuration."""
+    gate, up = inner.chunk(2, dim=1)
+    limit = config.activation_func_clamp_value
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return config.activation_func(gate) * (up + config.glu_linear_offset)
 
 
 @functools.cache
@@ -162,18 +188,18 @@ def dense_problem(kind: str, topk: int, dtype: torch.dtype) -> dict[str, Tensor]
 
 def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Largest difference over the largest value on all ranks, of each tensor."""
-    assert all(actual[name].shape == expected[name].shape for name in RESULTS)
-    differences = [(actual[name].double() - expected[name]).abs().max() for name in RESULTS]
-    sizes = torch.stack([*differences, *(expected[name].abs().max() for name in RESULTS)])
+    assert all(actual[name].shape == expected[name].shape for name in expected)
+    differences = [(actual[name].double() - expected[name]).abs().max() for name in expected]
+    sizes = torch.stack([*differences, *(expected[name].abs().max() for name in expected)])
     sizes = torch.where(sizes.isfinite(), sizes, torch.inf)  # a maximum over ranks may lose NaN
     dist.all_reduce(sizes, dist.ReduceOp.MAX)
     pairs = zip(*sizes.view(2, -1).tolist(), strict=True)
     found = [error / scale if scale else error for error, scale in pairs]
-    return dict(zip(RESULTS, found, strict=True))
+    return dict(zip(expected, found, strict=True))
 
 
 def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name in RESULTS:
+    for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 
 

@@ -1,0 +1,95 @@
+"""Megatron-Core's own functional test configurations with our layer: ``upstream_configs.yaml``.
+
+``test_upstream_matrix.py`` judges all of them and trains them beside Megatron's layer.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import launch
+import yaml
+
+CONFIGS = Path(__file__).resolve().parent / "upstream_configs.yaml"
+BASE = {
+    "num_layers": None,
+    "num_experts": None,
+    "moe_router_topk": None,
+    "swiglu": None,
+    "normalization": None,
+    "position_embedding_type": None,
+    "seq_length": 32,
+    "max_position_embeddings": 32,
+    "micro_batch_size": 1,
+    "train_iters": 2,
+}
+"""On top of ``launch.tiny_model``; None is left to the configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Configurations that are the same one when they are as small as here.
+
+    Attributes:
+        names: upstream's, folder and case.
+        ranks: to start.
+        flags: of upstream, scaled.
+        left_out: flags that need what is not here.
+        refusal: words of a refusal that the flags alone bring.
+        build_refusal: of one that building the model brings.
+        package: that Megatron needs.
+        reason: of a refusal, in short.
+    """
+
+    names: tuple[str, ...]
+    ranks: int
+    flags: str
+    left_out: str = ""
+    refusal: str = ""
+    build_refusal: str = ""
+    package: str = ""
+    reason: str = ""
+
+    def argv(self, *, ours: bool, run_dir: object = None) -> list[str]:
+        """The command line with our layer, or with Megatron's."""
+        words = [*launch.tiny_model(**BASE, run_dir=run_dir), *self.flags.split()]
+        if ours:
+            return [*words, "--moe-enable-echo"]
+        return ["alltoall" if word == "flex" else word for word in words]  # flex needs DeepEP
+
+    @property
+    def outcome(self) -> str:
+        """For people."""
+        if self.reason:
+            return f"refused: {self.reason}"
+        return "follows Megatron's layer"
+
+
+def load() -> list[Config]:
+    """All of them."""
+    return [
+        Config(**{**entry, "names": tuple(entry["names"])})
+        for entry in yaml.safe_load(CONFIGS.read_text())
+    ]
+
+
+def render() -> str:
+    """A section of ``docs/flags.md``."""
+    configs = load()
+    total = sum(len(config.names) for config in configs)
+    followed = sum(len(config.names) for config in configs if not config.reason)
+    lines = [
+        "## Megatron-Core's own test configurations",
+        "",
+        f"{total} of its functional tests of mixtures of experts, sizes and ranks scaled down and "
+        f"in fp32 (`tests/functional_tests/upstream_configs.yaml`): **{followed} follow Megatron's "
+        "layer**, loss and gradient norm within 1e-5 over two steps (measured: 2e-7). *Left out* "
+        "needs a GPU or another package.",
+        "",
+        "| configuration | outcome | left out |",
+        "|---|---|---|",
+    ]
+    for config in configs:
+        needs = [config.left_out] if config.left_out else []
+        needs += [f"(needs {config.package})"] if config.package else []
+        lines += [f"| `{name}` | {config.outcome} | {' '.join(needs)} |" for name in config.names]
+    return "\n".join(lines) + "\n"
