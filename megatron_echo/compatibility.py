@@ -38,10 +38,6 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "{config.moe_expert_rank_capacity_factor}. Use --moe-received-token-capacity.",
     ),
     (
-        lambda c: c.fp8 or c.fp4,
-        "computes experts in bf16, fp16 or fp32. Leave --fp8-format and --fp4-format out.",
-    ),
-    (
         lambda c: c.add_bias_linear,
         "has experts without biases. Use --disable-bias-linear.",
     ),
@@ -101,6 +97,12 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
 )
 
 _TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda c: c.fp8 or c.fp4,
+        "--fp8-format or --fp4-format: in the layers of Transformer Engine (attention, dense "
+        "layers, shared expert); our experts keep their parameters in {parameters} and compute in "
+        "{computed}",
+    ),
     (
         lambda c: c.recompute_granularity == "selective" and "moe_act" in c.recompute_modules,
         "--recompute-modules moe_act: the activation of our experts is recomputed in any case",
@@ -196,7 +198,9 @@ def _is_sinkhorn(config: Any) -> bool:
 
 def settings_taken_over(config: Any) -> list[str]:
     """What a user should know about accepted settings, a line each."""
-    return [note for applies, note in _TAKEN_OVER if applies(config)]
+    parameters = str(config.params_dtype).removeprefix("torch.")
+    words = {"parameters": parameters, "computed": parameters}
+    return [note.format(**words) for applies, note in _TAKEN_OVER if applies(config)]
 
 
 _ENGINE: tuple[tuple[Callable[[Any], Any], str], ...] = (

@@ -30,7 +30,7 @@ OF_CONFIG = (
     {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
     {"moe_expert_capacity_factor": 1.0},
     {"moe_expert_rank_capacity_factor": 1.5},
-    {"fp8": "hybrid"}, {"fp4": "e2m1"}, {"add_bias_linear": True},
+    {"add_bias_linear": True},
     {"moe_apply_probs_on_input": True},
     {"overlap_moe_expert_parallel_comm": True},
     {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},
@@ -43,6 +43,7 @@ OF_CONFIG = (
     {**GRAPH, "moe_router_load_balancing_type": ["sinkhorn"]},
 )  # fmt: skip
 TAKEN_OVER = (
+    {"fp8": "hybrid"}, {"fp4": "e2m1"},
     {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     {"moe_router_padding_for_quantization": True}, {"use_transformer_engine_op_fuser": True},
     {"moe_router_load_balancing_type": ["sinkhorn"]},
@@ -97,3 +98,9 @@ def test_the_message_is_that_of_the_row() -> None:
     assert "Use --bf16" in str(compatibility.argument_refusal(graph))
     without_graph = SimpleNamespace(**vars(PLAIN) | {"fp16": True})
     assert compatibility.argument_refusal(without_graph) is None
+
+
+def test_what_is_said_beside_fp8_of_transformer_engine() -> None:
+    changed = SimpleNamespace(**vars(PLAIN) | {"fp8": "hybrid"})
+    (line,) = compatibility.settings_taken_over(changed)
+    assert "our experts keep their parameters in bfloat16 and compute in bfloat16" in line
