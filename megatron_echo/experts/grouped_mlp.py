@@ -14,12 +14,13 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from megatron_echo.config import echo_setting, expert_width
+from megatron_echo.config import computes_in_fp8, echo_setting, expert_width
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, cloned_linear
+from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear
 from megatron_echo.experts.grouped_linear import (
     GroupedGemm,
     TorchGemm,
@@ -81,6 +82,7 @@ class GroupedLinear(torch.nn.Module):
         )
         setattr(self.weight, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
 
+        self._fp8 = Fp8Weights(config) if computes_in_fp8(config) else None
         self._pool = WeightPool.of(config)
         self._gemm = echo_setting(config, "moe_echo_grouped_gemm")
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
@@ -91,6 +93,11 @@ class GroupedLinear(torch.nn.Module):
         The clones are brought here, in the forward pass of the module that owns the weights:
         Megatron's parameter all-gather is waited for before it.
         """
+        if self._fp8 is not None:
+            return fp8_linear(
+                rows, self.weight, ends, clones, self._fp8,
+                trains=self.training, keep=self._keeps_clones,
+            )  # fmt: skip
         gemm = self._grouped_gemm(len(ends))
         if clones is None:
             return grouped_linear(rows, self.weight, ends, gemm)

@@ -92,6 +92,11 @@ class StepEnd(PerModel, EndOfStep):
         """The object of a model, from its ``TransformerConfig``; installed on first use."""
         return super().of(config, config)
 
+    @property
+    def steps(self) -> int:
+        """Steps that have ended."""
+        return self._steps
+
     def note(self, role: Role) -> None:
         """The model, or a layer of it, is called in training."""
         self._sees_calls = True
