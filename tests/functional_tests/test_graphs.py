@@ -36,6 +36,7 @@ SLOW = pytest.mark.slow
         pytest.param("moe_clones_ep2_pp2", marks=SLOW),
         pytest.param("moe_clones_ep2_dist_optimizer", marks=SLOW),
         pytest.param("moe_clones_ep2_recompute", marks=SLOW),
+        pytest.param("moe_clones_ep2_fp8", marks=SLOW),
         "moe_loss_batch_ep2",
         pytest.param("moe_loss_batch_ep2_pp2", marks=SLOW),
         pytest.param("moe_loss_seq_ep2", marks=SLOW),
