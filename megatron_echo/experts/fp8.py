@@ -6,8 +6,8 @@ column of each expert's rows. A scale is the smallest power of two with which th
 at most 448, so that to scale is exact and the only rounding is that to e4m3, to nearest even. NaN
 and infinity become NaN.
 
-The functions here are the specification, and what CPU runs compute: values are multiplied and
-summed in fp32, scaled, and rounded once. On a GPU the products are those of
+The references here are the specification, and what CPU runs compute: values are multiplied and
+summed in fp32, scaled, and rounded once. On a GPU kernels quantise, and the products are those of
 ``torch._scaled_grouped_mm``, with offsets on the device.
 
 As scales are powers of two, a value is rounded to the same number whatever its scale, unless it is
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_echo.environment import on_gpu
 from megatron_echo.experts.grouped_linear import grouped_outer, grouped_product
 
 FP8 = torch.float8_e4m3fn
@@ -52,30 +53,15 @@ def scales_for(largest: Tensor) -> Tensor:
     return (exponent.clamp_(min=1) << 23).view(torch.float32)
 
 
-def quantise_rows(tensor: Tensor) -> Quantised:
-    """A scale for each line of the last dimension.
-
-    Args:
-        tensor: ``[..., i]``, any floating dtype.
-
-    Returns:
-        Values ``[..., i]`` and scales ``[...]``.
-    """
+def quantise_rows_reference(tensor: Tensor) -> Quantised:
+    """A scale for each line of the last dimension: of :func:`quantise_rows`."""
     wide = tensor.float()
     scales = scales_for(wide.abs().amax(-1))
     return Quantised((wide * scales.reciprocal().unsqueeze(-1)).to(FP8), scales)
 
 
-def quantise_columns(rows: Tensor, ends: Tensor) -> Quantised:
-    """A scale for each column of each group of rows: an operand of a weight gradient.
-
-    Args:
-        rows: ``[B, o]``, any floating dtype; those behind the last end may hold anything.
-        ends: int32 ``[G]``, end offset of each group.
-
-    Returns:
-        Values ``[o, B]``, zero behind the last end, and scales ``[G, o]``.
-    """
+def quantise_columns_reference(rows: Tensor, ends: Tensor) -> Quantised:
+    """Of :func:`quantise_columns`; zero behind the last end."""
     row = torch.arange(rows.shape[0], device=rows.device)
     group = torch.searchsorted(ends, row, right=True)
     wide = rows.float().masked_fill((group == len(ends))[:, None], 0)
@@ -84,6 +70,75 @@ def quantise_columns(rows: Tensor, ends: Tensor) -> Quantised:
     scales = scales_for(largest.scatter_reduce_(0, index, wide.abs(), "amax"))
     values = wide * scales.reciprocal().index_select(0, group)
     return Quantised(values.to(FP8).t().contiguous(), scales[:-1])
+
+
+def quantise_rows(rows: Tensor, ends: Tensor) -> Quantised:
+    """A scale for each row: what a product takes on its left. A kernel on a GPU.
+
+    Args:
+        rows: ``[B, i]``, any floating dtype; those behind the last end may hold anything.
+        ends: int32 ``[G]``, end offset of each group.
+
+    Returns:
+        Values ``[B, i]`` and scales ``[B]``; anything behind the last end.
+    """
+    if not on_gpu(rows):
+        return quantise_rows_reference(rows)
+    from megatron_echo.experts import fp8_kernels
+
+    result = Quantised(_new(rows, *rows.shape), rows.new_empty(len(rows), dtype=torch.float32))
+    stack = rows.contiguous()[None], ends[-1:]
+    fp8_kernels.rows(*stack, result.values[None], result.scales[None])
+    return result
+
+
+def quantise_columns(rows: Tensor, ends: Tensor) -> Quantised:
+    """A scale for each column of each group of rows: an operand of a weight gradient.
+
+    Args:
+        rows: as in :func:`quantise_rows`, ``[B, o]``.
+        ends: int32 ``[G]``.
+
+    Returns:
+        Values ``[o, B]`` and scales ``[G, o]``; anything behind the last end.
+    """
+    if not on_gpu(rows):
+        return quantise_columns_reference(rows, ends)
+    from megatron_echo.experts import fp8_kernels
+
+    shape = len(ends), rows.shape[1]
+    result = Quantised(_new(rows, *rows.mT.shape), rows.new_empty(shape, dtype=torch.float32))
+    fp8_kernels.columns(rows.contiguous(), ends, result.values, result.scales, is_stack=False)
+    return result
+
+
+def quantise_matrices(weights: Tensor, into: Quantised, *, is_transposed: bool) -> None:
+    """A scale for each output of each expert, or for each input.
+
+    Args:
+        weights: ``[m, out, in]``, contiguous.
+        into: is written: ``[m, out, in]`` and ``[m, out]``, or transposed ``[m, in, out]`` and
+            ``[m, in]``. Each matrix is contiguous.
+        is_transposed: a scale for each input.
+    """
+    if not on_gpu(weights):
+        for number, matrix in enumerate(weights):  # one at a time: fp32 meanwhile
+            quantised = quantise_rows_reference(matrix.t() if is_transposed else matrix)
+            into.values[number].copy_(quantised.values)
+            into.scales[number].copy_(quantised.scales)
+        return
+    from megatron_echo.experts import fp8_kernels
+
+    if is_transposed:
+        experts, out, _ = weights.shape
+        ends = torch.arange(1, experts + 1, dtype=torch.int32, device=weights.device) * out
+        fp8_kernels.columns(weights.flatten(0, 1), ends, into.values, into.scales, is_stack=True)
+    else:
+        fp8_kernels.rows(weights, None, into.values, into.scales)
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=FP8, device=like.device)
 
 
 def scaled_product(rows: Quantised, weights: Quantised, ends: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from megatron_echo.experts.fp8 import (
     FP8,
     Quantised,
     quantise_columns,
+    quantise_matrices,
     quantise_rows,
     scaled_outer,
     scaled_product,
@@ -59,11 +60,7 @@ class _Stack:
         if state is not None and state == self._is_of:
             return
         self._is_of = state
-        stack = self.operand
-        for expert, matrix in enumerate(weight.detach()):  # one at a time: fp32 meanwhile
-            quantised = quantise_rows(matrix.t() if self._is_transposed else matrix)
-            stack.values[expert].copy_(quantised.values)
-            stack.scales[expert].copy_(quantised.scales)
+        quantise_matrices(weight.detach(), self.operand, is_transposed=self._is_transposed)
 
     def bring(self, clones: Clones) -> None:
         """Put the clones behind the home experts."""
@@ -149,7 +146,7 @@ class _Fp8Linear(torch.autograd.Function):
         weights: Fp8Weights, trains: bool, keep: bool,
     ) -> Tensor:  # fmt: skip
         operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
-        output = scaled_product(quantise_rows(rows), operand, ends, rows.dtype)
+        output = scaled_product(quantise_rows(rows, ends), operand, ends, rows.dtype)
         saved = [rows, weight, ends]
         ctx.weights, ctx.of_clones = weights, None
         if clones is not None:
@@ -173,7 +170,7 @@ class _Fp8Linear(torch.autograd.Function):
             # With clones every rank brings them, whoever wants the gradient.
             operand = ctx.weights.operand(weight, clones, is_transposed=True, kept=kept)
             if ctx.needs_input_grad[0]:
-                to_rows = scaled_product(quantise_rows(grad), operand, ends, grad.dtype)
+                to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
         if clones is not None or ctx.needs_input_grad[1]:
             to_weight = _weight_gradient(grad, rows, weight, ends, clones)
         nothing = None, None, None, None, None

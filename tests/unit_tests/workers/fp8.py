@@ -95,14 +95,12 @@ def check_once_a_step() -> None:
     place, and evaluation do so again; what evaluation quantised is not kept.
     """
     layer, case = cloned(TOPK, DTYPE, **FP8), case_of("hot", TOPK, DTYPE)
-    experts = layer.num_local_experts
-    counted = 2 * 2 * experts  # two projections, two directions
-    quantise = fp8_linear.quantise_rows
+    quantise = fp8_linear.quantise_matrices
 
     def calls_of(layer: EchoMoELayer, case: Any = case) -> tuple[int, dict]:
-        with mock.patch.object(fp8_linear, "quantise_rows", wraps=quantise) as spy:
+        with mock.patch.object(fp8_linear, "quantise_matrices", wraps=quantise) as spy:
             result = run(layer, case)
-        return spy.call_count - 4, result  # of rows, each projection twice
+        return spy.call_count, result
 
     sent: list[int] = []
     push = CollectiveWeights.push
@@ -124,13 +122,13 @@ def check_once_a_step() -> None:
             weight += 1
     changed, other = calls_of(layer)
     assert not torch.equal(other["output"], result["output"])
-    with torch.no_grad(), mock.patch.object(fp8_linear, "quantise_rows", wraps=quantise) as spy:
+    with torch.no_grad(), mock.patch.object(fp8_linear, "quantise_matrices", wraps=quantise) as spy:
         for _ in range(2):
             layer(case.mine().hidden.view(6, 2, -1))
-    assert spy.call_count == 2 * (2 + 2 * experts)  # forward only, each time
+    assert spy.call_count == 2 * 2  # two projections, forward only, each time
     back, _ = calls_of(layer)
     found = [first, again, after, changed, back]
-    assert found == [counted, 0, counted, counted, counted // 2], (found, counted)
+    assert found == [4, 0, 4, 4, 2], found  # two projections, two directions
     dist.barrier()
 
 
