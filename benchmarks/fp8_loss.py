@@ -1,10 +1,10 @@
-"""The main job with experts in FP8 beside the same in bf16: the loss of each step.
+"""The main job with experts in FP8 beside the same without: the loss of each step.
 
     python benchmarks/fp8_loss.py [--steps 200] [--output benchmarks/results/fp8_loss]
 
-Both keep parameters in bf16 and masters in fp32, have clones, and two microbatches a step. On a CPU
-FP8 is its reference: operands are rounded as on a GPU and multiplied in fp32. Writes ``.json`` and
-``.png``.
+Both have clones and two microbatches a step, and parameters in bf16 where there are GPUs. On a CPU
+they are in fp32, and FP8 is its reference: operands are rounded as on a GPU and multiplied in fp32.
+Writes ``.json`` and ``.png``.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from processes import (  # noqa: E402
 
 from megatron_echo.record.metrics import read_metrics  # noqa: E402
 
-COMMON = "--bf16 --moe-enable-echo --moe-echo-force-skew 1.0 --micro-batch-size 4"
-PRECISIONS = {"bf16": "params-dtype", "fp8-rowwise": "fp8-rowwise"}
+COMMON = "--moe-enable-echo --moe-echo-force-skew 1.0 --micro-batch-size 4"
+PRECISIONS = ("params-dtype", "fp8-rowwise")
 WINDOW = 10
 RANKS = 2
 
@@ -54,7 +54,7 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
 
     figure, (losses, ratio) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for name, curve in curves.items():
-        losses.plot(range(1, len(curve) + 1), curve, label=f"experts in {name}", linewidth=1.2)
+        losses.plot(range(1, len(curve) + 1), curve, label=f"experts: {name}", linewidth=1.2)
     losses.set(xlabel="step", ylabel="lm loss (nats per byte)", title="Main job, EP=2, clones")
     losses.legend()
     reference, ours = (np.asarray(curves[name]) for name in PRECISIONS)
@@ -62,7 +62,7 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     means = 100 * (smooth(ours) / smooth(reference) - 1)
     at = range(WINDOW, WINDOW + len(means))
     ratio.plot(at, means, linewidth=1.8, label=f"mean of {WINDOW} steps")
-    ratio.set(xlabel="step", ylabel="fp8 over bf16, %", title="Difference")
+    ratio.set(xlabel="step", ylabel="FP8 over params-dtype, %", title="Difference")
     ratio.legend()
     for axis in (losses, ratio):
         axis.grid(alpha=0.3)
@@ -79,12 +79,12 @@ def main() -> None:
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
-    curves = {name: train(corpus, word, args.steps) for name, word in PRECISIONS.items()}
+    curves = {precision: train(corpus, precision, args.steps) for precision in PRECISIONS}
     write_results(args.output, curves)
     plot(curves, args.output.with_suffix(".png"))
     reference, ours = (smooth(curves[name]) for name in PRECISIONS)
     worst = abs(ours / reference - 1).max()
-    print(f"{args.steps} steps: loss at the end {reference[-1]:.4f} in bf16, {ours[-1]:.4f} in fp8")
+    print(f"{args.steps} steps: loss at the end {reference[-1]:.4f}, in FP8 {ours[-1]:.4f}")
     print(f"worst difference of means of {WINDOW} steps: {100 * worst:.2f} %")
 
 

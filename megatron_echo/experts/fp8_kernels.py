@@ -7,8 +7,6 @@ once; what nobody reads is not written.
 
 # (Triton's functions have no Python types.)
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -41,9 +39,8 @@ def _rounded(x, inverse):
 
 @triton.jit(do_not_specialize=["num_lines"])
 def _rows_kernel(
-    source, used, values, scales, num_lines,
-    LINES: tl.constexpr, WIDTH: tl.constexpr, VALUE_STRIDE: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr, IS_BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    source, used, values, scales, num_lines, lines, value_stride, scale_stride,
+    WIDTH: tl.constexpr, IS_BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * ROWS
     end = tl.minimum(tl.load(used), num_lines) if IS_BOUNDED else num_lines
@@ -57,9 +54,9 @@ def _rows_kernel(
         x = tl.load(source + line[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
         largest = tl.maximum(largest, tl.max(_magnitude(x.to(tl.float32)), axis=1))
     scale, inverse = _scale_and_inverse(largest)
-    matrix, inside = line // LINES, line % LINES
-    tl.store(scales + matrix * SCALE_STRIDE + inside, scale, mask=line < end)
-    to = values + (matrix * VALUE_STRIDE + inside * WIDTH)[:, None]
+    matrix, inside = line // lines, line % lines
+    tl.store(scales + matrix * scale_stride + inside, scale, mask=line < end)
+    to = values + (matrix * value_stride + inside * WIDTH)[:, None]
     for first in range(0, WIDTH, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = (line < end)[:, None] & (column < WIDTH)[None, :]
@@ -69,10 +66,8 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _columns_kernel(
-    source, ends, values, scales, num_rows,
-    WIDTH: tl.constexpr, LINE_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr, IS_STACK: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    source, ends, values, scales, num_rows, line_stride, value_stride, scale_stride,
+    WIDTH: tl.constexpr, IS_STACK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     start = tl.minimum(tl.load(ends + group - 1, mask=group > 0, other=0), num_rows)
@@ -87,9 +82,9 @@ def _columns_kernel(
         largest = tl.maximum(largest, tl.max(_magnitude(x.to(tl.float32)), axis=0))
     scale, inverse = _scale_and_inverse(largest)
     wide_group = group.to(tl.int64)
-    tl.store(scales + wide_group * SCALE_STRIDE + column, scale, mask=within)
+    tl.store(scales + wide_group * scale_stride + column, scale, mask=within)
     # Rows are counted from the matrix of a stack, else from the first of all groups.
-    to = values + wide_group * VALUE_STRIDE + column[:, None] * LINE_STRIDE
+    to = values + wide_group * value_stride + column[:, None] * line_stride
     if IS_STACK:
         to -= start
     for first in range(start, end, BLOCK):
@@ -110,16 +105,13 @@ def rows(source: Tensor, used: Tensor | None, values: Tensor, scales: Tensor) ->
         scales: fp32 ``[M, n]``, likewise.
     """
     matrices, lines, width = source.shape
-    constants = {
-        "LINES": lines, "WIDTH": width, "VALUE_STRIDE": values.stride(0),
-        "SCALE_STRIDE": scales.stride(0), "IS_BOUNDED": used is not None, "ROWS": _ROWS,
-        "BLOCK": min(_ROW_BLOCK, triton.next_power_of_2(width)),
-    }  # fmt: skip
-    total = matrices * lines
+    total, block = matrices * lines, min(_ROW_BLOCK, triton.next_power_of_2(width))
     with torch.cuda.device_of(source):
         _rows_kernel[(triton.cdiv(total, _ROWS),)](
-            source, source if used is None else used, values, scales, total, **constants
-        )
+            source, source if used is None else used, values, scales, total, lines,
+            values.stride(0), scales.stride(0),
+            WIDTH=width, IS_BOUNDED=used is not None, ROWS=_ROWS, BLOCK=block,
+        )  # fmt: skip
 
 
 def columns(
@@ -136,11 +128,10 @@ def columns(
         is_stack: the groups are matrices of a stack.
     """
     width = source.shape[1]
-    constants: dict[str, Any] = {
-        "WIDTH": width, "LINE_STRIDE": values.shape[-1], "IS_STACK": is_stack,
-        "VALUE_STRIDE": values.stride(0) if is_stack else 0, "SCALE_STRIDE": scales.stride(0),
-        "COLUMNS": _COLUMNS, "BLOCK": _COLUMN_BLOCK,
-    }  # fmt: skip
     grid = triton.cdiv(width, _COLUMNS), len(ends)
     with torch.cuda.device_of(source):
-        _columns_kernel[grid](source, ends, values, scales, len(source), **constants)
+        _columns_kernel[grid](
+            source, ends, values, scales, len(source), values.shape[-1],
+            values.stride(0) if is_stack else 0, scales.stride(0),
+            WIDTH=width, IS_STACK=is_stack, COLUMNS=_COLUMNS, BLOCK=_COLUMN_BLOCK,
+        )  # fmt: skip

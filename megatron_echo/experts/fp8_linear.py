@@ -80,11 +80,6 @@ class _Stack:
         values = words[0].view(FP8).unflatten(1, (lines, width))
         return Quantised(values, words[1].view(torch.float32))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return 0 if self._buffer is None else self._buffer.nbytes
-
 
 class Fp8Weights:
     """The weights of one projection in FP8, as its two products want them.
@@ -130,11 +125,6 @@ class Fp8Weights:
         """The clones as the input's gradient wants them, for a later backward pass."""
         self.operand(weight, clones, is_transposed=True)
         return self._stacks[True].clones.clone()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(stack.nbytes for stack in self._stacks)
 
 
 class _Fp8Linear(torch.autograd.Function):
