@@ -96,6 +96,11 @@ def check_once_a_step() -> None:
     """
     layer, case = cloned(TOPK, DTYPE, **FP8), case_of("hot", TOPK, DTYPE)
     quantise = fp8_linear.quantise_matrices
+    states = [
+        {name: (type(t), getattr(t, "dtype", None)) for name, t in each.state_dict().items()}
+        for each in (layer, cloned(TOPK, DTYPE, moe_ffn_hidden_size=16))
+    ]
+    assert states[0] == states[1]  # checkpoints know nothing of FP8
 
     def calls_of(layer: EchoMoELayer, case: Any = case) -> tuple[int, dict]:
         with mock.patch.object(fp8_linear, "quantise_matrices", wraps=quantise) as spy:
