@@ -142,7 +142,7 @@ class _Fp8Linear(torch.autograd.Function):
         if clones is not None:
             saved.append(clones.slot_expert)
             ctx.of_clones = clones.experts_per_rank, clones.transport, clones.announced
-            if keep:
+            if keep and trains:
                 saved.append(weights.copy_of_clones(weight, clones))
         ctx.save_for_backward(*saved)
         return output

@@ -127,10 +127,11 @@ def check_once_a_step() -> None:
             weight += 1
     changed, other = calls_of(layer)
     assert not torch.equal(other["output"], result["output"])
+    keeping = cloned(TOPK, DTYPE, **FP8, moe_echo_recompute_expert_dispatch=False)
     with torch.no_grad(), mock.patch.object(fp8_linear, "quantise_matrices", wraps=quantise) as spy:
-        for _ in range(2):
-            layer(case.mine().hidden.view(6, 2, -1))
-    assert spy.call_count == 2 * 2  # two projections, forward only, each time
+        for evaluated in (layer, layer, keeping):
+            evaluated(case.mine().hidden.view(6, 2, -1))
+    assert spy.call_count == 3 * 2  # two projections, forward only, each time
     back, _ = calls_of(layer)
     found = [first, again, after, changed, back]
     assert found == [4, 0, 4, 4, 2], found  # two projections, two directions
