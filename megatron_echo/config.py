@@ -6,6 +6,7 @@ because Megatron replaces the configuration class by its own under ``--multi-lat
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_echo.compatibility import (
+    FP8_ALIGNMENT,
     config_refusal,
     engine_refusal,
+    precision_refusal,
     whole_layer_in_graph,
 )
 from megatron_echo.environment import interprets_triton, peer_memory_refusal
@@ -124,6 +127,10 @@ def _check_kernels(value: str, config: Any) -> str | None:
             "CPU, very slowly."
         )
     return None
+
+
+def _check_expert_precision(value: str, config: Any) -> str | None:
+    return None if value == "params-dtype" else precision_refusal(value, config)
 
 
 def _check_every(value: int, config: Any) -> str | None:
@@ -304,6 +311,16 @@ class EchoConfigMixin:
         check=_check_kernels,
         choices=("auto", "torch", "triton"),
     )
+    moe_echo_expert_precision: str = flag(
+        "params-dtype",
+        "What experts compute in. params-dtype: as their parameters, bf16 as a rule, beside "
+        "--fp8-format too. fp8-rowwise: operands in e4m3 with a scale for each row, for compute "
+        "capability 9.0 and, as a reference, a CPU; parameters and gradients stay as they are. "
+        "The others are names of what is not built: the refusal says what would do.",
+        group="echo",
+        check=_check_expert_precision,
+        choices=("params-dtype", "fp8-rowwise", "mxfp8", "fp8-blockwise", "nvfp4"),
+    )
     moe_echo_recompute_expert_dispatch: bool = flag(
         True,
         "Bring clones again in backward. Without it each layer call keeps a copy of its clones "
@@ -450,6 +467,22 @@ def expert_elements(config: Any) -> int:
     ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
     biases = (matrices - 1) * ffn + width if config.add_bias_linear else 0
     return matrices * width * ffn + biases
+
+
+def computes_in_fp8(config: Any) -> bool:
+    """Whether the experts' products take FP8."""
+    return echo_setting(config, "moe_echo_expert_precision") == "fp8-rowwise"
+
+
+def row_alignment(config: Any) -> int:
+    """To what each expert's rows are padded: ``--moe-echo-row-alignment``, 16 in FP8."""
+    given = echo_setting(config, "moe_echo_row_alignment")
+    return math.lcm(given, FP8_ALIGNMENT) if computes_in_fp8(config) else given
+
+
+def clone_itemsize(config: Any) -> int:
+    """Bytes of an element of a clone's weights; scales are left out."""
+    return 1 if computes_in_fp8(config) else config.params_dtype.itemsize
 
 
 @dataclass

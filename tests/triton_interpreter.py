@@ -11,11 +11,13 @@ from triton.runtime import interpreter
 
 
 def _convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object):
-    """As a GPU converts between bf16 and fp32: to the nearest, and subnormals too."""
+    """As a GPU converts between fp32 and bf16 or e4m3: to the nearest, and subnormals too."""
     if source == tl.bfloat16 and target == tl.float32:
         return (data.astype(np.uint32) << 16).view(np.uint32)
     if source == tl.float32 and target == tl.bfloat16:
         return torch.from_numpy(data).to(torch.bfloat16).view(torch.uint16).numpy()
+    if source == tl.float32 and target == tl.float8e4nv:
+        return torch.from_numpy(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     return _unmended_convert_float(data, source, target, mode)
 
 

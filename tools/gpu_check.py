@@ -129,6 +129,7 @@ def second_stage(recorder: Recorder) -> list[Case]:
 
 def third_stage(recorder: Recorder) -> list[Case]:
     """Kernels by themselves, and offloading."""
+    import fp8_products
     import grouped_gemm
     import offloading
     import planner_kernel
@@ -140,6 +141,7 @@ def third_stage(recorder: Recorder) -> list[Case]:
         *planner_kernel.cases(recorder.dry),
         offloading.overlap(),
         *grouped_gemm.cases(recorder.dry),
+        *fp8_products.cases(recorder.dry),
         *runs.cases,
         *row_copies.cases(recorder.dry),
     ]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.call_roles import Role
 from megatron_echo.collectives import all_gather, gather, reduce_scatter
 from megatron_echo.compatibility import has_layer_graphs
-from megatron_echo.config import echo_setting, num_clone_slots
+from megatron_echo.config import echo_setting, num_clone_slots, row_alignment
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
 from megatron_echo.dispatch.reroute import Clones, pair_counts, physical_experts
 from megatron_echo.dispatch.transports import (
@@ -144,7 +144,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._slots = num_clone_slots(config) if num_slots is None else num_slots
         self._local = self._experts // self.ep_size
         self.num_groups = self._local + self._slots
-        self._alignment = echo_setting(config, "moe_echo_row_alignment")
+        self._alignment = row_alignment(config)
         self._capacity = token_capacity(config, self._slots)
         self._tolerance = plan_tolerance(config)
         self._min_tokens = echo_setting(config, "moe_echo_min_tokens_per_clone")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.config import expert_elements, num_clone_slots
+from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.per_model import PerModel
@@ -70,7 +70,7 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     if microbatches is not None:
         in_flight = min(in_flight, microbatches * chunks)
     calls = math.ceil(sum(frequency) / (stages * chunks)) * in_flight
-    expert = expert_elements(config) * config.params_dtype.itemsize
+    expert = expert_elements(config) * clone_itemsize(config)
     return num_clone_slots(config) * calls * expert
 
 

@@ -14,13 +14,14 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from megatron_echo.config import echo_setting, expert_width
+from megatron_echo.config import computes_in_fp8, echo_setting, expert_width
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 from megatron_echo.experts.biases import bias_stack, with_weighted_bias
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, cloned_linear
+from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear
 from megatron_echo.experts.grouped_linear import (
     GroupedGemm,
     TorchGemm,
@@ -85,6 +86,7 @@ class GroupedLinear(torch.nn.Module):
         for parameter in self.parameters():
             setattr(parameter, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
 
+        self._fp8 = Fp8Weights(config) if computes_in_fp8(config) else None
         self._pool = WeightPool.of(config)
         self._gemm = echo_setting(config, "moe_echo_grouped_gemm")
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
@@ -100,17 +102,22 @@ class GroupedLinear(torch.nn.Module):
         Returns:
             The products, and the biases to add to them, of :func:`bias_stack`, if there are any.
         """
-        gemm = self._grouped_gemm(len(ends))
         bias: Tensor | None = self.bias
         if bias is not None:
             if clones is not None and rows.requires_grad and not bias.requires_grad:
                 bias = bias.detach().requires_grad_()  # backward has exchanges: see EchoGroupedMLP
             bias = bias_stack(bias, clones)
+        return self._product(rows, ends, clones), bias
+
+    def _product(self, rows: Tensor, ends: Tensor, clones: Clones | None) -> Tensor:
+        keep = self._keeps_clones
+        if self._fp8 is not None:
+            trains = self.training
+            return fp8_linear(rows, self.weight, ends, clones, self._fp8, trains=trains, keep=keep)
+        gemm = self._grouped_gemm(len(ends))
         if clones is None:
-            return grouped_linear(rows, self.weight, ends, gemm), bias
-        return cloned_linear(
-            rows, self.weight, ends, clones, self._pool, gemm, self._keeps_clones
-        ), bias
+            return grouped_linear(rows, self.weight, ends, gemm)
+        return cloned_linear(rows, self.weight, ends, clones, self._pool, gemm, keep)
 
     def _grouped_gemm(self, groups: int) -> GroupedGemm:
         kind, weight = self._gemm, self.weight

@@ -107,6 +107,11 @@ class StepEnd(PerModel, EndOfStep):
         """The object of a model, from its ``TransformerConfig``; installed on first use."""
         return super().of(config, config)
 
+    @property
+    def steps(self) -> int:
+        """Steps that have ended."""
+        return self._steps
+
     def note(self, role: Role) -> None:
         """The model, or a layer of it, is called in training."""
         if is_graph_capturing() or is_graph_warmup():

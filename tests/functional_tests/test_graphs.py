@@ -48,6 +48,7 @@ LAYOUTS = (
     "moe_clones_ep2_pp2",
     "moe_clones_ep2_dist_optimizer",
     "moe_clones_ep2_recompute",
+    "moe_clones_ep2_fp8",
     "moe_loss_batch_ep2_pp2",
     "moe_loss_seq_ep2",
     "moe_skewed_clones_ep4",
@@ -155,6 +156,7 @@ def test_statistics_of_replays_are_those_of_eager_steps(tmp_path: Path) -> None:
         pytest.param("moe_clones_ep2_dist_optimizer", {}, marks=SLOW),
         pytest.param("moe_clones_ep2", {**RECOMPUTED, "recompute_modules": "moe"}, marks=SLOW),
         pytest.param("moe_loss_seq_ep2", {}, marks=SLOW),
+        pytest.param("moe_clones_ep2_fp8", {}, marks=SLOW),
         pytest.param("moe_skewed_clones_ep4", {}, marks=SLOW),
     ],
 )

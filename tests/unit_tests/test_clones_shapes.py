@@ -74,6 +74,24 @@ def test_meta_tensors(ranks: int, wire: str, slots: int | None) -> None:
     StepEnd.of(layer.config).overflow.check()
 
 
+@groups_of(8)
+@pytest.mark.parametrize("slots", [1, 0])
+def test_meta_tensors_in_fp8(ranks: int, slots: int) -> None:
+    """Torch's rules for its products on a GPU, strides of the stacks among them, are kept."""
+    layer = build(
+        ranks, "all_gather", torch.bfloat16, slots, moe_router_dtype="fp32",
+        moe_ffn_hidden_size=32, moe_echo_expert_precision="fp8-rowwise",
+    ).to("meta")  # fmt: skip
+    shape = (SEQUENCE, BATCH, HIDDEN)
+    hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    output, _ = layer(hidden)
+    output.sum().backward()
+    assert (output.shape, output.dtype) == (shape, torch.bfloat16)
+    grads = [hidden.grad, *(parameter.grad for parameter in layer.parameters())]
+    assert all(grad is not None and grad.dtype == torch.bfloat16 for grad in grads)
+    assert all(rows % 16 == 0 for rows in map(layer.token_dispatcher.buffer_rows, (1, 7, 4096)))
+
+
 @groups_of(8, 64)
 @pytest.mark.parametrize("slots", [1, 2, None])
 def test_rows_of_auto(ranks: int, slots: int | None) -> None:

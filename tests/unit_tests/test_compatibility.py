@@ -27,7 +27,8 @@ PLAIN = SimpleNamespace(
     rampup_batch_size=None,
     step_batch_size_schedule=None, check_for_spiky_loss=False, timing_log_level=0,
     log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
-    moe_echo_row_alignment=16, moe_received_token_capacity=None,
+    moe_echo_row_alignment=16, moe_received_token_capacity=None, hidden_size=64,
+    moe_ffn_hidden_size=64, moe_echo_grouped_gemm="auto",
     moe_shared_expert_intermediate_size=None, optimizer="adam",
 )  # fmt: skip
 LAYERS = {"cuda_graph_impl": "local"}
@@ -36,7 +37,6 @@ OF_CONFIG = (
     {"num_moe_experts": None, "expert_model_parallel_size": 1}, {"num_moe_experts": 2048},
     {"moe_expert_capacity_factor": 1.0},
     {"moe_expert_rank_capacity_factor": 1.5},
-    {"fp8": "hybrid"}, {"fp4": "e2m1"},
     {"add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},
     {"moe_apply_probs_on_input": True},
     {"overlap_moe_expert_parallel_comm": True},
@@ -56,6 +56,7 @@ OF_CONFIG = (
     {**GRAPH, "moe_router_load_balancing_type": ["sinkhorn"]},
 )  # fmt: skip
 TAKEN_OVER = (
+    {"fp8": "hybrid"}, {"fp4": "e2m1"},
     {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     {"moe_router_padding_for_quantization": True}, {"use_transformer_engine_op_fuser": True},
     {**LAYERS, "recompute_granularity": "selective"},
@@ -79,6 +80,11 @@ OF_NCCL_EP = (
     {"moe_echo_check_every": 5}, {"moe_echo_row_alignment": 48},
     {"moe_received_token_capacity": 1.5}, {"moe_num_echo_experts": 4},
 )  # fmt: skip
+OF_FP8 = (
+    {"hidden_size": 56}, {"moe_latent_size": 24}, {"moe_ffn_hidden_size": 72},
+    {"expert_tensor_parallel_size": 8}, {"moe_echo_grouped_gemm": "triton"},
+    {"params_dtype": torch.float16},
+)  # fmt: skip
 
 
 def fired(table: tuple, setting: dict) -> set[int]:
@@ -95,10 +101,14 @@ def fired(table: tuple, setting: dict) -> set[int]:
         (compatibility._WHOLE_STEP_GRAPH, OF_GRAPHS),
         (compatibility._ENGINE, OF_ENGINES),
         (compatibility._NCCL_EP, OF_NCCL_EP),
+        (compatibility._FP8_ROWWISE[:-1], OF_FP8),
     ],
-    ids=["config", "taken over", "arguments", "graphs", "engines", "nccl_ep"],
+    ids=["config", "taken over", "arguments", "graphs", "engines", "nccl_ep", "fp8"],
 )
-def test_every_row_fires(table: tuple, settings: tuple[dict, ...]) -> None:
+def test_every_row_fires(
+    table: tuple, settings: tuple[dict, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert fired(table, {}) == set()
     rows = [fired(table, setting) for setting in settings]
     assert all(len(row) == 1 for row in rows), list(zip(settings, rows, strict=True))
@@ -114,3 +124,28 @@ def test_the_message_is_that_of_the_row() -> None:
     assert "Use --bf16" in str(compatibility.argument_refusal(graph))
     without_graph = SimpleNamespace(**vars(PLAIN) | {"fp16": True})
     assert compatibility.argument_refusal(without_graph) is None
+
+
+def test_what_is_said_beside_fp8_of_transformer_engine() -> None:
+    changed = SimpleNamespace(**vars(PLAIN) | {"fp8": "hybrid"})
+    (line,) = compatibility.settings_taken_over(changed)
+    assert "our experts keep their parameters in bfloat16 and compute in bfloat16" in line
+    changed.moe_echo_expert_precision = "fp8-rowwise"
+    (line,) = compatibility.settings_taken_over(changed)
+    assert "our experts keep their parameters in bfloat16 and compute in fp8-rowwise" in line
+
+
+def test_precisions_that_cannot_be_had_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name with what would do; FP8 of rows on another card, and without a card not at all."""
+    refusal = compatibility.precision_refusal
+    for name, words in (
+        ("mxfp8", "compute capability 10.0. Use params-dtype there, and fp8-rowwise on 9.0."),
+        ("fp8-blockwise", "from cuBLAS 13.6 on. Use fp8-rowwise."),
+        ("nvfp4", "with cuBLAS 13.3 or newer. Use params-dtype."),
+    ):
+        assert str(refusal(name, PLAIN)).endswith(words)
+    assert refusal("fp8-rowwise", PLAIN) is None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for capability, is_refused in (((9, 0), False), ((8, 9), True), ((10, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda it=capability: it)
+        assert ("H100" in str(refusal("fp8-rowwise", PLAIN))) == is_refused

@@ -19,6 +19,7 @@ sys.path.insert(0, str(launch.ROOT / "benchmarks" / "gpu"))
 
 import capture_safety
 import compile_kernels
+import fp8_products
 import gpu_check
 import grouped_gemm
 import kernel_checks
@@ -55,6 +56,7 @@ ROWS = {
         *(f"{w}, S={s}" for w in planner_kernel.WORKLOADS for s in planner_kernel.TARGETS),
         "copies beside products, CUDA_DEVICE_MAX_CONNECTIONS=1",
         *(f"dry run, {direction}" for direction in grouped_gemm.DIRECTIONS),
+        *(f"dry run in FP8, {direction}" for direction in fp8_products.DIRECTIONS),
         *training_step.MEMORY,
         *(f"dry run, {o} {d}" for o in row_copies.OPERATIONS for d in row_copies.DIRECTIONS),
         "dry run, layout", "kernels, stage 3",
@@ -415,6 +417,16 @@ def test_products_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(grouped_gemm, "pointer_product", lambda rows, *a, **k: 2 * rows[:, :16])
     with pytest.raises(ValueError, match="differ"):
         grouped_gemm.measure("forward", grouped_gemm.DRY_SHAPES["dry run"])
+
+
+def test_fp8_that_is_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of another row, say: the error is no longer that of the format."""
+    shape = fp8_products.DRY_SHAPES["dry run in FP8"]
+    assert 0.03 < fp8_products.measure("wgrad", shape)["error"] < 0.045
+    product = fp8_products.scaled_product
+    monkeypatch.setattr(fp8_products, "scaled_product", lambda *given: 1.05 * product(*given))
+    with pytest.raises(ValueError, match="the error is"):
+        fp8_products.measure("forward", shape)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
+import contextlib
 import copy
 import functools
+from collections import Counter
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,13 +15,15 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import TransformerConfig, transformer_block, transformer_config
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayerSubmodules,
@@ -271,6 +276,66 @@ def test_our_layer_beside_an_attention_variant() -> None:
     assert moe.mlp.func is EchoMoELayer
     assert dense.mlp.func is not EchoMoELayer
     assert moe.self_attention.module is dense.self_attention.module is GatedDeltaNet
+
+
+class _Checkpoint(torch.autograd.Function):
+    """As Transformer Engine's: run without gradients, and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, *inputs: Any) -> Any:
+        ctx.function, ctx.inputs = function, inputs
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        first, *others = ctx.inputs
+        leaf = first.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = ctx.function(leaf, *others)
+        torch.autograd.backward(outputs[:1], grads[:1])
+        return None, leaf.grad, *(None for _ in others)
+
+
+@pytest.mark.parametrize("quantised", [{"fp8": "hybrid", "fp8_param": True}, {"fp4": "e2m1"}])
+@pytest.mark.parametrize("changes", [{}, RECOMPUTED])
+def test_beside_quantised_layers_of_transformer_engine(quantised: dict, changes: dict) -> None:
+    """Built and called in its contexts, recomputed by its checkpoint: the bits of without.
+
+    The contexts stand in for ``fp8_model_init`` and ``fp8_autocast``: they only count.
+    """
+    contexts: Counter[bool] = Counter()
+
+    def context(*_: Any, is_init: bool = False) -> contextlib.nullcontext:
+        contexts[is_init] += 1
+        return contextlib.nullcontext()
+
+    def checkpoint(function: Any, *arguments: Any) -> Any:
+        return _Checkpoint.apply(function, *arguments[3:])
+
+    results = []
+    for settings in ({}, quantised):
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        torch.manual_seed(1)
+        with (
+            mock.patch.object(transformer_config, "is_te_min_version", return_value=True),
+            mock.patch.object(transformer_block, "get_fp8_context", context),
+            mock.patch.object(transformer_block, "get_fp4_context", context),
+            mock.patch.object(moe_layer, "te_checkpoint", checkpoint),
+        ):
+            config = model_config(
+                **settings, **changes, moe_ffn_hidden_size=8, params_dtype=torch.bfloat16, bf16=True
+            )
+            spec = gpt_moe_block_spec(config)
+            block = TransformerBlock(config.transformer, spec, post_process=False)
+            hidden = torch.randn(6, 2, 8, requires_grad=True)
+            output = block(hidden.bfloat16(), None)
+            output.float().square().sum().backward()
+        experts = [p for name, p in block.named_parameters() if "experts" in name]
+        assert experts
+        assert all(type(p) is torch.nn.Parameter and p.dtype == torch.bfloat16 for p in experts)
+        results.append([output, hidden.grad, *(p.grad for p in block.parameters())])
+    assert contexts == {True: 3, False: 1 if "fp8" in quantised else 3}  # of the pass, or of layers
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_what_a_spec_would_drop_silently_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_echo.compatibility import engine_refusal
-from megatron_echo.config import echo_setting, expert_elements, expert_width
+from megatron_echo.config import clone_itemsize, echo_setting, expert_elements, expert_width
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
 from megatron_echo.environment import device_speeds, has_peer_memory, machine_number
@@ -122,8 +122,8 @@ def token_bytes(way: str, config: Any, ranks: int, tokens: int) -> int:
 def clone_bytes(config: Any) -> int:
     """Bytes of a clone in both passes: weights, twice if brought again, and a wide gradient."""
     times = 2 if echo_setting(config, "moe_echo_recompute_expert_dispatch") else 1
-    dtype = config.params_dtype
-    return expert_elements(config) * (times * dtype.itemsize + wide_dtype(dtype).itemsize)
+    gradient = wide_dtype(config.params_dtype).itemsize
+    return expert_elements(config) * (times * clone_itemsize(config) + gradient)
 
 
 def clone_price(config: Any, group: dist.ProcessGroup, tokens: str, weights: str) -> ClonePrice:

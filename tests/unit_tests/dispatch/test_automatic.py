@@ -136,6 +136,10 @@ def test_what_is_said(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch)
     assert "by all_to_all: at most 56.0 MB a rank and layer; weights of clones by p2p" in text
     assert text.endswith(": 12.0 MB a clone in use; both passes.")
     assert "clones" not in line_of(group, slots=0, **by_hand)
+    for precision, megabytes in (("params-dtype", 12.6), ("fp8-rowwise", 9.4)):
+        config = layer_config(8, 2, BF16, hidden_size=1024, moe_ffn_hidden_size=512, **by_hand,
+                              moe_echo_expert_precision=precision)  # fmt: skip
+        assert f": {megabytes} MB a clone in use" in Transports(config, group).line(1000, 2)
     pretend(monkeypatch)
     assert line_of(group).endswith(
         "Chosen by auto: one machine whose GPUs reach each other's memory."

@@ -1,0 +1,137 @@
+"""Rowwise FP8 in Triton: operands of the grouped products, with the bits of ``fp8.py``.
+
+Each line of numbers is read twice: for its largest magnitude, and to be scaled. Magnitudes are
+compared as integers, so that NaN is the largest of all. A program behind the rows in use exits at
+once; what nobody reads is not written.
+"""
+
+# (Triton's functions have no Python types.)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _ROW_BLOCK = 4, 512
+_COLUMNS, _COLUMN_BLOCK = 64, 64
+
+
+@triton.jit
+def _magnitude(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale_and_inverse(largest):
+    """Both powers of two, from the bits of the largest magnitude."""
+    exponent = ((tl.minimum(largest, 0x7F800000) + 0x1FFFFF) >> 23) - 8
+    exponent = tl.maximum(exponent, 1)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded(x, inverse):
+    """e4m3; infinity is none of its numbers, and a GPU would make it 448."""
+    is_finite = _magnitude(x) < 0x7F800000
+    return tl.where(is_finite, x * inverse, float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit(do_not_specialize=["num_lines"])
+def _rows_kernel(
+    source, used, values, scales, num_lines, lines, value_stride, scale_stride,
+    WIDTH: tl.constexpr, IS_BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0).to(tl.int64) * ROWS
+    end = tl.minimum(tl.load(used), num_lines) if IS_BOUNDED else num_lines
+    if line >= end:
+        return
+    line += tl.arange(0, ROWS)
+    largest = tl.zeros((ROWS,), dtype=tl.int32)
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = (line < end)[:, None] & (column < WIDTH)[None, :]
+        x = tl.load(source + line[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+        largest = tl.maximum(largest, tl.max(_magnitude(x.to(tl.float32)), axis=1))
+    scale, inverse = _scale_and_inverse(largest)
+    matrix, inside = line // lines, line % lines
+    tl.store(scales + matrix * scale_stride + inside, scale, mask=line < end)
+    to = values + (matrix * value_stride + inside * WIDTH)[:, None]
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = (line < end)[:, None] & (column < WIDTH)[None, :]
+        x = tl.load(source + line[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+        tl.store(to + column[None, :], _rounded(x.to(tl.float32), inverse[:, None]), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _columns_kernel(
+    source, ends, values, scales, num_rows, line_stride, value_stride, scale_stride,
+    WIDTH: tl.constexpr, IS_STACK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    start = tl.minimum(tl.load(ends + group - 1, mask=group > 0, other=0), num_rows)
+    end = tl.minimum(tl.load(ends + group), num_rows)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < WIDTH
+    largest = tl.zeros((COLUMNS,), dtype=tl.int32)
+    for first in range(start, end, BLOCK):
+        row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        mask = (row < end)[:, None] & within[None, :]
+        x = tl.load(source + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+        largest = tl.maximum(largest, tl.max(_magnitude(x.to(tl.float32)), axis=0))
+    scale, inverse = _scale_and_inverse(largest)
+    wide_group = group.to(tl.int64)
+    tl.store(scales + wide_group * scale_stride + column, scale, mask=within)
+    # Rows are counted from the matrix of a stack, else from the first of all groups.
+    to = values + wide_group * value_stride + column[:, None] * line_stride
+    if IS_STACK:
+        to -= start
+    for first in range(start, end, BLOCK):
+        row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        mask = (row < end)[:, None] & within[None, :]
+        x = tl.load(source + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+        turned = tl.trans(_rounded(x.to(tl.float32), inverse[None, :]))
+        tl.store(to + row[None, :], turned, mask=tl.trans(mask))
+
+
+def rows(source: Tensor, used: Tensor | None, values: Tensor, scales: Tensor) -> None:
+    """Quantise lines of a stack of matrices, or rows of a buffer.
+
+    Args:
+        source: ``[M, n, i]``, contiguous, bf16, fp16 or fp32.
+        used: int32 ``[1]``, lines from there on are not written; None for all.
+        values: e4m3 ``[M, n, i]``, each matrix contiguous; is written.
+        scales: fp32 ``[M, n]``, likewise.
+    """
+    matrices, lines, width = source.shape
+    total, block = matrices * lines, min(_ROW_BLOCK, triton.next_power_of_2(width))
+    with torch.cuda.device_of(source):
+        _rows_kernel[(triton.cdiv(total, _ROWS),)](
+            source, source if used is None else used, values, scales, total, lines,
+            values.stride(0), scales.stride(0),
+            WIDTH=width, IS_BOUNDED=used is not None, ROWS=_ROWS, BLOCK=block,
+        )  # fmt: skip
+
+
+def columns(
+    source: Tensor, ends: Tensor, values: Tensor, scales: Tensor, *, is_stack: bool
+) -> None:
+    """Quantise columns of each group of rows, turned.
+
+    Args:
+        source: ``[B, o]``, contiguous, bf16, fp16 or fp32.
+        ends: int32 ``[G]``, end offset of each group.
+        values: e4m3, is written: ``[o, B]``, or with ``is_stack`` ``[G, o, n]``, each matrix
+            contiguous, for groups of n rows.
+        scales: fp32 ``[G, o]``, likewise.
+        is_stack: the groups are matrices of a stack.
+    """
+    width = source.shape[1]
+    grid = triton.cdiv(width, _COLUMNS), len(ends)
+    with torch.cuda.device_of(source):
+        _columns_kernel[grid](
+            source, ends, values, scales, len(source), values.shape[-1],
+            values.stride(0) if is_stack else 0, scales.stride(0),
+            WIDTH=width, IS_STACK=is_stack, COLUMNS=_COLUMNS, BLOCK=_COLUMN_BLOCK,
+        )  # fmt: skip

@@ -1,0 +1,81 @@
+"""The kernels that quantise against their references, bit for bit, in Triton's interpreter."""
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+import triton_interpreter
+from torch import Tensor
+
+from megatron_echo.experts import fp8
+from megatron_echo.experts.fp8 import FP8, Quantised
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHAPES = ((1, 16), (37, 48), (130, 80), (16, 528))
+SPECIAL = (0.0, -0.0, 448.0, -448.1, 1e-30, torch.inf, -torch.inf, torch.nan)
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> Iterator[None]:
+    with triton_interpreter.mended(), mock.patch.object(fp8, "on_gpu", return_value=True):
+        yield
+
+
+def drawn(dtype: torch.dtype, *shape: int, special: bool = True) -> Tensor:
+    """Of many magnitudes, rows of zeros among them, and with the special values here and there."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    values, size = torch.randn(2, *shape, generator=generator)
+    values *= torch.exp(2 * size)
+    values[..., 3::8, :] = 0
+    if special:
+        at = torch.randperm(values.numel(), generator=generator)[: len(SPECIAL)]
+        values.view(-1)[at] = torch.tensor(SPECIAL[: len(at)])
+    return values.to(dtype)
+
+
+def same(found: Quantised, expected: Quantised) -> None:
+    """The same scales and, but for the sign of NaN, the same bits."""
+    assert torch.equal(found.scales, expected.scales)
+    bits = [operand.values.contiguous().view(torch.uint8) for operand in (found, expected)]
+    is_nan = [(each & 0x7F) == 0x7F for each in bits]
+    assert torch.equal(*is_nan)
+    assert torch.equal(*(each.masked_fill(is_nan[0], 0) for each in bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    rows = drawn(dtype, *shape)
+    last = shape[0] - shape[0] // 4
+    found = fp8.quantise_rows(rows, torch.tensor([0, last], dtype=torch.int32))
+    expected = fp8.quantise_rows_reference(rows[:last])
+    same(Quantised(found.values[:last], found.scales[:last]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Groups of several blocks, small and empty ones; the last end is before the last row."""
+    rows, last = drawn(dtype, *shape), shape[0] - shape[0] // 8
+    for ends in ([last // 3, last // 3, last], [0, last], [0, 0], [last, last]):
+        given = rows, torch.tensor(ends, dtype=torch.int32)
+        found, expected = fp8.quantise_columns(*given), fp8.quantise_columns_reference(*given)
+        part = slice(ends[-1])
+        same(
+            Quantised(found.values[:, part], found.scales),
+            Quantised(expected.values[:, part], expected.scales),
+        )
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_matrices_of_a_stack_with_gaps(is_transposed: bool) -> None:
+    """What lies between two matrices, their scales as a rule, is not touched."""
+    weights = drawn(torch.bfloat16, 3, 48, 80)
+    shape = (3, 80, 48) if is_transposed else (3, 48, 80)
+    memory = torch.full((3, 48 * 80 + 64), 7, dtype=torch.uint8)
+    values = memory[:, :-64].view(FP8).unflatten(1, shape[1:])
+    into = Quantised(values, torch.empty(3, 2 * shape[1])[:, : shape[1]])
+    fp8.quantise_matrices(weights, into, is_transposed=is_transposed)
+    same(into, fp8.quantise_rows_reference(weights.mT if is_transposed else weights))
+    assert (memory[:, -64:] == 7).all()

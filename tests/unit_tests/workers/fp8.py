@@ -1,0 +1,143 @@
+"""EchoMoELayer whose experts compute in FP8, over all ranks; the argument names a check."""
+
+import itertools
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from moe_cases import ShapeRecorder
+from torch import Tensor
+from unit_tests.workers.clones import case_of, cloned, plain
+from unit_tests.workers.moe_layer import (
+    RESULTS,
+    dense,
+    errors,
+    main,
+    report,
+    run,
+    run_quietly,
+    same_bits,
+)
+
+from megatron_echo import cpu_backend
+from megatron_echo.dispatch.transports import CollectiveWeights
+from megatron_echo.experts import fp8_linear
+from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.step.step_end import StepEnd
+from megatron_echo.testing import no_host_sync
+
+FP8: dict[str, Any] = {"moe_echo_expert_precision": "fp8-rowwise", "moe_ffn_hidden_size": 16}
+TOPK, DTYPE = 3, torch.float32
+KINDS = ("hot", "random", "padding", "idle rank")
+WAYS = ("collective", "p2p", "symmetric_memory")
+
+
+def sizes_of_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the error over the norm, of all ranks together, of each tensor."""
+    squares = [
+        t.double().square().sum() for n in RESULTS for t in (actual[n] - expected[n], expected[n])
+    ]
+    total = torch.stack(squares)
+    dist.all_reduce(total)
+    pairs = total.sqrt().view(-1, 2).tolist()
+    return {name: error / size for name, (error, size) in zip(RESULTS, pairs, strict=True)}
+
+
+def check_clones() -> None:
+    """Clones change nothing but the order of sums, however they travel; and the error of FP8.
+
+    Against the fp64 loop the errors are those of e4m3, and of the layer without clones too.
+    """
+    of_format, of_clones = (dict.fromkeys(RESULTS, 0.0) for _ in range(2))
+    for number, (kind, way) in enumerate(zip(("hot", "hot", *KINDS), itertools.cycle(WAYS))):
+        case = case_of(kind, TOPK, DTYPE)
+        unmoved = run(plain(TOPK, DTYPE, **FP8), case)
+        layer = cloned(
+            TOPK, DTYPE, **FP8, moe_echo_expert_dispatcher_type=way,
+            moe_echo_recompute_expert_dispatch=bool(number % 2),
+        )  # fmt: skip
+        moved = run(layer, case)
+        StepEnd.of(layer.config).overflow.check()
+        by_clones, by_format = errors(moved, unmoved), sizes_of_errors(moved, dense(layer, case))
+        for name in RESULTS:
+            of_clones[name] = max(of_clones[name], by_clones[name])
+            of_format[name] = max(of_format[name], by_format[name])
+        same_bits(run(layer, case), moved)
+    report("worst differences by clones", {k: f"{v:.1e}" for k, v in of_clones.items()})
+    report("worst errors of the format", {k: f"{v:.1e}" for k, v in of_format.items()})
+    assert max(of_clones.values()) < 1e-5
+    assert all(0.04 < error < 0.10 for error in of_format.values())
+
+
+def check_sync_and_shapes() -> None:
+    """Nothing is read on the host, and the same operators run for every routing and rank."""
+    for way in ("collective", "symmetric_memory"):
+        seen = set()
+        for kind in ("hot", "random"):
+            layer = cloned(TOPK, DTYPE, **FP8, moe_echo_expert_dispatcher_type=way)
+            case = case_of(kind, TOPK, DTYPE)
+            with no_host_sync("raise") as sync, ShapeRecorder() as recorder:
+                run_quietly(layer, case)
+            assert sync.hits == []
+            seen.add(tuple(recorder.made))
+        assert len(seen) == 1, way
+
+
+def weights_of(layer: EchoMoELayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    return layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight
+
+
+def check_once_a_step() -> None:
+    """Weights are quantised in the first microbatch of a step, and travel in bytes.
+
+    A second microbatch, recomputation and backward quantise none. A step that ends, an update in
+    place, and evaluation do so again; what evaluation quantised is not kept.
+    """
+    layer, case = cloned(TOPK, DTYPE, **FP8), case_of("hot", TOPK, DTYPE)
+    quantise = fp8_linear.quantise_matrices
+    states = [
+        {name: (type(t), getattr(t, "dtype", None)) for name, t in each.state_dict().items()}
+        for each in (layer, cloned(TOPK, DTYPE, moe_ffn_hidden_size=16))
+    ]
+    assert states[0] == states[1]  # checkpoints know nothing of FP8
+
+    def calls_of(layer: EchoMoELayer, case: Any = case) -> tuple[int, dict]:
+        with mock.patch.object(fp8_linear, "quantise_matrices", wraps=quantise) as spy:
+            result = run(layer, case)
+        return spy.call_count, result
+
+    sent: list[int] = []
+    push = CollectiveWeights.push
+
+    def note(self: Any, weight: Any, *rest: Any) -> None:
+        sent.append(weight[0].nbytes)
+        push(self, weight, *rest)
+
+    with mock.patch.object(CollectiveWeights, "push", note):
+        first, result = calls_of(layer)
+    values = [weight[0].numel() for weight in weights_of(layer)]
+    assert sent == [values[0] + 4 * 32, values[1] + 4 * 16, values[1] + 4 * 16, values[0] + 4 * 16]
+    again, same = calls_of(layer)
+    same_bits(same, result)
+    StepEnd.of(layer.config).end_step()
+    after, _ = calls_of(layer)
+    with torch.no_grad():
+        for weight in weights_of(layer):
+            weight += 1
+    changed, other = calls_of(layer)
+    assert not torch.equal(other["output"], result["output"])
+    keeping = cloned(TOPK, DTYPE, **FP8, moe_echo_recompute_expert_dispatch=False)
+    with torch.no_grad(), mock.patch.object(fp8_linear, "quantise_matrices", wraps=quantise) as spy:
+        for evaluated in (layer, layer, keeping):
+            evaluated(case.mine().hidden.view(6, 2, -1))
+    assert spy.call_count == 3 * 2  # two projections, forward only, each time
+    back, _ = calls_of(layer)
+    found = [first, again, after, changed, back]
+    assert found == [4, 0, 4, 4, 2], found  # two projections, two directions
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    cpu_backend.enable(verbose=False)
+    main(globals())
