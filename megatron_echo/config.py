@@ -294,7 +294,7 @@ class EchoConfigMixin:
     )
     moe_echo_planner_backend: str = flag(
         "auto",
-        "What plans: torch operations, one Triton kernel, or by device.",
+        "What plans: torch operations, Triton kernels, or by device.",
         group="echo",
         check=_check_kernels,
         choices=("auto", "torch", "triton"),

@@ -315,51 +315,37 @@ def plan_tensors(
     fixed = constants(ranks, experts, num_slots, is_relaxed, by_node, price is not None, domains)
     trials = fixed["TRIALS"]
     counts = counts.contiguous()
-    empty = counts.new_zeros if domains > 1 else counts.new_empty
-    clones = counts.new_empty(domains)
-    plan = {
-        "slot_expert": counts.new_full((all_ranks, num_slots), -1),
-        "allocation": empty(all_experts, all_ranks),
-        "load_before": counts.new_empty(all_ranks),
-        "load_after": counts.new_empty(all_ranks),
-        "num_clones": clones,
-    }
-    fullest = clones
+    plan = _outputs(counts, num_slots, domains)
+    clones = fullest = plan["num_clones"]
     if domains > 1:
         fullest = counts.view(all_ranks, domains, experts).sum((0, 2)).amax()
-    tokens = counts.new_empty(all_experts)
     moved = counts.new_zeros(domains, trials, experts, ranks)
+    shared = (*plan.values(), fullest, counts.new_empty(all_experts), moved)
     scores = counts.new_empty(domains, trials, 2)
-    scale = balance_scale(tolerance)
+    rules = balance_scale(tolerance), min_tokens_per_clone
+    rows = (price.inside, price.across) if price is not None else (0, 0)
     with torch.cuda.device_of(counts):
         _plan_kernel[(trials, domains)](
-            counts,
-            *plan.values(),
-            fullest,
-            tokens,
-            moved,
-            counts.new_zeros(domains, trials, ranks, ranks),
-            counts.new_empty(domains, trials, experts),
-            scores,
-            scale,
-            min_tokens_per_clone,
-            ranks_per_node or ranks,
-            price.inside if price is not None else 0,
-            price.across if price is not None else 0,
-            **fixed,
-            num_warps=8,
-        )
+            counts, *shared,
+            counts.new_zeros(domains, trials * fixed["EXACT"], ranks, ranks),
+            counts.new_empty(domains, trials * (not fixed["EXACT"]), experts),
+            scores, *rules, ranks_per_node or ranks, *rows, **fixed, num_warps=8,
+        )  # fmt: skip
         if trials > 1:
-            names = ("BY_NODE", "EXACT", "BLOCK_ALL", "BLOCK_Q")
-            _best_kernel[(domains,)](
-                *plan.values(),
-                fullest,
-                tokens,
-                moved,
-                scores,
-                scale,
-                min_tokens_per_clone,
-                **{name: value for name, value in fixed.items() if name not in names},
-                num_warps=8,
-            )
+            others = ("BY_NODE", "EXACT", "BLOCK_ALL", "BLOCK_Q")
+            fixed = {name: value for name, value in fixed.items() if name not in others}
+            _best_kernel[(domains,)](*shared, scores, *rules, **fixed, num_warps=8)
     return {**plan, "num_clones": clones.sum() if domains > 1 else clones.view(())}
+
+
+def _outputs(counts: Tensor, num_slots: int, domains: int) -> dict[str, Tensor]:
+    """What the kernels write; clones by domain, and zeros where no program allocates."""
+    ranks, experts = counts.shape
+    empty = counts.new_zeros if domains > 1 else counts.new_empty
+    return {
+        "slot_expert": counts.new_full((ranks, num_slots), -1),
+        "allocation": empty(experts, ranks),
+        "load_before": counts.new_empty(ranks),
+        "load_after": counts.new_empty(ranks),
+        "num_clones": counts.new_empty(domains),
+    }

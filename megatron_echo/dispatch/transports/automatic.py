@@ -149,9 +149,13 @@ def clone_price(config: Any, group: dist.ProcessGroup, tokens: str, weights: str
     if given is not None:
         inside, across = given, min(round(given * speeds.inside / speeds.across), MAX_ROWS)
     inside = inside if node or local == ranks else across
-    if ranks > 1:  # what they see may differ, and plans may not
+    if ranks > 1 and not _is_pretended(group):  # what ranks see may differ, and plans may not
         inside, across = highest([inside, across], group, _device_of(group))
     return replace(price, inside=inside, across=across)
+
+
+def _is_pretended(group: dist.ProcessGroup) -> bool:
+    return group.size() > 1 and dist.get_backend(group) == "fake"
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
@@ -189,8 +193,8 @@ class Transports(PerModel):
         self.price: ClonePrice | None = None
         if echo_setting(config, "moe_echo_tolerance") is None:
             self.price = clone_price(config, group, self.tokens, self.weights)
-        is_pretended = group.size() > 1 and dist.get_backend(group) == "fake"
-        self._is_silent = group.size() == 1 or is_pretended or dist.get_rank() != 0
+        is_alone = group.size() == 1
+        self._is_silent = is_alone or _is_pretended(group) or dist.get_rank() != 0
 
     def announce(self, tokens: int, slots: int) -> None:
         """Print once, on the job's first rank, what moves how, why, and how many bytes.

@@ -193,6 +193,7 @@ def test_the_price_of_a_clone(group: dist.ProcessGroup, monkeypatch: pytest.Monk
     assert price_of(group, **gpu).inside == price_of(group, **gpu).across == 2667
     nodes = {**gpu, "moe_echo_ranks_per_node": 4}
     assert price_of(group, **nodes).inside == 333
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
     monkeypatch.setattr(automatic, "highest", lambda values, *_: [value + 1 for value in values])
     assert price_of(group, **nodes).inside == 334
 
