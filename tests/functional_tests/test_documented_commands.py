@@ -111,7 +111,7 @@ WAYS = (
         run="python benchmarks/echo.py --rounds 1 --iterations 3 --ranks 2 --output {tmp}/echo"),
     Way(r"python benchmarks/router_losses\.py",
         run="python benchmarks/router_losses.py --steps 11 --output {tmp}/losses"),
-    Way(r"python benchmarks/fp8_loss\.py",
+    Way(r"python benchmarks/fp8_loss\.py.*",
         run="python benchmarks/fp8_loss.py --steps 11 --output {tmp}/fp8_loss"),
     Way(r"python benchmarks/aux_loss\.py",
         run="python benchmarks/aux_loss.py --output {tmp}/aux.json"),
