@@ -54,20 +54,3 @@ def refuse_departure(position: int) -> NoReturn:
         f"The step that is captured in a CUDA graph departs from the plan of offloading at mark "
         f"{position}: the steps before it had another schedule. Capture a step like those."
     )
-
-
-def pin_ahead(plan: Plan | None, record: StepRecord, arena: HostArena) -> None:
-    """Pin the host memory of a step of this plan.
-
-    Args:
-        plan: what goes to the host; None pins nothing.
-        record: a step with the same storages.
-        arena: whose memory.
-    """
-    if plan is None:
-        return
-    arena.rehearse(
-        (item.nbytes, item.close, item.drop)
-        for item, reason in zip(record.items(), plan.kept, strict=True)
-        if reason is None
-    )
