@@ -355,7 +355,7 @@ def test_a_block_is_not_written_while_it_is_read(is_guarded: bool) -> None:
 def test_a_block_that_is_lent_twice_changes_bits(monkeypatch: Patch) -> None:
     check_bits(schedule="PP4 rank 0")
     lend_a_block_twice(monkeypatch)
-    with pytest.raises((AssertionError, CaptureError)):
+    with pytest.raises((AssertionError, RuntimeError)):  # at the latest the bytes on loan are wrong
         check_bits(schedule="PP4 rank 0")
 
 
