@@ -4,6 +4,7 @@ A replay repeats the copies, waits and frees of the capture. So their order must
 and their host memory must be there.
 """
 
+import gc
 from typing import NoReturn
 
 from megatron_echo.offload.host_arena import HostArena
@@ -23,6 +24,8 @@ def begin(plan: Plan | None, arena: HostArena, learning_steps: int) -> None:
             f"{learning_steps} steps of the same schedule run before, with "
             "--cuda-graph-warmup-steps."
         )
+    if arena.leased_bytes:
+        gc.collect()  # what only cycles hold is not in use
     if arena.leased_bytes:
         raise RuntimeError(
             f"{arena.leased_bytes} offloaded bytes of an earlier step are still in use where a "
