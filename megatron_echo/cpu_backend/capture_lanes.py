@@ -88,7 +88,7 @@ class CaptureLanes:
             CaptureError: another stream may still use such memory.
         """
         for key in [key for key in self._visited if self._home.get(key) == stream]:
-            if torch._C._storage_Use_Count(key) <= self._own_references(key):  # type: ignore[attr-defined]
+            if torch._C._storage_Use_Count(key) <= self._own_references(key):
                 self._visited.remove(key)
                 races = self._order.access(stream, key, 0, 2**63, writes=True)
                 self._refuse(races, "Memory is freed")

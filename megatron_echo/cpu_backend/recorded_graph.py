@@ -247,8 +247,9 @@ class RecordedGraph:
         for tensor in _tensors(result):
             fresh.append(None)
             if _key(tensor) not in touched:
-                fresh[-1] = self._inside[_key(tensor)] = torch.ops.aten.detach.default(tensor)
-                self._hold(fresh[-1])
+                alias = torch.ops.aten.detach.default(tensor)
+                fresh[-1] = self._inside[_key(tensor)] = alias
+                self._hold(alias)
         for tensor in (*touched.values(), *(each for each in fresh if each is not None)):
             storage = tensor.untyped_storage()
             size = max(storage.nbytes(), self._sizes.get(_key(tensor), (storage, 0))[1])

@@ -4,6 +4,7 @@ A replay repeats the copies, waits and frees of the capture. So their order must
 and their host memory must be there.
 """
 
+import gc
 from typing import NoReturn
 
 from megatron_echo.offload.host_arena import HostArena
@@ -23,6 +24,8 @@ def begin(plan: Plan | None, arena: HostArena, learning_steps: int) -> None:
             f"{learning_steps} steps of the same schedule run before, with "
             "--cuda-graph-warmup-steps."
         )
+    if arena.leased_bytes:
+        gc.collect()  # what only cycles hold is not in use
     if arena.leased_bytes:
         raise RuntimeError(
             f"{arena.leased_bytes} offloaded bytes of an earlier step are still in use where a "
@@ -53,21 +56,4 @@ def refuse_departure(position: int) -> NoReturn:
     raise RuntimeError(
         f"The step that is captured in a CUDA graph departs from the plan of offloading at mark "
         f"{position}: the steps before it had another schedule. Capture a step like those."
-    )
-
-
-def pin_ahead(plan: Plan | None, record: StepRecord, arena: HostArena) -> None:
-    """Pin the host memory of a step of this plan.
-
-    Args:
-        plan: what goes to the host; None pins nothing.
-        record: a step with the same storages.
-        arena: whose memory.
-    """
-    if plan is None:
-        return
-    arena.rehearse(
-        (item.nbytes, item.close, item.drop)
-        for item, reason in zip(record.items(), plan.kept, strict=True)
-        if reason is None
     )

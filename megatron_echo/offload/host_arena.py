@@ -3,9 +3,8 @@
 import bisect
 import collections
 import dataclasses
-import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -45,10 +44,10 @@ class HostArena:
     """Lends blocks of host memory and takes them back.
 
     **In a capture** nothing is pinned: CUDA forbids it, and the memory would be the graph's for
-    good. What a step needs is pinned by :meth:`rehearse` before. What a capture was lent is never
-    lent again outside of it, because each replay writes it; the arena keeps it, as a graph holds
-    addresses and no memory. No slab is given back to PyTorch, which would ask an event of the
-    capture whether the copies are done.
+    good. The steps before it, which send everything, have pinned what a planned one needs; beyond
+    that the arena is full. What a capture was lent is never lent again outside of it, because each
+    replay writes it; the arena keeps it, as a graph holds addresses and no memory. No slab is given
+    back to PyTorch, which would ask an event of the capture whether the copies are done.
 
     Args:
         allocate: gives a uint8 tensor of so many bytes, pinned where there is a device. It is asked
@@ -103,27 +102,12 @@ class HostArena:
             lease.guard = None
 
     def end_capture(self) -> None:
-        """Leave to the graph what it was lent."""
+        """Leave to the graph what it was lent; does nothing where there is no capture."""
+        if not self._is_captured:
+            return
         self._is_captured = False
         for size, leases in self._free.items():
             self._free[size] = collections.deque(one for one in leases if not one.is_of_graph)
-
-    def rehearse(self, loans: Iterable[tuple[int, int, int]]) -> None:
-        """Pin what a step will need, by lending and taking back as it will.
-
-        Args:
-            loans: bytes, first and last moment of each; the first moments ascend. What is taken
-                back at a moment can be lent at it.
-        """
-        open_loans: list[tuple[int, int, Lease]] = []
-        for number, (nbytes, begin, end) in enumerate(loans):
-            while open_loans and open_loans[0][0] <= begin:
-                self.give_back(heapq.heappop(open_loans)[2])
-            lease = self.lease(nbytes)
-            if lease is not None:
-                heapq.heappush(open_loans, (end, number, lease))
-        for _, _, lease in open_loans:
-            self.give_back(lease)
 
     def _cut(self, size: int) -> Tensor | None:
         """A new block, from the smallest rest that holds it or else from a new slab."""

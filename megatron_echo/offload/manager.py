@@ -183,16 +183,13 @@ class ActivationOffloader:
             ValueError: strict, and a configured name saved nothing in the first step.
             RuntimeError: the step is captured and is not the one that was planned.
         """
-        plan, is_captured = self._plan, self._is_captured
         record = self._finish()
         if record is None:
             return
-        if is_captured:
-            capture.check_complete(plan, record)
+        if self._is_captured:
+            capture.check_complete(self._plan, record)
         elif not record.is_broken and record.chunks:
             self._scheduler.learn(record)
-            if self._scheduler.plan is not plan:
-                capture.pin_ahead(self._scheduler.plan, record, self.transfers.arena)
             if self._unused:
                 names, self._unused = ", ".join(sorted(self._unused)), set()
                 self._complain(
@@ -209,9 +206,6 @@ class ActivationOffloader:
         record, self._record = self._record, None
         if record is not None:
             self.transfers.join()
-            if self._is_captured:
-                self.transfers.arena.end_capture()
-                self._is_captured = False
             self._last_step = StepSummary.of(self.transfers, self._bytes, self._uses, record)
         return record
 

@@ -117,10 +117,10 @@ class StepRecord:
             last = max(c.model for c in others)
             yield from reversed(next(c for c in others if c.model == last).entries)
 
-    def items(self) -> tuple[Item, ...]:
-        """All storages of the step, in closing order."""
+    def timeline(self) -> Timeline:
+        """The whole step."""
         marks = len(self.marks)
-        return tuple(
+        items = tuple(
             Item(
                 entry.nbytes, entry.chunk.number, entry.close,
                 marks if entry.need is None else entry.need,
@@ -129,10 +129,6 @@ class StepRecord:
             )
             for entry in self.entries
         )  # fmt: skip
-
-    def timeline(self) -> Timeline:
-        """The whole step."""
-        marks, items = len(self.marks), self.items()
         if not self.is_timed:
             return Timeline(tuple(self.marks), items)
         self._backend.synchronize()

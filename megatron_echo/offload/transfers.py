@@ -105,7 +105,7 @@ class Transfers:
             self.release(outbound)
 
     def join(self) -> None:
-        """Release all originals, and put all copies before what compute does next.
+        """End a step: release all originals, and put all copies before what compute does next.
 
         A capture must not end before: streams that were forked in it have to be joined.
         """
@@ -113,6 +113,7 @@ class Transfers:
         for lane in self._working:
             self.backend.wait(Lane.COMPUTE, self.backend.record(lane))
         self._working.clear()
+        self.arena.end_capture()
 
     def fetch(self, blob: Blob) -> None:
         """Begin the copy back."""

@@ -167,6 +167,6 @@ class SimulatedBackend(Backend):
         kinds = ("read", "write")
         self.races += [
             f"{kinds[writes]} in lane {lane.value} is not ordered behind a "
-            f"{kinds[other.writes]} in lane {other.lane.value}"
+            f"{kinds[other.writes]} in lane {Lane(other.lane).value}"
             for other in self._order.access(lane, _block(tensor), 0, tensor.numel(), writes)
         ]

@@ -118,7 +118,7 @@ def test_replays_have_the_bits_of_eager_steps(schedule: str, fraction: float) ->
 
 @pytest.mark.parametrize("policy", ["earliest", "largest", "longest-lifetime"])
 def test_a_capture_pins_nothing(policy: str) -> None:
-    """Little host memory goes to others without a plan; with one it is pinned before the step."""
+    """Also where host memory is short; and what goes to the host is what an eager step sends."""
     training = Training(policy=policy, fraction=0.5, max_host_bytes=1 << 16)
     arena = training.offloader.transfers.arena
     pinned = []
@@ -132,6 +132,10 @@ def test_a_capture_pins_nothing(policy: str) -> None:
     arena._allocate = allocate
     training.captured()
     assert sum(pinned) == arena.allocated_bytes > 0
+    eager = Training(policy=policy, fraction=0.5, max_host_bytes=1 << 16)
+    for number in range(3):
+        eager.with_inputs(number, eager.step)
+    assert training.offloader.statistics() == eager.offloader.statistics()
 
 
 # ------------------------------------------------------------------------------ the order
@@ -331,7 +335,9 @@ def test_a_block_is_not_written_while_it_is_read(is_guarded: bool) -> None:
     arena = HostArena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), None, 512)
     transfers = Transfers(StreamBackend(), arena)
     lost = None if is_guarded else pytest.raises(CaptureError, match="still reads it")
-    arena.rehearse([(512, 0, 1)])
+    pinned = arena.lease(512)
+    assert pinned is not None
+    arena.give_back(pinned)
     with lost or contextlib.nullcontext(), capture(RecordedGraph()):
         first, second = (Blob(transfers, name, Handle(torch.ones(128) * 2, None)) for name in "ab")
         assert transfers.send(first)
@@ -349,7 +355,7 @@ def test_a_block_is_not_written_while_it_is_read(is_guarded: bool) -> None:
 def test_a_block_that_is_lent_twice_changes_bits(monkeypatch: Patch) -> None:
     check_bits(schedule="PP4 rank 0")
     lend_a_block_twice(monkeypatch)
-    with pytest.raises((AssertionError, CaptureError)):
+    with pytest.raises((AssertionError, RuntimeError)):  # at the latest the bytes on loan are wrong
         check_bits(schedule="PP4 rank 0")
 
 
