@@ -72,6 +72,17 @@ class EchoTransformerLayer(MoETransformerLayer):
     def _should_call_te_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
         return torch.is_grad_enabled() and super()._should_call_te_cudagraph(*args, **kwargs)
 
+    def _get_te_cuda_graph_replay_args(self, *args: Any, **kwargs: Any) -> tuple:
+        """Where there is no mask, as in the middle of a pipeline, a causal one and not zeros.
+
+        Transformer Engine's attention asks for neither, the local one takes what it gets.
+        """
+        has_none = kwargs.get("attention_mask") is None
+        args, kwargs = super()._get_te_cuda_graph_replay_args(*args, **kwargs)
+        if has_none and "attention_mask" in kwargs and self.config.transformer_impl == "local":
+            kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"]).triu(1)
+        return args, kwargs
+
 
 class EchoMoELayer(MoELayer, _KeepsConfig):
     """Megatron's ``MoELayer`` with this package's dispatcher and experts.

@@ -41,6 +41,8 @@ def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np
 class StepTrace:
     """One file: C layer calls of one step on one pipeline stage. R ranks, E experts, S slots.
 
+    Calls are in the order of microbatches, and within each in that of layers.
+
     Attributes:
         iteration: Megatron's, from 1.
         stage: the pipeline stage's rank.
@@ -126,19 +128,18 @@ class RoutingTrace:
         rows = found[0].cpu()[: int(found[1])]
         if not len(rows):
             return
-        layers, *columns = rows.split([1, *(shape.numel() for shape in self._shapes)], dim=1)
-        seen: Counter[int] = Counter()
-        microbatches = []
-        for layer in layers.flatten().tolist():
-            microbatches.append(seen[layer])
-            seen[layer] += 1
+        sizes = [shape.numel() for shape in self._shapes]
+        layers, *columns = (part.numpy() for part in rows.split([1, *sizes], dim=1))
         names = ("counts", "slot_expert", "load_after")
         arrays: dict[str, Any] = {
-            name: column.reshape(-1, *shape).numpy()
+            name: column.reshape(-1, *shape)
             for name, column, shape in zip(names, columns, self._shapes, strict=True)
         }
-        arrays["layer"] = layers.flatten().numpy()
-        arrays["microbatch"] = np.array(microbatches, np.int32)
+        arrays["layer"] = layers[:, 0]
+        arrays["microbatch"] = _numbered(layers[:, 0])
+        # Layers that are recomputed are counted in backward, in the other order.
+        order = np.lexsort((arrays["layer"], arrays["microbatch"]))
+        arrays = {name: array[order] for name, array in arrays.items()}
         path = self._folder / f"step-{iteration:08d}-stage-{self._stage:03d}.npz"
         arrays |= {"iteration": iteration, "stage": self._stage}
         try:
@@ -146,6 +147,16 @@ class RoutingTrace:
         except OSError as error:
             self._folder = None
             print(f"WARNING: {path} cannot be written ({error}): no more traces.", flush=True)
+
+
+def _numbered(layers: np.ndarray) -> np.ndarray:
+    """For each call of a layer, int32, how many of the same came before it."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for layer in layers.tolist():
+        numbers.append(seen[layer])
+        seen[layer] += 1
+    return np.array(numbers, np.int32)
 
 
 _DIMENSIONS = {
