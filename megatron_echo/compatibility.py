@@ -336,59 +336,6 @@ def engine_refusal(way: str, config: Any) -> str | None:
     return None
 
 
-FP8_ALIGNMENT = 16
-"""Elements of a row, and rows of a group, that products of FP8 take: 16 bytes."""
-
-_NOT_BUILT = {
-    "mxfp8": "is not built: torch takes its scales in tiles of 128 rows of each expert, on compute "
-    "capability 10.0. Use params-dtype there, and fp8-rowwise on 9.0.",
-    "fp8-blockwise": "is not built: it needs Transformer Engine's GroupedLinear with "
-    "use_grouped_tensor, whose splits stay on the device from cuBLAS 13.6 on. Use fp8-rowwise.",
-    "nvfp4": "is not built: it needs compute capability 10.0 and Transformer Engine's "
-    "GroupedLinear with use_grouped_tensor, with cuBLAS 13.3 or newer. Use params-dtype.",
-}
-
-_FP8_ROWWISE: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        lambda c: (c.moe_latent_size or c.hidden_size) % FP8_ALIGNMENT,
-        f"needs a width of a multiple of {FP8_ALIGNMENT}. Use another --hidden-size or "
-        "--moe-latent-size, or params-dtype.",
-    ),
-    (
-        lambda c: c.moe_ffn_hidden_size % (FP8_ALIGNMENT * c.expert_tensor_parallel_size),
-        f"needs a multiple of {FP8_ALIGNMENT} of the inner width on each expert-tensor rank, but "
-        "--moe-ffn-hidden-size is {config.moe_ffn_hidden_size}. Use another one, or params-dtype.",
-    ),
-    (
-        lambda c: c.moe_echo_grouped_gemm == "triton",
-        "multiplies by torch alone. Use --moe-echo-grouped-gemm auto.",
-    ),
-    (
-        lambda c: torch.accelerator.is_available() and c.params_dtype != torch.bfloat16,
-        "gives bf16 on a GPU, not {config.params_dtype}. Use --bf16.",
-    ),
-    (
-        lambda c: torch.accelerator.is_available() and torch.cuda.get_device_capability() != (9, 0),
-        "needs a GPU of compute capability 9.0 (H100, H200). Use params-dtype.",
-    ),
-)
-
-
-def precision_refusal(precision: str, config: Any) -> str | None:
-    """Why experts cannot compute in a precision, and what to do; None if they can.
-
-    Args:
-        precision: a word of ``--moe-echo-expert-precision`` but ``params-dtype``.
-        config: the transformer's configuration.
-    """
-    if precision in _NOT_BUILT:
-        return _NOT_BUILT[precision]
-    for refused, reason in _FP8_ROWWISE:
-        if refused(config):
-            return reason.format(config=config)
-    return None
-
-
 @contextlib.contextmanager
 def whole_layer_in_graph(config: Any) -> Iterator[None]:
     """Leaves ``moe`` in ``--cuda-graph-modules``, which Megatron refuses for its dropless layers.

@@ -11,160 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from megatron_echo.compatibility import (
-    FP8_ALIGNMENT,
-    config_refusal,
-    engine_refusal,
-    precision_refusal,
-    whole_layer_in_graph,
-)
-from megatron_echo.environment import interprets_triton, peer_memory_refusal
-from megatron_echo.flags import check_type, flag, nearest_multiples, spelled
+from megatron_echo import flag_checks as checks
+from megatron_echo.compatibility import whole_layer_in_graph
+from megatron_echo.flag_checks import FP8_ALIGNMENT
+from megatron_echo.flags import check_type, flag, spelled
 from megatron_echo.loss_settings import RouterLossSettings
-from megatron_echo.planner.price import MAX_ROWS
 from megatron_echo.planner.slots import auto_slots
-
-
-def _check_enable_echo(value: bool, config: Any) -> str | None:
-    return config_refusal(config) if value else None
-
-
-def _check_num_echo_experts(value: int | None, config: Any) -> str | None:
-    ranks = config.expert_model_parallel_size
-    if value is None:
-        return None
-    if value < 0:
-        return f"is negative. Use a multiple of the expert-parallel size {ranks}, or 0."
-    if value % ranks:
-        choice = nearest_multiples(value, ranks)
-        return f"is not divisible by the expert-parallel size {ranks}. Use {choice}."
-    experts = config.num_moe_experts
-    if experts is not None and value > (most := experts * ranks):
-        return f"is above one slot a rank for each of {experts} experts. Use {most} or fewer."
-    return None
-
-
-def _check_capacity(value: float | None, config: Any) -> str | None:
-    if value is not None and not 0 < value < float("inf"):
-        return "is not a positive number. Use 1.0 for perfect balance, more for skew, or auto."
-    return None
-
-
-def _check_max_tokens(value: int | None, config: Any) -> str | None:
-    return None if value is None else _check_positive(value, config)
-
-
-def _check_peer_memory(value: str, config: Any) -> str | None:
-    if value != "symmetric_memory":
-        return None
-    return peer_memory_refusal(config.expert_model_parallel_size)
-
-
-def _check_token_transport(value: str, config: Any) -> str | None:
-    if value in ("hybrid_ep", "nccl_ep"):
-        return engine_refusal(value, config)
-    return _check_peer_memory(value, config)
-
-
-def _check_peer_capacity(value: float, config: Any) -> str | None:
-    if not 0 < value <= 1:
-        return "is not above 0 and up to 1. Use 1.0 for a part that is never over-full."
-    if value < 1 and config.moe_echo_token_transport != "all_to_all":
-        return "belongs to --moe-echo-token-transport all_to_all. Leave one of the two out."
-    return None
-
-
-def _check_tolerance(value: float | None, config: Any) -> str | None:
-    fits = value is None or 0 <= value <= 100
-    return None if fits else "is not between 0 and 100. Use 0.02 for 2 %."
-
-
-def _check_rows_per_clone(value: int | None, config: Any) -> str | None:
-    if value is None:
-        return None
-    if config.moe_echo_tolerance is not None:
-        return "belongs to --moe-echo-tolerance auto. Leave one of the two out."
-    return None if 0 <= value <= MAX_ROWS else f"is out of range. Use 0 to {MAX_ROWS}."
-
-
-def _check_within_node(value: bool, config: Any) -> str | None:
-    if value and config.moe_echo_ranks_per_node is None:
-        return "knows no nodes. Give --moe-echo-ranks-per-node."
-    return None
-
-
-def _check_ranks_per_node(value: int | None, config: Any) -> str | None:
-    ranks = config.expert_model_parallel_size
-    if value is not None and (value < 1 or ranks % value):
-        return f"does not divide the expert-parallel size {ranks}. Use a divisor, or leave it out."
-    return None
-
-
-def _check_not_negative(value: float, config: Any) -> str | None:
-    return "is negative. Use 0 or more." if value < 0 else None
-
-
-def _check_skew(value: float, config: Any) -> str | None:
-    if value > 100:
-        return "is above 100. Use 1.0 for Zipf's law."
-    return _check_not_negative(value, config)
-
-
-def _check_expert_dispatcher(value: str, config: Any) -> str | None:
-    if value == "p2p" and config.cuda_graph_impl != "none":
-        return "reads the plan on the host, which a CUDA graph cannot. Use auto."
-    return _check_peer_memory(value, config)
-
-
-def _check_kernels(value: str, config: Any) -> str | None:
-    # The CPU backend leaves torch.accelerator truthful.
-    if value == "triton" and not (torch.accelerator.is_available() or interprets_triton()):
-        return (
-            "needs a GPU. Use auto or torch, or set TRITON_INTERPRET=1 to run the kernels on a "
-            "CPU, very slowly."
-        )
-    return None
-
-
-def _check_expert_precision(value: str, config: Any) -> str | None:
-    return None if value == "params-dtype" else precision_refusal(value, config)
-
-
-def _check_every(value: int, config: Any) -> str | None:
-    if value and config.cuda_graph_impl != "none":
-        return "adds work in some steps, which a CUDA graph cannot. Leave one of the two out."
-    if value and config.moe_echo_overflow == "drop":
-        return "cannot tell a dropped pair from a wrong one. Use --moe-echo-overflow raise."
-    return _check_not_negative(value, config)
-
-
-def _check_capture(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl != "none":
-        return "copies into a new place each step, which a CUDA graph cannot. Leave one out."
-    return None
-
-
-def _check_replay(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl != "none":
-        return "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
-    return None
-
-
-def _check_positive(value: int, config: Any) -> str | None:
-    return None if value >= 1 else "is below 1. Use 1 or more."
-
-
-MAX_ROW_ALIGNMENT = 1024
-"""Kernels want 8 to 256 rows; each expert and slot of a rank may waste one less than this."""
-
-
-def _check_row_alignment(value: int, config: Any) -> str | None:
-    if value > MAX_ROW_ALIGNMENT:
-        return f"is above {MAX_ROW_ALIGNMENT}, more than any kernel wants. Use a smaller one."
-    return None if value >= 1 else "is below 1. Use 1, or the multiple that a kernel wants."
 
 
 @dataclass
@@ -177,7 +31,7 @@ class EchoConfigMixin:
         "experts of each layer and microbatch cloned onto ranks that have room (ECHO), so that "
         "every expert-parallel rank computes the same number of tokens.",
         group="echo",
-        check=_check_enable_echo,
+        check=checks.enable_echo,
     )
     moe_num_echo_experts: int | None = flag(
         None,
@@ -185,7 +39,7 @@ class EchoConfigMixin:
         "a table: 6 a rank for 256 experts on 8 ranks, 2 on 64. As many as a rank has experts, "
         "--num-experts in total, balance any routing and cannot overflow. 0: no clones.",
         group="echo",
-        check=_check_num_echo_experts,
+        check=checks.num_echo_experts,
         metavar="N",
         none_word="auto",
     )
@@ -195,7 +49,7 @@ class EchoConfigMixin:
         "one rank times the top-k. The default, auto, never overflows without clones or with as "
         "many slots as experts. With fewer it is 1.25, and a step that needs more overflows.",
         group="echo",
-        check=_check_capacity,
+        check=checks.capacity,
         metavar="X",
         none_word="auto",
     )
@@ -206,7 +60,7 @@ class EchoConfigMixin:
         "it. What a rank brings less costs no product and counts nowhere. Without it all ranks "
         "bring the same number.",
         group="echo",
-        check=_check_max_tokens,
+        check=checks.max_tokens,
         metavar="N",
     )
     moe_echo_overflow: str = flag(
@@ -225,7 +79,7 @@ class EchoConfigMixin:
         "kernels. nccl_ep, experimental: by those of NCCL EP. symmetric_memory: each token is "
         "written straight into the rows where its experts compute it; for ranks of one machine.",
         group="echo",
-        check=_check_token_transport,
+        check=checks.token_transport,
         choices=("auto", "all_gather", "all_to_all", "hybrid_ep", "nccl_ep", "symmetric_memory"),
     )
     moe_echo_peer_capacity: float = flag(
@@ -233,7 +87,7 @@ class EchoConfigMixin:
         "Places for each peer in the all-to-all, as a part of a rank's tokens. 1.0 is never "
         "over-full; less saves traffic, and what does not fit is an overflow.",
         group="echo",
-        check=_check_peer_capacity,
+        check=checks.peer_capacity,
         metavar="X",
     )
     moe_echo_fp32_sums_on_the_wire: bool = flag(
@@ -247,7 +101,7 @@ class EchoConfigMixin:
         1,
         "Each expert's rows are padded to a multiple of this, for kernels that want it.",
         group="echo",
-        check=_check_row_alignment,
+        check=checks.row_alignment,
         metavar="N",
     )
 
@@ -257,7 +111,7 @@ class EchoConfigMixin:
         "the receive buffer holds, where that is faster by prediction: rows are weighed against "
         "clones in each layer and microbatch, and none is made that does not pay.",
         group="echo",
-        check=_check_tolerance,
+        check=checks.tolerance,
         metavar="X",
         none_word="auto",
     )
@@ -266,7 +120,7 @@ class EchoConfigMixin:
         "With --moe-echo-tolerance auto: how many rows a rank computes while one clone travels "
         "inside its node. auto: by the layer's sizes and stated speeds of the device.",
         group="echo",
-        check=_check_rows_per_clone,
+        check=checks.rows_per_clone,
         metavar="N",
         none_word="auto",
     )
@@ -274,7 +128,7 @@ class EchoConfigMixin:
         0,
         "Clones with fewer tokens are given up where their home can compute them within the bound.",
         group="echo",
-        check=_check_not_negative,
+        check=checks.not_negative,
         metavar="N",
     )
     moe_echo_ranks_per_node: int | None = flag(
@@ -282,7 +136,7 @@ class EchoConfigMixin:
         "Expert-parallel ranks that share a node: clones then stay inside it where balance allows "
         "that, and tokens stay in their node where they can.",
         group="echo",
-        check=_check_ranks_per_node,
+        check=checks.ranks_per_node,
         metavar="N",
     )
     moe_echo_clones_within_node: bool = flag(
@@ -290,13 +144,13 @@ class EchoConfigMixin:
         "No clone leaves its home's node, and no weights of clones cross nodes. Each node is "
         "balanced by itself; the receive buffer is by default twice that of perfect balance.",
         group="echo",
-        check=_check_within_node,
+        check=checks.within_node,
     )
     moe_echo_planner_backend: str = flag(
         "auto",
         "What plans: torch operations, Triton kernels, or by device.",
         group="echo",
-        check=_check_kernels,
+        check=checks.kernels,
         choices=("auto", "torch", "triton"),
     )
     moe_echo_grouped_gemm: str = flag(
@@ -308,7 +162,7 @@ class EchoConfigMixin:
         "the host: bf16, compute capability 9 or 10, widths of a multiple of 8, fewer than 1,024 "
         "experts and slots on a rank. Elsewhere, from compute capability 8.0 on, triton.",
         group="echo",
-        check=_check_kernels,
+        check=checks.kernels,
         choices=("auto", "torch", "triton"),
     )
     moe_echo_expert_precision: str = flag(
@@ -318,7 +172,7 @@ class EchoConfigMixin:
         "capability 9.0 and, as a reference, a CPU; parameters and gradients stay as they are. "
         "The others are names of what is not built: the refusal says what would do.",
         group="echo",
-        check=_check_expert_precision,
+        check=checks.expert_precision,
         choices=("params-dtype", "fp8-rowwise", "mxfp8", "fp8-blockwise", "nvfp4"),
     )
     moe_echo_recompute_expert_dispatch: bool = flag(
@@ -334,7 +188,7 @@ class EchoConfigMixin:
         "which the host reads each plan; not within CUDA graphs. symmetric_memory: only the slots "
         "in use, read by the ranks that want them; for ranks of one machine.",
         group="echo",
-        check=_check_expert_dispatcher,
+        check=checks.expert_dispatcher,
         choices=("auto", "collective", "p2p", "symmetric_memory"),
     )
     moe_echo_check_every: int = flag(
@@ -342,7 +196,7 @@ class EchoConfigMixin:
         "Every so many steps compute one MoE layer again without clones and compare, and compare "
         "the plan over the ranks; stop on a difference. 0 never does.",
         group="echo",
-        check=_check_every,
+        check=checks.every,
         metavar="N",
     )
     moe_echo_trace_dir: str | None = flag(
@@ -356,7 +210,7 @@ class EchoConfigMixin:
         1,
         "Trace every so many steps.",
         group="echo",
-        check=_check_positive,
+        check=checks.positive,
         metavar="N",
     )
     moe_echo_capture_routing: str | None = flag(
@@ -364,7 +218,7 @@ class EchoConfigMixin:
         "Write the chosen experts of every token and their probabilities into this folder, one "
         ".npz file for each step and rank, copied behind the computation.",
         group="echo",
-        check=_check_capture,
+        check=checks.capture,
         metavar="DIR",
     )
     moe_echo_capture_slots: int = flag(
@@ -372,7 +226,7 @@ class EchoConfigMixin:
         "Layer calls whose routing may be on its way to the host; with as many as a step has, "
         "nothing waits before its end.",
         group="echo",
-        check=_check_positive,
+        check=checks.positive,
         metavar="N",
     )
     moe_echo_replay_routing: str | None = flag(
@@ -381,7 +235,7 @@ class EchoConfigMixin:
         "--moe-echo-capture-routing, or step-00000001.npz and so on with ids [tokens, MoE layers, "
         "K]. The parallel layout may differ.",
         group="echo",
-        check=_check_replay,
+        check=checks.replay,
         metavar="DIR",
     )
     moe_echo_aux_counts: str = flag(
@@ -409,7 +263,7 @@ class EchoConfigMixin:
         "For tests and benchmarks: adds a fixed Zipf bias with this exponent to the router's "
         "logits, in another order in each layer, so that the routing is skewed and still learns.",
         group="echo",
-        check=_check_skew,
+        check=checks.skew,
         metavar="ALPHA",
     )
 

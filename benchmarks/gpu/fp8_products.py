@@ -16,7 +16,6 @@ from timing import device, device_microseconds, on_gpu, release_memory
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from megatron_echo.compatibility import FP8_ALIGNMENT
 from megatron_echo.experts.fp8 import (
     Quantised,
     quantise_columns,
@@ -25,6 +24,7 @@ from megatron_echo.experts.fp8 import (
     scaled_outer,
     scaled_product,
 )
+from megatron_echo.flag_checks import FP8_ALIGNMENT
 
 PART = "Grouped products in FP8"
 DRY_SHAPES: dict[str, Shape] = {"dry run in FP8": (96, 3, 2, 32, 16)}

@@ -21,6 +21,7 @@ FLOORS = (
     ("offload",),
     ("record", "plan_settings"),
     ("config",),
+    ("flag_checks",),
     ("compatibility", "loss_settings"),
     ("planner", "cpu_backend", "host_copy"),
     (

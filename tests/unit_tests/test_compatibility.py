@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import CudaGraphModule
 
-from megatron_echo import compatibility
+from megatron_echo import compatibility, flag_checks
 
 PLAIN = SimpleNamespace(
     num_moe_experts=8, expert_model_parallel_size=2, moe_num_echo_experts=None,
@@ -101,7 +101,7 @@ def fired(table: tuple, setting: dict) -> set[int]:
         (compatibility._WHOLE_STEP_GRAPH, OF_GRAPHS),
         (compatibility._ENGINE, OF_ENGINES),
         (compatibility._NCCL_EP, OF_NCCL_EP),
-        (compatibility._FP8_ROWWISE[:-1], OF_FP8),
+        (flag_checks._FP8_ROWWISE[:-1], OF_FP8),
     ],
     ids=["config", "taken over", "arguments", "graphs", "engines", "nccl_ep", "fp8"],
 )
@@ -137,7 +137,7 @@ def test_what_is_said_beside_fp8_of_transformer_engine() -> None:
 
 def test_precisions_that_cannot_be_had_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name with what would do; FP8 of rows on another card, and without a card not at all."""
-    refusal = compatibility.precision_refusal
+    refusal = flag_checks.precision_refusal
     for name, words in (
         ("mxfp8", "compute capability 10.0. Use params-dtype there, and fp8-rowwise on 9.0."),
         ("fp8-blockwise", "from cuBLAS 13.6 on. Use fp8-rowwise."),

@@ -1,0 +1,205 @@
+# ruff: noqa: D103 (all are what the next lines say)
+"""What is wrong with a value of a flag of ours, on the finished configuration, and what to use.
+
+Each takes the value and the configuration and gives the words that follow the flag, or None.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_echo.compatibility import config_refusal, engine_refusal
+from megatron_echo.environment import interprets_triton, peer_memory_refusal
+from megatron_echo.flags import nearest_multiples
+from megatron_echo.planner.price import MAX_ROWS
+
+MAX_ROW_ALIGNMENT = 1024
+"""Kernels want 8 to 256 rows; each expert and slot of a rank may waste one less than this."""
+
+FP8_ALIGNMENT = 16
+"""Elements of a row, and rows of a group, that products of FP8 take: 16 bytes."""
+
+_NOT_BUILT = {
+    "mxfp8": "is not built: torch takes its scales in tiles of 128 rows of each expert, on compute "
+    "capability 10.0. Use params-dtype there, and fp8-rowwise on 9.0.",
+    "fp8-blockwise": "is not built: it needs Transformer Engine's GroupedLinear with "
+    "use_grouped_tensor, whose splits stay on the device from cuBLAS 13.6 on. Use fp8-rowwise.",
+    "nvfp4": "is not built: it needs compute capability 10.0 and Transformer Engine's "
+    "GroupedLinear with use_grouped_tensor, with cuBLAS 13.3 or newer. Use params-dtype.",
+}
+
+_FP8_ROWWISE: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda c: (c.moe_latent_size or c.hidden_size) % FP8_ALIGNMENT,
+        f"needs a width of a multiple of {FP8_ALIGNMENT}. Use another --hidden-size or "
+        "--moe-latent-size, or params-dtype.",
+    ),
+    (
+        lambda c: c.moe_ffn_hidden_size % (FP8_ALIGNMENT * c.expert_tensor_parallel_size),
+        f"needs a multiple of {FP8_ALIGNMENT} of the inner width on each expert-tensor rank, but "
+        "--moe-ffn-hidden-size is {config.moe_ffn_hidden_size}. Use another one, or params-dtype.",
+    ),
+    (
+        lambda c: c.moe_echo_grouped_gemm == "triton",
+        "multiplies by torch alone. Use --moe-echo-grouped-gemm auto.",
+    ),
+    (
+        lambda c: torch.accelerator.is_available() and c.params_dtype != torch.bfloat16,
+        "gives bf16 on a GPU, not {config.params_dtype}. Use --bf16.",
+    ),
+    (
+        lambda c: torch.accelerator.is_available() and torch.cuda.get_device_capability() != (9, 0),
+        "needs a GPU of compute capability 9.0 (H100, H200). Use params-dtype.",
+    ),
+)
+
+
+def precision_refusal(precision: str, config: Any) -> str | None:
+    """Why experts cannot compute in a precision, and what to do; None if they can.
+
+    Args:
+        precision: a word of ``--moe-echo-expert-precision`` but ``params-dtype``.
+        config: the transformer's configuration.
+    """
+    if precision in _NOT_BUILT:
+        return _NOT_BUILT[precision]
+    for refused, reason in _FP8_ROWWISE:
+        if refused(config):
+            return reason.format(config=config)
+    return None
+
+
+def enable_echo(value: bool, config: Any) -> str | None:
+    return config_refusal(config) if value else None
+
+
+def num_echo_experts(value: int | None, config: Any) -> str | None:
+    ranks = config.expert_model_parallel_size
+    if value is None:
+        return None
+    if value < 0:
+        return f"is negative. Use a multiple of the expert-parallel size {ranks}, or 0."
+    if value % ranks:
+        choice = nearest_multiples(value, ranks)
+        return f"is not divisible by the expert-parallel size {ranks}. Use {choice}."
+    experts = config.num_moe_experts
+    if experts is not None and value > (most := experts * ranks):
+        return f"is above one slot a rank for each of {experts} experts. Use {most} or fewer."
+    return None
+
+
+def capacity(value: float | None, config: Any) -> str | None:
+    if value is not None and not 0 < value < float("inf"):
+        return "is not a positive number. Use 1.0 for perfect balance, more for skew, or auto."
+    return None
+
+
+def max_tokens(value: int | None, config: Any) -> str | None:
+    return None if value is None else positive(value, config)
+
+
+def peer_memory(value: str, config: Any) -> str | None:
+    if value != "symmetric_memory":
+        return None
+    return peer_memory_refusal(config.expert_model_parallel_size)
+
+
+def token_transport(value: str, config: Any) -> str | None:
+    if value in ("hybrid_ep", "nccl_ep"):
+        return engine_refusal(value, config)
+    return peer_memory(value, config)
+
+
+def peer_capacity(value: float, config: Any) -> str | None:
+    if not 0 < value <= 1:
+        return "is not above 0 and up to 1. Use 1.0 for a part that is never over-full."
+    if value < 1 and config.moe_echo_token_transport != "all_to_all":
+        return "belongs to --moe-echo-token-transport all_to_all. Leave one of the two out."
+    return None
+
+
+def tolerance(value: float | None, config: Any) -> str | None:
+    fits = value is None or 0 <= value <= 100
+    return None if fits else "is not between 0 and 100. Use 0.02 for 2 %."
+
+
+def rows_per_clone(value: int | None, config: Any) -> str | None:
+    if value is None:
+        return None
+    if config.moe_echo_tolerance is not None:
+        return "belongs to --moe-echo-tolerance auto. Leave one of the two out."
+    return None if 0 <= value <= MAX_ROWS else f"is out of range. Use 0 to {MAX_ROWS}."
+
+
+def within_node(value: bool, config: Any) -> str | None:
+    if value and config.moe_echo_ranks_per_node is None:
+        return "knows no nodes. Give --moe-echo-ranks-per-node."
+    return None
+
+
+def ranks_per_node(value: int | None, config: Any) -> str | None:
+    ranks = config.expert_model_parallel_size
+    if value is not None and (value < 1 or ranks % value):
+        return f"does not divide the expert-parallel size {ranks}. Use a divisor, or leave it out."
+    return None
+
+
+def not_negative(value: float, config: Any) -> str | None:
+    return "is negative. Use 0 or more." if value < 0 else None
+
+
+def skew(value: float, config: Any) -> str | None:
+    if value > 100:
+        return "is above 100. Use 1.0 for Zipf's law."
+    return not_negative(value, config)
+
+
+def expert_dispatcher(value: str, config: Any) -> str | None:
+    if value == "p2p" and config.cuda_graph_impl != "none":
+        return "reads the plan on the host, which a CUDA graph cannot. Use auto."
+    return peer_memory(value, config)
+
+
+def kernels(value: str, config: Any) -> str | None:
+    # The CPU backend leaves torch.accelerator truthful.
+    if value == "triton" and not (torch.accelerator.is_available() or interprets_triton()):
+        return (
+            "needs a GPU. Use auto or torch, or set TRITON_INTERPRET=1 to run the kernels on a "
+            "CPU, very slowly."
+        )
+    return None
+
+
+def expert_precision(value: str, config: Any) -> str | None:
+    return None if value == "params-dtype" else precision_refusal(value, config)
+
+
+def every(value: int, config: Any) -> str | None:
+    if value and config.cuda_graph_impl != "none":
+        return "adds work in some steps, which a CUDA graph cannot. Leave one of the two out."
+    if value and config.moe_echo_overflow == "drop":
+        return "cannot tell a dropped pair from a wrong one. Use --moe-echo-overflow raise."
+    return not_negative(value, config)
+
+
+def capture(value: str | None, config: Any) -> str | None:
+    if value is not None and config.cuda_graph_impl != "none":
+        return "copies into a new place each step, which a CUDA graph cannot. Leave one out."
+    return None
+
+
+def replay(value: str | None, config: Any) -> str | None:
+    if value is not None and config.cuda_graph_impl != "none":
+        return "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
+    return None
+
+
+def positive(value: int, config: Any) -> str | None:
+    return None if value >= 1 else "is below 1. Use 1 or more."
+
+
+def row_alignment(value: int, config: Any) -> str | None:
+    if value > MAX_ROW_ALIGNMENT:
+        return f"is above {MAX_ROW_ALIGNMENT}, more than any kernel wants. Use a smaller one."
+    return None if value >= 1 else "is below 1. Use 1, or the multiple that a kernel wants."
