@@ -24,7 +24,8 @@ SLOW_CASES = (
     *("moe_allgather_ep2_dist_optimizer", "moe_allgather_tp2_sp_ep2", "moe_skewed_ep4"),
     *("moe_echo_ep1", "moe_echo_ep2_bf16", "moe_echo_ep2_dist_optimizer", "moe_echo_ep2_pp2"),
     *("moe_echo_ep2_recompute", "moe_loss_batch_ep2", "moe_loss_seq_ep2_pp2", "moe_clones_ep2"),
-    *("moe_echo_ep2", "moe_clones_ep2_pp2"),
+    *("moe_echo_ep2", "moe_clones_ep2_pp2", "moe_clones_ep2_recompute", "moe_loss_seq_ep2"),
+    *("moe_gpt_oss_ep2",),
 )
 """Cases of which another one with more parallelism, or our layer, runs the same code."""
 

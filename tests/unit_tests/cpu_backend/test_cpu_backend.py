@@ -184,7 +184,14 @@ def test_a_broken_driver_is_not_a_reason_to_train_on_the_cpu(
     assert cpu_backend.enable(verbose=False)
 
 
-@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["absent.py"], 1)])
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        pytest.param([], 2, marks=pytest.mark.slow),
+        pytest.param(["--help"], 0, marks=pytest.mark.slow),
+        (["absent.py"], 1),
+    ],
+)
 def test_the_command_without_a_script(argv: list[str], code: int) -> None:
     command = [sys.executable, "-m", "megatron_echo.cpu_backend", *argv]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
