@@ -16,7 +16,7 @@
 MODEL=(
     --num-layers 36 --hidden-size 2880 --ffn-hidden-size 2880
     --num-attention-heads 64 --group-query-attention --num-query-groups 8 --kv-channels 64
-    --window-size 128,0 --window-attn-skip-freq 2  # every other layer sees 128 tokens
+    --window-size "128,0" --window-attn-skip-freq 2  # every other layer sees 128 tokens
     --softmax-type learnable            # an attention sink for each head
     --position-embedding-type rope --rotary-base 150000  # YaRN comes with longer contexts
     --normalization RMSNorm --norm-epsilon 1e-5

@@ -41,12 +41,17 @@ _OF_PYTHON = ("aten::set_",)
 
 _graphs: "weakref.WeakSet[RecordedGraph]" = weakref.WeakSet()
 
+_groups: set[dist.ProcessGroup] = set()
+"""Those of recorded collectives. The operations' own handles end a group with Python's lock held,
+for which gloo's threads may wait while the group waits for them; these objects let go of it."""
+
 
 @atexit.register
 def _reset_all() -> None:
     """Let process groups go while the interpreter lives: gloo's threads hang in a later end."""
     for graph in list(_graphs):
         graph.reset()
+    _groups.clear()
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,8 @@ class RecordedGraph:
             storages = frozenset(touched) | {_key(each) for each in fresh if each is not None}
             operation = _Operation(function, arguments, current_stream(), storages, tuple(fresh))
             self._operations.append(operation)
+            if function.namespace == "c10d":
+                _groups.update(_process_groups(arguments))
             for tensor in _tensors(arguments):
                 self._hold(tensor)
 
@@ -317,6 +324,12 @@ def record_stream(tensor: Tensor, stream: Any) -> None:
     """``Tensor.record_stream``: it matters in a capture only."""
     if RecordedGraph._current is not None:
         RecordedGraph._current.keep(tensor)
+
+
+def _process_groups(tree: Any) -> Iterator[dist.ProcessGroup]:
+    for leaf in tree_iter(tree):
+        if isinstance(leaf, torch.ScriptObject) and str(leaf._type()).endswith(".ProcessGroup"):
+            yield dist.ProcessGroup.unbox(leaf)
 
 
 def _work(result: Any) -> dist.Work:

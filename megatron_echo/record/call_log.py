@@ -9,6 +9,9 @@ from torch import Tensor
 
 from megatron_echo.environment import is_capturing
 
+_FIRST_ROWS = 16
+"""A step of more calls doubles them."""
+
 
 class CallLog:
     """Rows of integers, all of one width, in the order of the calls of a step.
@@ -40,7 +43,7 @@ class CallLog:
         """
         can_grow = self._is_open and not is_capturing()
         if self._rows is None or self._place is None or self._rows.device != row.device:
-            self._rows = row.new_zeros(1, len(row))
+            self._rows = row.new_zeros(_FIRST_ROWS, len(row))
             self._place = torch.zeros(1, dtype=torch.int64, device=row.device)
         elif can_grow and self._calls == len(self._rows):
             self._rows = torch.cat((self._rows, torch.zeros_like(self._rows)))

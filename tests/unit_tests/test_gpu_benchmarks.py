@@ -44,7 +44,8 @@ ROWS = {
         *(check.name for check in kernel_checks.kernel_checks(dry=True)),
         "more than 2^31 elements",
         *(case.name for case in capture_safety.cases(dry=True)),
-        "the same gradients", "two processes on one device", *training_step.SMALL,
+        "the same gradients", "the same gradients in a graph", "two processes on one device",
+        *training_step.SMALL,
         "kernels, stage 1",
     ],
     2: [

@@ -167,7 +167,7 @@ def test_weight_gradients_need_no_second_stack() -> None:
     assert live.peak - there_before <= weight.nbytes + rows.nbytes + 2 * 2**30  # 12.0 GiB at once
 
 
-FIELDS = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+FIELDS = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "add_bias_linear": False}
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,10 @@ def test_auto_does_not_multiply_all_rows_for_each_group(
     torch.nn.init.ones_(layer.weight)
     rows = torch.ones(ROWS, WIDTHS["in"], dtype=dtype, requires_grad=True)
     with ShapeRecorder() as recorder:
-        output = layer(rows, torch.tensor([4, 4, ROWS], dtype=torch.int32))
+        output, bias = layer(rows, torch.tensor([4, 4, ROWS], dtype=torch.int32))
         output.sum().backward()
     assert not [name for name, _ in recorder.made if "mm" in name]
+    assert bias is None
     assert (output == WIDTHS["in"]).all()
     assert rows.grad is not None
     assert (rows.grad == WIDTHS["out"]).all()

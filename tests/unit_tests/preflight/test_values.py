@@ -168,6 +168,8 @@ def test_offloading_names_the_flag(flags: dict, message: str) -> None:
         echo_fine_grained_activation_offloading=True, echo_offload_modules=["moe_act"],
         echo_activation_offload_fraction=1.0, echo_min_offloaded_tensor_size=1024,
         echo_delta_offload_bytes_across_pp_ranks=0, cuda_graph_impl="none",
+        cuda_graph_warmup_steps=3, echo_delay_offload_until_cuda_graph=False,
+        echo_fine_grained_offloading_max_inflight_offloads=None,
         overlap_moe_expert_parallel_comm=False, cpu_offloading_num_layers=0,
         offload_target_bytes=None, offload_max_slowdown=0.0, offload_host_bytes=None,
         offload_policy="largest", offload_implementation="echo", offload_strict=False,
