@@ -37,6 +37,11 @@ class Role(Enum):
         """Whether this is the one pass of its tokens that is counted: with gradients, once."""
         return self in (Role.RECORDED, Role.RECOMPUTED)
 
+    @property
+    def is_again(self) -> bool:
+        """Whether backward runs a pass of these tokens once more."""
+        return self in (Role.RECOMPUTED, Role.REPEATED)
+
 
 _FIRST_PASSES: weakref.WeakSet[FunctionCtx] = weakref.WeakSet()
 """Checkpoints whose first pass had a layer in it."""

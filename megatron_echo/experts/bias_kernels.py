@@ -5,8 +5,6 @@ written; the ends are read on the device. Pointers are int64. Nothing is autotun
 wait for the device.
 """
 
-# (Triton's functions have no Python types.)
-
 from typing import Any
 
 import torch

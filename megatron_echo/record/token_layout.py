@@ -66,11 +66,10 @@ class TokenLayout(NamedTuple):
         """
         batch = self.micro_batch_size
         length = tokens // batch * self.sequence_size * self.context_size
-        parts = np.arange(length).reshape(2 * self.context_size, -1)
+        mine = np.arange(length)
         if self.context_size > 1:
+            parts = mine.reshape(2 * self.context_size, -1)
             mine = np.concatenate((parts[self.context_rank], parts[-1 - self.context_rank]))
-        else:
-            mine = parts.reshape(-1)
         positions = mine.reshape(self.sequence_size, -1)[self.sequence_rank]
         samples = (microbatch * self.data_size + self.data_rank) * batch + np.arange(batch)
         return (samples * length + positions[:, None]).reshape(-1)

@@ -26,8 +26,6 @@ from megatron_echo.per_model import PerModel
 from megatron_echo.record.routing_capture import read_captures
 from megatron_echo.record.token_layout import TokenLayout
 
-_AGAIN = (Role.RECOMPUTED, Role.REPEATED)
-
 
 class ReplayedRouting(PerModel):
     """The experts of every token of the step in progress, for the layers of a model."""
@@ -67,7 +65,7 @@ class ReplayedRouting(PerModel):
         Raises:
             ValueError: the folder does not have them.
         """
-        key = layer, role in _AGAIN
+        key = layer, role.is_again
         microbatch = self._calls.get(key, 0)
         self._calls[key] = microbatch + 1
         if self._layout is None:

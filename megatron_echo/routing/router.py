@@ -51,7 +51,7 @@ def _replayed_again(replay: Any, role: Role) -> Iterator[None]:
     Those of the latest call would be another microbatch's, where several are in flight.
     """
     is_forward = getattr(replay, "router_replay_action", None) is RouterReplayAction.REPLAY_FORWARD
-    if is_forward and role in (Role.RECOMPUTED, Role.REPEATED):
+    if is_forward and role.is_again:
         replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
         try:
             yield

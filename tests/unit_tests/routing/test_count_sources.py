@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from loss_reference import batch_loss
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from router_cases import (
@@ -36,15 +35,10 @@ S, B = 12, 3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    """As ``single_rank``, once for all tests here."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+def unscaled(one_rank: None) -> Iterator[None]:
     set_scale(1.0)
     yield
     destroy_moe_metrics_tracker()
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def steps(source: str, order: str, count: int = 3, microbatches: int = 4) -> list[Tensor]:

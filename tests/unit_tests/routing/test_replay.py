@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import checkpoint as megatron_checkpoint
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from router_cases import ALL_LOSSES, EXPERTS, TOPK, build, config, end_step, tokens
 from torch import Tensor
@@ -25,18 +22,10 @@ from megatron_echo.routing.replay import ReplayedRouting
 from megatron_echo.routing.router import EchoRouter
 from megatron_echo.testing import no_host_sync
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 S, B = 6, 2
 ONE_RANK = TokenLayout(0, 1, 0, 1, 0, 1, B)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -63,6 +52,11 @@ def test_every_token_has_one_rank(
             assert np.array_equal(first, second)
             assert (np.diff(first) == 1).all()
     assert (seen == 1).all()
+
+
+def test_sequences_of_an_odd_length() -> None:
+    """Without context parallelism nothing has to be divisible."""
+    assert TokenLayout(0, 2, 0, 1, 0, 1, 1).places(7, 1).tolist() == list(range(14, 21))
 
 
 def test_parts_of_a_sequence_are_megatrons() -> None:

@@ -7,9 +7,7 @@ from typing import Any
 import moe_cases
 import pytest
 import torch
-import torch.distributed as dist
 from loss_reference import losses
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import (
     checkpoint as megatron_checkpoint,
 )
@@ -51,19 +49,10 @@ from megatron_echo.routing.router import EchoRouter, SkewedEchoRouter, router_cl
 from megatron_echo.step.load_metrics import load_metrics
 from megatron_echo.testing import no_host_sync
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 S, B = 12, 3
 LENGTHS = (12, 5, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    """As ``single_rank``, once for all tests here."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
