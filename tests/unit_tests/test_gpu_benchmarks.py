@@ -121,6 +121,7 @@ def test_the_first_stage(tmp_path: Path) -> None:
     assert captured["loss_from_ours"] <= training_step.LOSS_LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_the_second_stage(tmp_path: Path) -> None:
     rows = dry_stage(2, tmp_path / "rows.jsonl")

@@ -55,8 +55,11 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def groups_of(*sizes: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("ranks", sizes, indirect=True, ids=lambda size: f"{size}_ranks")
+def groups_of(*sizes: int, slow: tuple[int, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrizes a test by ``ranks``; those of ``slow`` have the mark of that name."""
+    groups = [pytest.param(size, marks=[pytest.mark.slow] * (size in slow), id=f"{size}_ranks")
+              for size in (*sizes, *slow)]  # fmt: skip
+    return pytest.mark.parametrize("ranks", groups, indirect=True)
 
 
 def build(ranks: int, wire: str, dtype: torch.dtype, **fields: Any) -> EchoMoELayer:
@@ -163,9 +166,12 @@ def values_of(graph: GraphModule, *types: type) -> list[Any]:
 @transports
 @pytest.mark.parametrize(
     ("ranks", "dtype"),
-    [(1, torch.bfloat16), (8, torch.bfloat16), (8, torch.float64)],
+    [
+        pytest.param(1, torch.bfloat16, id="bf16", marks=pytest.mark.slow),
+        pytest.param(8, torch.bfloat16, id="8_ranks-bf16"),
+        pytest.param(8, torch.float64, id="8_ranks-fp64", marks=pytest.mark.slow),
+    ],
     indirect=["ranks"],
-    ids=["bf16", "8_ranks-bf16", "8_ranks-fp64"],
 )
 def test_the_graph_is_the_same_for_every_routing(ranks: int, wire: str, dtype: torch.dtype) -> None:
     """Its text, in which a value that had been read would be a constant, and all its shapes."""
@@ -185,8 +191,8 @@ def test_the_graph_is_the_same_for_every_routing(ranks: int, wire: str, dtype: t
 @pytest.mark.parametrize(
     ("wire", "mode"),
     # Buffers that peers write to cannot have a symbol's size.
-    [*itertools.product(["all_gather", "all_to_all"], ["fake", "symbolic"]),
-     ("symmetric_memory", "fake")],
+    [("all_gather", "fake"), ("all_to_all", "fake"), ("symmetric_memory", "fake"),
+     ("all_gather", "symbolic"), pytest.param("all_to_all", "symbolic", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_no_size_is_data(ranks: int, wire: str, mode: str) -> None:
     """Without any values: no size is unbacked, and with fixed input sizes each is a number."""
