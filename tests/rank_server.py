@@ -112,6 +112,7 @@ def warm_up() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training.argument_utils import ArgumentGroupFactory as Factory
     from megatron.training.arguments import add_megatron_arguments
+    from torch._dynamo import trace_rules
 
     import pretrain_gpt_moe  # noqa: F401
 
@@ -122,6 +123,7 @@ def warm_up() -> None:
     remembered = functools.cache(read)
     Factory._get_field_docstrings = lambda _, config_class: remembered(config_class)
     add_megatron_arguments(argparse.ArgumentParser())
+    trace_rules.get_torch_obj_rule_map()  # of the first function that a rank compiles
     # A rank that saves starts a process for its results, which would import all of this again.
     queue = filesystem_async.get_write_results_queue
     filesystem_async.get_write_results_queue = functools.partial(queue, mp_mode="fork")

@@ -52,8 +52,8 @@ PUBLISHED_SETTINGS = {
         "moe_router_group_topk": 4,
     },
 }
-QUICK_TWINS = ("deepseek_v3", "gpt_oss_120b")
-"""With Mixtral, every array of flags; the other twins differ from them in sizes."""
+QUICK_TWINS = ("deepseek_v3", "gpt_oss_120b", "mixtral_8x7b")
+"""Between them every array of flags; the other twins differ from them in sizes."""
 TWIN_STEPS = 10
 
 
@@ -178,10 +178,8 @@ def test_what_is_missing_is_named(
     assert "WORDS" not in finished.stdout
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n != "mixtral_8x7b" else []) for n in NAMES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_small_twin_trains(name: str, tmp_path: Path) -> None:
     """All flags but sizes and layout, on two ranks of a CPU: the loss falls."""
     losses = losses_of_the_twin(name, tmp_path)

@@ -3,7 +3,6 @@
 The ranks of these tests are pretended: the collectives of a "fake" group return at once.
 """
 
-import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
