@@ -221,7 +221,7 @@ def test_each_step_gathers_the_weights(before: dict, tmp_path: Path) -> None:
     assert len({line["lm loss"] for line in lines[0]}) == 6
 
 
-@pytest.mark.parametrize("graph", [GRAPH, LAYERS], ids=["step", "layers"])
+@pytest.mark.parametrize("graph", [GRAPH, pytest.param(LAYERS, marks=SLOW)], ids=["step", "layers"])
 def test_an_overflow_in_a_replay_stops_every_rank_before_the_optimizer(
     graph: dict, tmp_path: Path
 ) -> None:

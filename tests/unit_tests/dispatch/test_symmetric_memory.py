@@ -92,5 +92,6 @@ def test_what_every_transport_does_with_clones(check: str, ranks: int) -> None:
     run(f"clones_{check}", ranks)
 
 
-def test_different_numbers_of_tokens() -> None:
-    run("token_counts_dense", 2)
+@launch.thinned_on_ranks(2)
+def test_different_numbers_of_tokens(ranks: int, every: int) -> None:
+    run("token_counts_dense", ranks, every)
