@@ -19,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr", "") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"
+        import triton_interpreter
+
+        triton_interpreter.patch_once()
     from megatron_echo import cpu_backend
 
     cpu_backend.enable(verbose=False)

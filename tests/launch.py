@@ -121,6 +121,16 @@ def on_ranks(*quick: int, slow: Sequence[int] = ()) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("ranks", [*quick, *others])
 
 
+def thinned_on_ranks(*quick: int, slow: Sequence[int] = (), every: int = 3) -> pytest.MarkDecorator:
+    """Parametrizes a test by ``ranks`` and ``every``, which a worker finds as ``EVERY``.
+
+    The quick ones take each N-th combination of their settings, N being ``every``; the slow ones,
+    on those numbers of ranks and those of ``slow``, take all.
+    """
+    whole = [pytest.param(ranks, 1, marks=pytest.mark.slow) for ranks in (*quick, *slow)]
+    return pytest.mark.parametrize(("ranks", "every"), [*((r, every) for r in quick), *whole])
+
+
 def tiny_model(**overrides: object) -> list[str]:
     """Flags of a model that trains a step in a tenth of a second; ``None`` takes a flag out.
 

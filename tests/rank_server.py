@@ -14,6 +14,7 @@ that tests use.
 import argparse
 import atexit
 import contextlib
+import copy
 import faulthandler
 import functools
 import gc
@@ -107,21 +108,37 @@ def run_job(job: dict) -> list[int]:
     return [codes[rank] for rank in range(job["nprocs"])]
 
 
+def add_all(
+    made: argparse.ArgumentParser, parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """Give a parser without flags copies of all those of ``made``."""
+    memo: dict[int, object] = {id(action): copy.copy(action) for action in made._actions}
+    memo |= {id(made): parser, id(made._registries): parser._registries}
+    own = ("prog", "description", "_registries")
+    vars(parser).update(
+        copy.deepcopy({name: v for name, v in vars(made).items() if name not in own}, memo)
+    )
+    parser.set_defaults(  # which ``made`` has from its own process
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        inprocess_active_world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    return parser
+
+
 def warm_up() -> None:
     """Do what ranks have in common before they are forked."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
-    from megatron.training.arguments import add_megatron_arguments
+    from megatron.training import arguments
+    from torch._dynamo import trace_rules
 
     import pretrain_gpt_moe  # noqa: F401
 
     for name in IMPORTED_LATE:
         importlib.import_module(name)
-    # Megatron's parser reads its help from the sources, each of the four times a run makes one.
-    read = functools.partial(Factory._get_field_docstrings, Factory.__new__(Factory))
-    remembered = functools.cache(read)
-    Factory._get_field_docstrings = lambda _, config_class: remembered(config_class)
-    add_megatron_arguments(argparse.ArgumentParser())
+    # A run makes Megatron's parser four times, of 800 flags: a fifth of what a tiny one costs.
+    made = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    arguments.add_megatron_arguments = functools.partial(add_all, made)
+    trace_rules.get_torch_obj_rule_map()  # of the first function that a rank compiles
     # A rank that saves starts a process for its results, which would import all of this again.
     queue = filesystem_async.get_write_results_queue
     filesystem_async.get_write_results_queue = functools.partial(queue, mp_mode="fork")

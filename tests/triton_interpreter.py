@@ -1,6 +1,7 @@
-"""Triton's interpreter, mended where it does not compute what a GPU does."""
+"""Triton's interpreter, mended where it is slow or does not compute what a GPU does."""
 
 import contextlib
+import types
 from collections.abc import Iterator
 from unittest import mock
 
@@ -37,6 +38,20 @@ def _patch_lang_tensor(tensor: type, scope: object) -> None:
     """NumPy 2.5 makes no int of an array with one element, so that loops had no runtime bounds."""
     _unmended_patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def patch_once() -> None:
+    """Patch Triton's language where a kernel starts, not again at each function that it calls.
+
+    The second patch finds everything patched, and took half of the time of the planner's kernel.
+    """
+
+    def patch(function: types.FunctionType) -> object:
+        languages = [v for v in function.__globals__.values() if v is tl or v is tl.core]
+        is_patched = not any(tl.core.is_builtin(language.load) for language in languages)
+        return interpreter._LangPatchScope() if is_patched else original(function)
+
+    original, interpreter._patch_lang = interpreter._patch_lang, patch
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ ROWS = (
         {**SELECTIVE, "recompute_modules": "moe_act", "moe_grouped_gemm": True},
         note="our experts always do"),
     Row("CUDA graphs of single layers", {"cuda_graph_impl": "local"},
-        note="whole layers, captured after the first step"),
+        note="whole layers, captured after the first step", is_elsewhere=True),
     Row("CUDA graphs of routers", {"cuda_graph_impl": "local", "cuda_graph_modules": "moe_router"},
         note="with our layer of all of it; `moe_preprocess` and `moe` likewise"),
     Row("CUDA graphs of single layers by Transformer Engine",
@@ -172,7 +172,7 @@ ROWS = (
         "is put into graphs by Transformer Engine, which is not installed.",
         note="works with Transformer Engine"),
     Row("CUDA graphs of single layers, traced plans",
-        {"cuda_graph_impl": "local", "moe_echo_trace_dir": "{folder}"}),
+        {"cuda_graph_impl": "local", "moe_echo_trace_dir": "{folder}"}, is_elsewhere=True),
     Row("CUDA graphs of single layers, MoE layer recomputed",
         {"cuda_graph_impl": "local", **SELECTIVE, "recompute_modules": "moe"},
         note="a layer in a graph keeps its activations", is_elsewhere=True),
@@ -195,7 +195,7 @@ ROWS = (
     Row("initialisation on the CPU", {"use_cpu_initialization": True},
         "gives every expert-parallel rank the same experts."),
     Row("fine-grained offloading", OFFLOAD,
-        note="by our manager"),
+        note="by our manager", is_elsewhere=True),
     Row("fine-grained offloading in a whole-step CUDA graph",
         {**GRAPH, **OFFLOAD, "cuda_graph_warmup_steps": 2},
         note="captured in the third step", is_elsewhere=True),
@@ -219,7 +219,7 @@ ROWS = (
     Row("hybrid model with Mamba layers", {"hybrid_layer_pattern": "M*E", "num_layers": None},
         "has layers (M) that need Transformer Engine.", note="with it Megatron's are taken"),
     Row("dropping at capacity 0.8",
-        {"moe_received_token_capacity": 0.8, "moe_echo_overflow": "drop"}),
+        {"moe_received_token_capacity": 0.8, "moe_echo_overflow": "drop"}, is_elsewhere=True),
 )  # fmt: skip
 
 

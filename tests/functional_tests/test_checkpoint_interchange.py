@@ -87,8 +87,8 @@ HYBRID = {"expert_model_parallel_size": 2, "num_layers": None, "hybrid_layer_pat
 @pytest.mark.parametrize(
     ("layout", "first"),
     [
-        pytest.param(SHARED_EXPERTS, "stock", id="slices"),
-        pytest.param(HYBRID, "stock", id="hybrid model"),
+        pytest.param(SHARED_EXPERTS, "stock", id="slices", marks=pytest.mark.slow),
+        pytest.param(HYBRID, "stock", id="hybrid model", marks=pytest.mark.slow),
         pytest.param(GPT_OSS, "stock", id="biases"),
         pytest.param(GPT_OSS, "ours", id="biases, and back", marks=pytest.mark.slow),
     ],
@@ -111,8 +111,9 @@ def test_other_models(layout: dict, first: str, tmp_path: Path, text_flags: dict
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param({"expert_model_parallel_size": 2}, id="experts"),
-        pytest.param(SHARED_EXPERTS, id="slices", marks=pytest.mark.slow),
+        pytest.param({"expert_model_parallel_size": 2}, id="experts", marks=pytest.mark.slow),
+        pytest.param(SHARED_EXPERTS, id="slices"),
+        pytest.param(HYBRID, id="hybrid model"),
     ],
 )
 def test_the_same_initial_weights(layout: dict, tmp_path: Path, text_flags: dict) -> None:

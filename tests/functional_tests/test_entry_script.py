@@ -169,7 +169,8 @@ def test_settings_that_must_not_change_the_loss(
     [
         ({"num_layers": 4, "pipeline_model_parallel_size": 2,
           "num_layers_per_virtual_pipeline_stage": 1}, 2),
-        ({"mtp_num_layers": 1, "tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
+        pytest.param({"mtp_num_layers": 1, "tensor_model_parallel_size": 2,
+                      "sequence_parallel": True}, 2, marks=pytest.mark.slow),
         ({"moe_layer_freq": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}, 1),
         ({"num_experts": None}, 1),
         ({"check_for_spiky_loss": True, "log_straggler": True,
@@ -183,7 +184,10 @@ def test_other_layouts_train(flags: dict, nprocs: int, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("spec", ["gpt_moe_block_spec", "gpt_moe_layer_spec"])
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param("gpt_moe_block_spec", marks=pytest.mark.slow), "gpt_moe_layer_spec"],
+)
 def test_any_megatron_script_takes_our_layer(spec: str, tmp_path: Path) -> None:
     """A script that knows nothing of this package, with ``-m megatron_echo.cpu_backend``.
 

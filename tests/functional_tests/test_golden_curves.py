@@ -28,12 +28,27 @@ SLOW_CASES = (
     *("moe_gpt_oss_ep2",),
 )
 """Cases of which another one with more parallelism, or our layer, runs the same code."""
+QUICK_STEPS = 5
+"""What ``make test`` compares of a curve; of one case, and with ``make test-all``, all 20."""
+
+
+QUICK_CASES = [name for name in golden.case_names() if name not in SLOW_CASES]
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK_CASES if name != "moe_allgather_ep2"])
+def test_the_begin_of_a_curve(name: str, tmp_path: Path) -> None:
+    """The schedule of the learning rate is that of all 20 steps."""
+    case = golden.load_case(name)
+    curves = golden.run_case(case, tmp_path, exit_interval=QUICK_STEPS)
+    for follows in filter(None, (name, case.twin)):
+        expected = golden.read_golden(golden.load_case(follows).golden_file)
+        assert golden.compare(curves, first_steps(expected, QUICK_STEPS)) == []
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_CASES else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name != "moe_allgather_ep2" else [])
         for name in golden.case_names()
     ],
 )
@@ -89,9 +104,14 @@ def test_a_missing_step_or_metric_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    "twin", ["moe_allgather_cp2", pytest.param("moe_alltoall_ep2", marks=pytest.mark.slow)]
+    ("twin", "steps"),
+    [
+        ("moe_allgather_cp2", QUICK_STEPS),
+        pytest.param("moe_allgather_cp2", None, marks=pytest.mark.slow),
+        pytest.param("moe_alltoall_ep2", None, marks=pytest.mark.slow),
+    ],
 )
-def test_layouts_of_one_model_agree(twin: str, tmp_path: Path) -> None:
+def test_layouts_of_one_model_agree(twin: str, steps: int | None, tmp_path: Path) -> None:
     """Runs that start from the same weights: the same losses, whatever was recorded.
 
     Without the auxiliary loss, whose stock version depends on how tokens are spread over ranks.
@@ -101,5 +121,6 @@ def test_layouts_of_one_model_agree(twin: str, tmp_path: Path) -> None:
     for name in (reference, twin):
         case = dataclasses.replace(golden.load_case(name), metrics=("lm loss", "grad-norm"))
         plain = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0}
+        plain["exit_interval"] = steps
         curves.append(golden.run_case(case, tmp_path / name, **plain))
     assert golden.compare(curves[1], curves[0], 1e-6) == []

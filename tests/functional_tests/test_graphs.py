@@ -84,31 +84,38 @@ def assert_same_plans(graph: list, eager: list) -> None:
             assert np.array_equal(vars(graph_trace)[field], array), (eager_trace.iteration, field)
 
 
-@pytest.mark.parametrize("name", fast_first(LAYOUTS))
-def test_curves_plans_and_metrics_are_those_of_eager_steps(name: str, tmp_path: Path) -> None:
-    """Ten routings, nine of them replayed: every logged number and every plan has the same bits."""
-    assert_same_bits(name, GRAPH, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "steps"), fast_first([(LAYOUTS[0], 5), *((name, 10) for name in LAYOUTS)])
+)
+def test_curves_plans_and_metrics_are_those_of_eager_steps(
+    name: str, steps: int, tmp_path: Path
+) -> None:
+    """All but the first routing are replayed: every logged number and every plan, bit by bit."""
+    assert_same_bits(name, GRAPH, tmp_path, train_iters=steps)
 
 
 def assert_same_bits(
     name: str, graph: dict, tmp_path: Path, script: Path = launch.SCRIPT, **changes: object
 ) -> None:
-    """Ten steps of a golden case with graphs, and without."""
+    """Ten steps of a golden case with graphs, and without, or as many as ``changes`` says."""
     case, changes = golden.load_case(name), {"train_iters": 10, **changes}
     eager, eager_traces = run_case(case, tmp_path / "eager", script, **changes)
     replayed, traces = run_case(case, tmp_path / "graph", script, **changes, **graph)
     assert replayed == eager
-    assert len(eager) == 10
+    assert len(eager) == changes["train_iters"]
     assert_same_plans(traces, eager_traces)
 
 
 @pytest.mark.parametrize(
-    ("name", "fraction"), fast_first([(name, f) for name in LAYOUTS for f in (0.5, 1.0)])
+    ("name", "fraction", "replays"),
+    fast_first([(LAYOUTS[0], 0.5, 3), *((name, f, 10) for name in LAYOUTS for f in (0.5, 1.0))]),
 )
-def test_offloading_in_the_graph_changes_no_bit(name: str, fraction: float, tmp_path: Path) -> None:
-    """Ten replays with offloading against eager steps without; statistics of each replay."""
+def test_offloading_in_the_graph_changes_no_bit(
+    name: str, fraction: float, replays: int, tmp_path: Path
+) -> None:
+    """Replays with offloading against eager steps without; statistics of each replay."""
     case = golden.load_case(name)
-    iterations = WARM_UP + 10
+    iterations = WARM_UP + replays
     flags = {**OFFLOAD, "activation_offload_fraction": fraction,
              "cuda_graph_warmup_steps": WARM_UP}  # fmt: skip
     eager, eager_traces = run_case(case, tmp_path / "eager", train_iters=iterations)
@@ -120,7 +127,7 @@ def test_offloading_in_the_graph_changes_no_bit(name: str, fraction: float, tmp_
     ]
     assert graph == eager
     assert_same_plans(graph_traces, eager_traces)
-    assert [line == offloaded[-1] for line in offloaded[WARM_UP:]] == [True] * 10
+    assert [line == offloaded[-1] for line in offloaded[WARM_UP:]] == [True] * replays
     last = offloaded[-1]
     has_saved = not name.endswith("recompute")  # there every module is recomputed
     assert last["offload/bytes"] == last["offload/planned_bytes"]
@@ -145,7 +152,8 @@ def test_statistics_of_replays_are_those_of_eager_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("moe_loss_batch_ep2", {}),
+        ("moe_loss_batch_ep2", {"train_iters": 4}),
+        pytest.param("moe_loss_batch_ep2", {}, marks=SLOW),
         pytest.param("moe_echo_ep2", {"num_layers": 4, "moe_layer_freq": 2}, marks=SLOW),
         pytest.param("moe_echo_ep2_bf16", {"cuda_graph_modules": "attn moe_router"}, marks=SLOW),
         pytest.param("moe_echo_tp2_sp_ep2", {}, marks=SLOW),
@@ -168,7 +176,8 @@ def test_layers_in_graphs_of_their_own(name: str, changes: dict, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("moe_loss_batch_ep2", {}),
+        ("moe_loss_batch_ep2", {"train_iters": 4}),
+        pytest.param("moe_loss_batch_ep2", {}, marks=SLOW),
         pytest.param("moe_echo_ep2", {"cuda_graph_modules": "attn"}, marks=SLOW),
         pytest.param("moe_clones_ep2", {"cuda_graph_modules": "moe", **RECOMPUTED}, marks=SLOW),
         pytest.param(
@@ -212,7 +221,7 @@ def test_each_step_gathers_the_weights(before: dict, tmp_path: Path) -> None:
     assert len({line["lm loss"] for line in lines[0]}) == 6
 
 
-@pytest.mark.parametrize("graph", [GRAPH, LAYERS], ids=["step", "layers"])
+@pytest.mark.parametrize("graph", [GRAPH, pytest.param(LAYERS, marks=SLOW)], ids=["step", "layers"])
 def test_an_overflow_in_a_replay_stops_every_rank_before_the_optimizer(
     graph: dict, tmp_path: Path
 ) -> None:

@@ -34,10 +34,10 @@ def curve(folder: Path, ranks: int, **flags: object) -> tuple[list[dict], str]:
         ({**ECHO, **INTERLEAVED, "expert_model_parallel_size": 1}, 2),
         pytest.param({**ECHO, **INTERLEAVED, "use_distributed_optimizer": True}, 4,
                      marks=pytest.mark.slow),
-        (
+        pytest.param(
             {"recompute_granularity": "selective", "recompute_modules": ["moe", "layernorm"],
              "mtp_num_layers": 1, "step_batch_size_schedule": ["0:8 1024:16"],
-             "global_batch_size": None}, 2,
+             "global_batch_size": None}, 2, marks=pytest.mark.slow,
         ),
     ],
     ids=["clones_bf16_eval", "interleaved", "clones_interleaved_dist_optimizer",

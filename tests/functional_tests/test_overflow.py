@@ -66,7 +66,7 @@ def overflow_messages(output: str) -> list[str]:
     ("layout", "ranks"),
     [
         ({"expert_model_parallel_size": 2}, 2),
-        ({"pipeline_model_parallel_size": 2}, 2),
+        pytest.param({"pipeline_model_parallel_size": 2}, 2, marks=pytest.mark.slow),
         pytest.param({"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 4,
                      marks=pytest.mark.slow),
     ],

@@ -178,19 +178,27 @@ def test_what_is_missing_is_named(
     assert "WORDS" not in finished.stdout
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n not in QUICK_TWINS else []) for n in NAMES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_small_twin_trains(name: str, tmp_path: Path) -> None:
     """All flags but sizes and layout, on two ranks of a CPU: the loss falls."""
-    run_dir = ["--run-dir", str(tmp_path / "run")]
-    processes, flags = words_of(EXAMPLES / "smoke.sh", tmp_path, [name, *run_dir])
-    launch.run(flags, processes).check()
-    losses = [line["lm loss"] for line in read_metrics(tmp_path / "run") if "lm loss" in line]
+    losses = losses_of_the_twin(name, tmp_path)
     assert len(losses) == TWIN_STEPS
-    assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0] - 0.1
+
+
+def losses_of_the_twin(name: str, folder: Path, *more: str) -> list[float]:
+    words = [name, "--run-dir", str(folder / "run"), *more]
+    processes, flags = words_of(EXAMPLES / "smoke.sh", folder, words)
+    launch.run(flags, processes).check()
+    losses = [line["lm loss"] for line in read_metrics(folder / "run") if "lm loss" in line]
+    assert all(map(math.isfinite, losses))
+    return losses
+
+
+@pytest.mark.parametrize("name", QUICK_TWINS)
+def test_the_first_steps_of_a_small_twin(name: str, tmp_path: Path) -> None:
+    assert len(losses_of_the_twin(name, tmp_path, "--exit-interval", "2")) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from megatron_echo.record.metrics import read_metrics
 
 CONFIGS = upstream_matrix.load()
 QUICK = ("moe/gpt3_mcore_te_tp2_pp1_te_8experts2parallel_top2router",)
-QUICK += ("mixtral/mixtral_8x7b_tp1pp4ep8vpp8_release", "gpt/gpt3_mcore_te_tp2_pp1_gdn")
+QUICK += ("gpt/gpt3_mcore_te_tp2_pp1_gdn",)
 
 
 @functools.cache

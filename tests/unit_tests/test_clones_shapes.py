@@ -48,7 +48,7 @@ def build(
 
 
 @transports
-@groups_of(8, 64)
+@groups_of(8, slow=(64,))
 @pytest.mark.parametrize("slots", [1, 2, None])
 def test_meta_tensors(ranks: int, wire: str, slots: int | None) -> None:
     """Forward and backward in bf16 with Megatron's router: no value is there to be read."""
@@ -127,9 +127,9 @@ def traced(layer: EchoMoELayer, kind: str, mode: str = "real") -> GraphModule:
 @pytest.mark.parametrize(
     ("ranks", "slots", "wire", "again", "kinds"),
     [
-        (2, None, "all_gather", False, ("hot", "no tokens")),
+        pytest.param(2, None, "all_gather", False, ("hot", "no tokens"), marks=pytest.mark.slow),
         (2, 1, "all_to_all", True, ("hot", "balanced")),
-        (8, None, "all_to_all", True, ("hot", "padding")),
+        pytest.param(8, None, "all_to_all", True, ("hot", "padding"), marks=pytest.mark.slow),
     ],
     indirect=["ranks"],
     ids=["2_ranks-all_slots", "2_ranks-one_slot", "8_ranks-all_slots"],

@@ -114,6 +114,18 @@ def dry_stage(stage: int, output: Path) -> dict[tuple[str, str], Row]:
 
 
 @pytest.mark.usefixtures("forked")
+def test_the_checks_of_kernels(tmp_path: Path) -> None:
+    """The first stage without its training."""
+    record = recorder(tmp_path, dry=True)
+    for case in kernel_checks.cases(dry=True):
+        record.measure(case)
+    assert {
+        row.name for row in read_rows(tmp_path / "rows.jsonl") if row.status != "measured"
+    } <= ON_A_GPU
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_first_stage(tmp_path: Path) -> None:
     rows = dry_stage(1, tmp_path / "rows.jsonl")
     assert rows["Offloading", "the same gradients"].figures["bytes"] > 0
@@ -121,6 +133,7 @@ def test_the_first_stage(tmp_path: Path) -> None:
     assert captured["loss_from_ours"] <= training_step.LOSS_LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_the_second_stage(tmp_path: Path) -> None:
     rows = dry_stage(2, tmp_path / "rows.jsonl")
@@ -332,7 +345,7 @@ print([first, tool.compile_all(2), tool.compile_all(2)])
 """
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_kernels_are_compiled_once_wherever_their_folder_lies(most: int, tmp_path: Path) -> None:
     """Each time by processes that have compiled nothing before."""
     folders = [*compile_kernels.FOLDERS, str(launch.ROOT / "tools")]

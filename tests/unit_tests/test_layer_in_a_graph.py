@@ -12,7 +12,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "every", "count"),
     [
-        (2, 9, 4),
+        (2, 13, 3),
         pytest.param(1, 1, 28, marks=SLOW),
         pytest.param(2, 1, 28, marks=SLOW),
         pytest.param(3, 1, 28, marks=SLOW),

@@ -3,7 +3,6 @@
 The ranks of these tests are pretended: the collectives of a "fake" group return at once.
 """
 
-import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -55,8 +54,11 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def groups_of(*sizes: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("ranks", sizes, indirect=True, ids=lambda size: f"{size}_ranks")
+def groups_of(*sizes: int, slow: tuple[int, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrizes a test by ``ranks``; those of ``slow`` have the mark of that name."""
+    groups = [pytest.param(size, marks=[pytest.mark.slow] * (size in slow), id=f"{size}_ranks")
+              for size in (*sizes, *slow)]  # fmt: skip
+    return pytest.mark.parametrize("ranks", groups, indirect=True)
 
 
 def build(ranks: int, wire: str, dtype: torch.dtype, **fields: Any) -> EchoMoELayer:
@@ -162,14 +164,21 @@ def values_of(graph: GraphModule, *types: type) -> list[Any]:
 
 @transports
 @pytest.mark.parametrize(
-    ("ranks", "dtype"),
-    [(1, torch.bfloat16), (8, torch.bfloat16), (8, torch.float64)],
+    ("ranks", "dtype", "kinds"),
+    [
+        pytest.param(8, torch.bfloat16, ("hot", "padding"), id="8_ranks"),
+        pytest.param(1, torch.bfloat16, ROUTINGS, id="bf16", marks=pytest.mark.slow),
+        pytest.param(8, torch.bfloat16, ROUTINGS, id="8_ranks-bf16", marks=pytest.mark.slow),
+        pytest.param(  # has many nodes
+            8, torch.float64, ("hot", "padding"), id="8_ranks-fp64", marks=pytest.mark.slow
+        ),
+    ],
     indirect=["ranks"],
-    ids=["bf16", "8_ranks-bf16", "8_ranks-fp64"],
 )
-def test_the_graph_is_the_same_for_every_routing(ranks: int, wire: str, dtype: torch.dtype) -> None:
+def test_the_graph_is_the_same_for_every_routing(
+    ranks: int, wire: str, dtype: torch.dtype, kinds: tuple[str, ...]
+) -> None:
     """Its text, in which a value that had been read would be a constant, and all its shapes."""
-    kinds = ROUTINGS if dtype == torch.bfloat16 else ("hot", "padding")  # fp64 has many nodes
     graphs = [traced(ranks, wire, dtype, kind, "real") for kind in kinds]
     codes = {graph.code for graph in graphs}
     assert len(codes) == 1
@@ -185,8 +194,8 @@ def test_the_graph_is_the_same_for_every_routing(ranks: int, wire: str, dtype: t
 @pytest.mark.parametrize(
     ("wire", "mode"),
     # Buffers that peers write to cannot have a symbol's size.
-    [*itertools.product(["all_gather", "all_to_all"], ["fake", "symbolic"]),
-     ("symmetric_memory", "fake")],
+    [("all_gather", "fake"), ("all_to_all", "fake"), ("symmetric_memory", "fake"),
+     ("all_gather", "symbolic"), pytest.param("all_to_all", "symbolic", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_no_size_is_data(ranks: int, wire: str, mode: str) -> None:
     """Without any values: no size is unbacked, and with fixed input sizes each is a number."""

@@ -7,6 +7,7 @@ import launch
 WORKER = Path(__file__).resolve().parent / "workers" / "token_counts.py"
 
 
-@launch.on_ranks(2, slow=(3, 4))
-def test_different_numbers(ranks: int) -> None:
-    launch.run(["dense", "padding", "bounds"], ranks, script=WORKER).check()
+@launch.thinned_on_ranks(2, slow=(3, 4))
+def test_different_numbers(ranks: int, every: int) -> None:
+    checks = ["dense", "padding", "bounds"]
+    launch.run(checks, ranks, script=WORKER, env={"EVERY": str(every)}).check()

@@ -58,7 +58,9 @@ class Draw:
 
 
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(
+    "seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(15, 40))]
+)
 def test_random_inputs(seed: int, name: str) -> None:
     draw, dtype = Draw(seed), DTYPES[name]
     columns = draw.pick(1, 1, 2, 7, 8, 64, 100, 130, 1030)

@@ -8,14 +8,14 @@ import pytest
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "symmetric_memory.py"
 
 
-def run(check: str, ranks: int) -> None:
-    launch.run([check], ranks, script=WORKER).check()
+def run(check: str, ranks: int, every: int = 1) -> None:
+    launch.run([check], ranks, script=WORKER, env={"EVERY": str(every)}).check()
 
 
-@launch.on_ranks(1, 2, slow=(3,))
-def test_as_all_gather(ranks: int) -> None:
+@launch.thinned_on_ranks(1, 2, slow=(3,), every=5)
+def test_as_all_gather(ranks: int, every: int) -> None:
     """The all-gather's results, but for the order of a sum, with clones and without."""
-    run("as_all_gather", ranks)
+    run("as_all_gather", ranks, every)
 
 
 @pytest.mark.parametrize("ranks", [3])
@@ -35,10 +35,10 @@ def test_the_same_movement_again(ranks: int) -> None:
     run("the_same_movement_again", ranks)
 
 
-@launch.on_ranks(2, slow=(3,))
-def test_weights_of_clones(ranks: int) -> None:
+@launch.thinned_on_ranks(2, slow=(3,), every=5)
+def test_weights_of_clones(ranks: int, every: int) -> None:
     """What the collectives bring; no host read, ranks that are late, NaN in buffers."""
-    run("weights", ranks)
+    run("weights", ranks, every)
 
 
 def test_uneven_tokens() -> None:
@@ -57,24 +57,22 @@ def test_refusals(ranks: int) -> None:
     run("refusals", ranks)
 
 
+SLOW = pytest.mark.slow
+SHARED = {"no_host_sync": 2, "static_shapes": 2, "overflow_raises": 2, "overflow_drops": 2}
+SHARED |= {"evaluation_never_overflows": 2, "recomputation": 2, "nan_weights": 2, "same_bits": 1}
+WHOLE = {**SHARED, "static_shapes": 3, "overflow_drops": 3, "dense_fp64": 3, "dense_bf16": 3}
+
+
 @pytest.mark.parametrize(
-    ("check", "ranks"),
+    ("check", "ranks", "every"),
     [
-        ("no_host_sync", 2),
-        ("static_shapes", 3),
-        ("overflow_raises", 2),
-        ("overflow_drops", 3),
-        ("evaluation_never_overflows", 2),
-        ("recomputation", 2),
-        ("special_choices", 2),
-        ("nan_weights", 2),
-        ("same_bits", 1),
-        pytest.param("dense_fp64", 3, marks=pytest.mark.slow),
-        pytest.param("dense_bf16", 3, marks=pytest.mark.slow),
+        *((check, ranks, 3) for check, ranks in SHARED.items()),
+        ("special_choices", 2, 1),
+        *(pytest.param(check, ranks, 1, marks=SLOW) for check, ranks in WHOLE.items()),
     ],
 )
-def test_what_every_transport_does(check: str, ranks: int) -> None:
-    run(f"moe_layer_{check}", ranks)
+def test_what_every_transport_does(check: str, ranks: int, every: int) -> None:
+    run(f"moe_layer_{check}", ranks, every)
 
 
 @pytest.mark.parametrize(
@@ -94,5 +92,6 @@ def test_what_every_transport_does_with_clones(check: str, ranks: int) -> None:
     run(f"clones_{check}", ranks)
 
 
-def test_different_numbers_of_tokens() -> None:
-    run("token_counts_dense", 2)
+@launch.thinned_on_ranks(2)
+def test_different_numbers_of_tokens(ranks: int, every: int) -> None:
+    run("token_counts_dense", ranks, every)

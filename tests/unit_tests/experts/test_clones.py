@@ -7,14 +7,14 @@ import launch
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "clones.py"
 
 
-def run(check: str, ranks: int) -> None:
-    print(launch.run([check], ranks, script=WORKER).check().output)
+def run(check: str, ranks: int, every: int = 1) -> None:
+    print(launch.run([check], ranks, script=WORKER, env={"EVERY": str(every)}).check().output)
 
 
-@launch.on_ranks(3, slow=(2, 4))
-def test_dense(ranks: int) -> None:
+@launch.thinned_on_ranks(3, slow=(2, 4), every=5)
+def test_dense(ranks: int, every: int) -> None:
     """Output and all gradients against a loop over experts and the layer without clones."""
-    run("dense_fp64", ranks)
+    run("dense_fp64", ranks, every)
 
 
 @launch.on_ranks(3)
@@ -27,20 +27,17 @@ def test_dense_with_other_topk(ranks: int) -> None:
     run("dense_topk", ranks)
 
 
-@launch.on_ranks(4, slow=(2,))
-def test_expert_tensor_parallelism(ranks: int) -> None:
+@launch.thinned_on_ranks(4, slow=(2,), every=5)
+def test_expert_tensor_parallelism(ranks: int, every: int) -> None:
     """Two ranks share each expert, over one or two expert-parallel ranks."""
-    run("expert_tensor_parallelism", ranks)
+    run("expert_tensor_parallelism", ranks, every)
 
 
-@launch.on_ranks(2, slow=(4,))
-def test_biases(ranks: int) -> None:
+@launch.thinned_on_ranks(2, slow=(4,), every=5)
+def test_biases(ranks: int, every: int) -> None:
     """GPT-OSS's experts against a loop, with clones and without; broken biases are seen."""
-    print(
-        launch.run(["biases", "biases_in_bf16", "mutants_of_biases"], ranks, script=WORKER)
-        .check()
-        .output
-    )
+    checks = ["biases", "biases_in_bf16", "mutants_of_biases"]
+    launch.run(checks, ranks, script=WORKER, env={"EVERY": str(every)}).check()
 
 
 @launch.on_ranks(2, slow=(4,))
@@ -99,9 +96,9 @@ def test_data_parallel(ranks: int) -> None:
     run("data_parallel", ranks)
 
 
-@launch.on_ranks(3)
-def test_nan_in_the_weights_of_one_expert(ranks: int) -> None:
-    run("nan_weights", ranks)
+@launch.thinned_on_ranks(3, every=5)
+def test_nan_in_the_weights_of_one_expert(ranks: int, every: int) -> None:
+    run("nan_weights", ranks, every)
 
 
 @launch.on_ranks(3)
@@ -109,10 +106,10 @@ def test_nan_in_unused_slots(ranks: int) -> None:
     run("unused_slots", ranks)
 
 
-@launch.on_ranks(3)
-def test_same_bits(ranks: int) -> None:
+@launch.thinned_on_ranks(3, every=5)
+def test_same_bits(ranks: int, every: int) -> None:
     """Every run gives the same bits, also with NaN in all uninitialised memory."""
-    run("same_bits", ranks)
+    run("same_bits", ranks, every)
 
 
 @launch.on_ranks(3)
@@ -121,10 +118,10 @@ def test_bf16(ranks: int) -> None:
     run("bf16", ranks)
 
 
-@launch.on_ranks(3)
-def test_evaluation(ranks: int) -> None:
+@launch.thinned_on_ranks(3, every=5)
+def test_evaluation(ranks: int, every: int) -> None:
     """Between training steps, without gradients, with other numbers of tokens."""
-    run("evaluation", ranks)
+    run("evaluation", ranks, every)
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -147,10 +144,10 @@ def test_flipping_router(ranks: int) -> None:
     run("flipping_router", ranks)
 
 
-@launch.on_ranks(2, slow=(3,))
-def test_peer_to_peer(ranks: int) -> None:
+@launch.thinned_on_ranks(2, slow=(3,), every=5)
+def test_peer_to_peer(ranks: int, every: int) -> None:
     """The same bits, one host copy a call, fewer bytes."""
-    run("peer_to_peer", ranks)
+    run("peer_to_peer", ranks, every)
 
 
 def test_peer_to_peer_reads_the_host_once() -> None:

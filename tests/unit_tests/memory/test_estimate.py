@@ -35,10 +35,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] if n != "clones, sharded optimizer" else [])
-        for n in CASES
-    ],
+    [pytest.param(n, marks=[pytest.mark.slow] if n != "one rank" else []) for n in CASES],
 )
 def test_peak_of_a_real_run(name, tmp_path):
     ranks, flags = CASES[name]

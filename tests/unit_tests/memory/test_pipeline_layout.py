@@ -273,7 +273,7 @@ def test_noise_of_sums_does_not_hide_the_better_peak():
         (8, 1, None),
         (16, 1, None),
         (8, 2, None),
-        (16, 2, "interleaved-ep-overlap"),
+        pytest.param(16, 2, "interleaved-ep-overlap", marks=pytest.mark.slow),
         (2, 3, None),
     ],
 )

@@ -100,7 +100,7 @@ def check_bits(**fields: Any) -> Training:
     return training
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("fraction", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_replays_have_the_bits_of_eager_steps(schedule: str, fraction: float) -> None:
     """The statistics are those of an eager step with the plan; the capture pinned nothing."""
@@ -178,7 +178,7 @@ class NotedStreams(Noted, StreamBackend):
     """The streams of a capture."""
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("fraction", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", ["PP1", "PP4 rank 0", "VPP2 PP2 rank 1"])
 def test_simulated_device_and_captured_streams_agree(
     monkeypatch: Patch, schedule: str, fraction: float

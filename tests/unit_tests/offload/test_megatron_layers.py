@@ -1,5 +1,6 @@
 """On Megatron's own layers: the same bits with and without offload, whatever is recomputed."""
 
+import itertools
 import random
 from typing import Any
 
@@ -123,8 +124,13 @@ def subsets() -> list[tuple[str, ...]]:
     return [REGION_NAMES, *(tuple(drawn.sample(REGION_NAMES, 3)) for _ in range(3))]
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(
+    ("echo", "recompute"),
+    [
+        pytest.param(echo, how, marks=[pytest.mark.slow] * (not echo and how != "selective"))
+        for echo, how in itertools.product((True, False), RECOMPUTE)
+    ],
+)
 def test_same_bits(echo: bool, recompute: str) -> None:
     fields = dict(RECOMPUTE[recompute])
     if recompute == "selective" and not echo:

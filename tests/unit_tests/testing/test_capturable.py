@@ -230,7 +230,7 @@ def test_inputs_that_show_nothing(inputs: tuple) -> None:
 @pytest.mark.parametrize(
     ("ranks", "slots"), [(1, 0), (4, 0), (4, 1), (4, None)], indirect=["ranks"]
 )
-@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("again", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_layer(ranks: int, wire: str, slots: int | None, again: bool) -> None:
     """Forward and backward behind the router, gradients of weights included."""
     fields = {"moe_echo_recompute_expert_dispatch": again, "moe_echo_row_alignment": 4}

@@ -43,6 +43,7 @@ from unit_tests.workers.moe_layer import (
     run,
     run_quietly,
     same_bits,
+    thinned,
     weights,
 )
 
@@ -130,7 +131,7 @@ def against(
             wire: run(plain(topk, dtype, moe_echo_token_transport=wire), case)
             for wire in TRANSPORTS
         }
-        for slots, _ in itertools.product(all_slots(), range(many)):
+        for slots, _ in thinned(itertools.product(all_slots(), range(many))):
             tolerance, wire, again = next(variants)
             layer = cloned(
                 topk, dtype, slots, moe_echo_tolerance=tolerance, moe_echo_token_transport=wire,
@@ -227,7 +228,8 @@ def check_expert_tensor_parallelism() -> None:
     )
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     experts = experts_for(ranks)
-    for kind, slots, wire in itertools.product(("hot", "random", "padding"), (0, 2), TRANSPORTS):
+    cases = itertools.product(("hot", "random", "padding"), (0, 2), TRANSPORTS)
+    for kind, slots, wire in thinned(cases):
         layer = EchoMoELayer(
             layer_config(
                 ranks, 2, torch.float64, tensor_model_parallel_size=slices, sequence_parallel=True,
@@ -267,7 +269,8 @@ def check_biases() -> None:
     """Those of clones come with the weights and take their gradients home, by every way."""
     ways = itertools.cycle(("collective", "p2p", "symmetric_memory"))
     wires = itertools.cycle(TRANSPORTS)
-    for kind, slots in itertools.product(("hot", "random", "padding", "idle rank"), (0, 1, 2)):
+    cases = itertools.product(("hot", "random", "padding", "idle rank"), (0, 1, 2))
+    for kind, slots in thinned(cases):
         case = case_of(kind, 2, torch.float64)
         way = next(ways)
         layer = with_biases(
@@ -617,8 +620,8 @@ def check_nan_weights() -> None:
     """NaN in the weights of one expert, cloned or not, reaches the tokens that go there only."""
     ranks = dist.get_world_size()
     variants = itertools.cycle(itertools.product(TRANSPORTS, (True, False)))
-    for kind, slots, dtype in itertools.product(
-        ("hot", "padding"), all_slots(), (torch.float64, torch.float32)
+    for kind, slots, dtype in thinned(
+        itertools.product(("hot", "padding"), all_slots(), (torch.float64, torch.float32))
     ):
         case = case_of(kind, 2, dtype)
         wire, again = next(variants)
@@ -674,8 +677,8 @@ def check_unused_slots() -> None:
 def check_same_bits() -> None:
     """Twice the same; and the same when every uninitialised tensor is full of NaN."""
     variants = itertools.cycle(itertools.product(("hot", "padding"), TRANSPORTS))
-    for dtype, slots in itertools.product(
-        (torch.float64, torch.float32, torch.bfloat16), all_slots()
+    for dtype, slots in thinned(
+        itertools.product((torch.float64, torch.float32, torch.bfloat16), all_slots())
     ):
         kind, wire = next(variants)
         fields: dict[str, Any] = {
@@ -728,7 +731,7 @@ def inference(layer: EchoMoELayer, case: Problem, tokens: int = TOKENS) -> Tenso
 def check_evaluation() -> None:
     """Evaluation between training steps, without gradients, and with other numbers of tokens."""
     wires = itertools.cycle(TRANSPORTS)
-    for kind, slots in itertools.product(("hot", "idle rank"), all_slots()):
+    for kind, slots in thinned(itertools.product(("hot", "idle rank"), all_slots())):
         case, wire = case_of(kind, 2, torch.float64), next(wires)
         fields: dict[str, Any] = {"moe_echo_token_transport": wire}
         layer = cloned(2, torch.float64, slots, **fields)
@@ -846,8 +849,8 @@ def check_peer_to_peer() -> None:
     """The same bits as with collectives, one copy of the plan a call, and fewer bytes."""
     variants = itertools.cycle(itertools.product(TRANSPORTS, (True, False)))
     used = 0
-    for kind, slots, dtype in itertools.product(
-        KINDS, all_slots(), (torch.float64, torch.bfloat16)
+    for kind, slots, dtype in thinned(
+        itertools.product(KINDS, all_slots(), (torch.float64, torch.bfloat16))
     ):
         wire, again = next(variants)
         fields = {"moe_echo_token_transport": wire, "moe_echo_recompute_expert_dispatch": again}

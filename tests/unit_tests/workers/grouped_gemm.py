@@ -116,5 +116,6 @@ def check_bf16() -> None:
 
 
 if __name__ == "__main__":
+    triton_interpreter.patch_once()
     cpu_backend.enable(verbose=False)
     main(globals())

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from moe_cases import HIDDEN
 from torch import Tensor
 from unit_tests.workers import clones, moe_layer, token_counts
-from unit_tests.workers.moe_layer import RESULTS, build, errors, forward, run, same_bits
+from unit_tests.workers.moe_layer import RESULTS, build, errors, forward, run, same_bits, thinned
 
 from megatron_echo import cpu_backend
 from megatron_echo.dispatch.transports import (
@@ -82,10 +82,9 @@ def delayed(most: float) -> Iterator[None]:
 
 def check_as_all_gather() -> None:
     """All gradients of weights and probabilities bit by bit; sums over k in another order."""
-    for (kind, topk, slots), dtype in itertools.product(
-        itertools.product(("hot", "random", "empty", "padding"), (1, 3), (0, 2)),
-        (torch.float64, torch.float32),
-    ):
+    kinds, dtypes = ("hot", "random", "empty", "padding"), (torch.float64, torch.float32)
+    cases = itertools.product(dtypes, kinds, (1, 3), (0, 2))
+    for dtype, kind, topk, slots in thinned(cases):
         case = clones.case_of(kind, topk, dtype)
         fields = {"moe_echo_tolerance": 0.0, "moe_num_echo_experts": slots * dist.get_world_size()}
         result = run(build(topk, dtype, **fields, **WIRE), case)
@@ -168,8 +167,9 @@ def check_weights() -> None:
     way = {"moe_echo_expert_dispatcher_type": "symmetric_memory"}
     variants = itertools.cycle(itertools.product((True, False), ({}, WIRE), (1, 4)))
     used = 0
-    for (kind, dtype), slots in itertools.product(
-        itertools.product(("hot", "padding"), (torch.float64, torch.bfloat16)), clones.all_slots()
+    dtypes = (torch.float64, torch.bfloat16)
+    for kind, dtype, slots in thinned(
+        itertools.product(("hot", "padding"), dtypes, clones.all_slots())
     ):
         again, wire, alignment = next(variants)
         fields = {**wire, "moe_echo_recompute_expert_dispatch": again,
