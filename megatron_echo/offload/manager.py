@@ -112,17 +112,15 @@ class ActivationOffloader:
         if missing:
             self._complain(f"No module belongs to {', '.join(sorted(missing))}")
             self._unused -= missing
-        models_with_index = list(enumerate(models))
-        self._hooks = [
-            edge.hook(functools.partial(call, *args))
-            for edge, call, *args in (
-                *((Edge(m, after=False), self._begin_chunk, i) for i, m in models_with_index),
-                # At one moment, regions close before others open.
-                *((span.closes, self._close, span) for _, span in spans),
-                *((span.opens, self._enter, i, span) for i, span in spans),
-                *((Edge(m, after=True), self._end_chunk, i) for i, m in models_with_index),
-            )
+        whole, bind = list(enumerate(models)), functools.partial
+        moments = [
+            *((Edge(model, after=False), bind(self._begin_chunk, i)) for i, model in whole),
+            # At one moment, regions close before others open.
+            *((span.closes, bind(self._close, span)) for _, span in spans),
+            *((span.opens, bind(self._enter, i, span)) for i, span in spans),
+            *((Edge(model, after=True), bind(self._end_chunk, i)) for i, model in whole),
         ]
+        self._hooks = [edge.hook(call) for edge, call in moments]
 
     def detach(self) -> None:
         """Take all hooks off the model; storages on the host stay until backward used them."""

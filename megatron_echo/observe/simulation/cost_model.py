@@ -207,7 +207,7 @@ class Costs:
         node = cluster.ranks_per_node(ranks)
         passes = (6 if layout.recompute else 4) if ranks > 1 else 0
         if layout.tokens_by == "megatron":
-            inside, across = placed.rows_inside * width, placed.rows_across * width
+            inside, across = placed.pairs_inside * width, placed.pairs_across * width
         elif layout.tokens_by in TRAVELS_BY_PLAN:
             inside = placed.placed * (placed.leave_rank - placed.leave_node) * width
             across = placed.placed * placed.leave_node * width
