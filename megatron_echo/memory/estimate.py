@@ -18,7 +18,6 @@ context, no fragmentation. ``--flash-attention`` leaves the scores out, as a GPU
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import multiprocessing
 import os
@@ -28,7 +27,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -365,7 +363,6 @@ def main(words: list[str] | None = None) -> None:
         description="Peak memory of each pipeline rank, before anything is started.",
     )
     parser.add_argument("--ranks", type=int, required=True, help="processes over all nodes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimates there too")
     parser.add_argument(
         "--flash-attention", action="store_true", help="attention without scores, as on a GPU"
     )
@@ -380,9 +377,6 @@ def main(words: list[str] | None = None) -> None:
         print(f"estimate: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(table(estimates))
-    if args.json is not None:
-        rows = [dataclasses.asdict(one) | {"peak": one.peak} for one in estimates]
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

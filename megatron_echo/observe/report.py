@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 
 from megatron_echo.observe.report_data import read_run
-from megatron_echo.observe.report_error import ReportError
+from megatron_echo.observe.report_memory import ReportError
 
 TRACE_NUMBERS = 600_000
 """Numbers of traces on a page, at 4 to 6 bytes each; steps are left out evenly to stay below."""

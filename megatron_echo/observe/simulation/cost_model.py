@@ -47,8 +47,7 @@ class StepTime(NamedTuple):
     @property
     def total(self) -> float:
         """All of it."""
-        busy = self.compute + self.tokens + self.clones + self.rest + self.shards
-        return busy + self.bubble + self.exposed
+        return sum(self[:-1])
 
 
 class Memory(NamedTuple):
@@ -64,7 +63,7 @@ class Memory(NamedTuple):
     @property
     def total(self) -> float:
         """All of it on the device."""
-        return self.states + self.activations + self.clones + self.working + self.reserve
+        return sum(self[:-1])
 
 
 class Cost(NamedTuple):
