@@ -228,7 +228,7 @@ class Search:
                 for value, limit in zip(measured, limits, strict=True):
                     inside = inside & (value <= limit * _SLACK)
                 if inside.any():
-                    yield (a, b), np.where(inside, getattr(measured, name), np.inf)
+                    yield (a, b), np.where(inside, measured[CRITERIA.index(name)], np.inf)
 
     def _allowed(
         self, length: int, rank: int, chunk: int, limits: Measures
@@ -245,8 +245,8 @@ class Search:
         takes = self.takes_mtp[self.stages[rank, chunk]]
         return fits & ((sums.mtp == 0) | (takes & (sums.mtp == self.totals.mtp[-1])))
 
-    def _combined(self, rank: int, a: int, b: int) -> Measures:
-        """The rank's measures for every pair of places, arrays ``[n + 1 - a, n + 1 - b]``."""
+    def _combined(self, rank: int, a: int, b: int) -> tuple[Array, ...]:
+        """The rank's measures for every pair of places, ``[n + 1 - a, n + 1 - b]`` each."""
         one, two = self.segments(a), self.segments(b)
         held = np.full((len(one.static), len(two.static)), -np.inf)
         for row in self.live[rank]:
@@ -255,4 +255,4 @@ class Search:
         space = np.maximum(one.workspace[:, None], two.workspace)
         peak = one.static[:, None] + two.static + held + space
         longest = np.maximum(one.seconds[:, None], two.seconds)
-        return Measures(longest, one.seconds[:, None] + two.seconds, peak)
+        return longest, one.seconds[:, None] + two.seconds, peak
