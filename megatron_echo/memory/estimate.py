@@ -353,11 +353,7 @@ def table(estimates: Sequence[RankEstimate]) -> str:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The command line.
-
-    Args:
-        words: without the program's name; None for those of this process.
-    """
+    """The command line: these words after the program's name, or this process's."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_echo.memory.estimate",
         description="Peak memory of each pipeline rank, before anything is started.",

@@ -41,11 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The command line.
-
-    Args:
-        words: without the program's name; None for those of this process.
-    """
+    """The command line: these words after the program's name, or this process's."""
     args = _parser().parse_args(words)
     budget = None if args.budget_gib is None else args.budget_gib * 2**30
     try:

@@ -55,11 +55,7 @@ def build_report(run_dirs: Sequence[str | os.PathLike]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line.
-
-    Raises:
-        SystemExit: the report cannot be made; the text says why and what to do.
-    """
+    """The command line; ends with a sentence where the report cannot be made."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_echo.observe.report", description="A run as one page of HTML."
     )

@@ -47,11 +47,7 @@ def simulate(args: argparse.Namespace) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The command line.
-
-    Args:
-        words: without the program's name; None for those of this process.
-    """
+    """The command line: these words after the program's name, or this process's."""
     args = parser().parse_args(words)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Megatron warns of each optional package that is absent
