@@ -7,7 +7,6 @@ processes, one thread a rank; times are medians over iterations, ratios are of o
 ranks than cores are marked as oversubscribed. Bytes are counted from the run's own traces.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 from processes import (  # noqa: E402
     lean_main_job,
     main_job_corpus,
+    results_parser,
     torchrun,
     write_results,
 )
@@ -142,13 +142,11 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "echo")
+    parser = results_parser(__doc__, "echo")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
     results = [measure(corpus, ranks, args.rounds, args.iterations) for ranks in args.ranks]
     write_results(args.output, results)

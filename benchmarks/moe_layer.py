@@ -29,7 +29,7 @@ cpu_backend.enable(verbose=False)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from processes import as_table, torchrun  # noqa: E402
+from processes import as_table, results_parser, torchrun  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_echo.record.metrics import read_metrics  # noqa: E402
@@ -247,16 +247,12 @@ def compare_training(routing: str, runs: int, iterations: int) -> dict[str, Any]
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "moe_layer"
-    )
+    parser = results_parser(__doc__, "moe_layer")
     parser.add_argument("--quick", action="store_true", help="few rounds, to try the script out")
     parser.add_argument("--no-training", action="store_true", help="the layers only")
     parser.add_argument("--rounds", type=int, default=31, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     if args.worker:
         worker(args)
         return

@@ -8,7 +8,6 @@ branch of August 2026 takes on a clock of the same kind: infinitely fast host, o
 All figures are simulated. Writes a table (``.md``) and everything (``.json``).
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from processes import results_parser  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from megatron_echo.copy_lanes import Link  # noqa: E402
@@ -291,15 +291,8 @@ def as_table(rows: list[Row]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "benchmarks" / "results" / "offload_simulator",
-        help="path of the results, without an extension",
-    )
+    parser = results_parser(__doc__, "offload_simulator")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     rows = [simulate(case) for case in KNOWN]
     print(as_table(rows))
     notes = (

@@ -9,7 +9,6 @@ its output and the log-sum-exp. Times are floating-point operations, backward tw
 bf16 weight costs 2 bytes, its gradient 4, its optimizer state 12 over the data-parallel ranks.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from megatron_echo import cpu_backend, environment  # noqa: E402
 
@@ -27,6 +26,7 @@ cpu_backend.enable(verbose=False)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from processes import results_parser  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
@@ -256,11 +256,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    default = ROOT / "benchmarks" / "results" / "pipeline_layout"
-    parser.add_argument("--output", type=Path, default=default)
+    parser = results_parser(__doc__, "pipeline_layout")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     from megatron.core import parallel_state
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -6,7 +6,6 @@ Writes a table (``.md``), everything (``.json``) and a picture (``.png``), and p
 project's targets are reached. Every row is the mean of five draws.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -23,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import numpy as np  # noqa: E402
 import planner_baselines as baselines  # noqa: E402
 import torch  # noqa: E402
+from processes import results_parser  # noqa: E402
 
 from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.simulation.workloads import WORKLOADS, synthetic  # noqa: E402
@@ -380,16 +380,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = results_parser(__doc__, "planner")
     parser.add_argument("--quick", action="store_true", help="a corner of the grid")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "benchmarks" / "results" / "planner",
-        help="path of the results, without an extension",
-    )
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     torch.set_num_threads(1)
     milliseconds = time_reference()
     rows = run(args.quick)

@@ -1,5 +1,6 @@
 """What benchmarks of training share: the main job, starting its ranks, and the results file."""
 
+import argparse
 import json
 import os
 import signal
@@ -22,6 +23,26 @@ def main_job_corpus() -> Path:
     corpus = ROOT / "runs" / "corpus"
     build_corpus(corpus, Path(sysconfig.get_path("stdlib")))
     return corpus
+
+
+def results_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """A command line with ``--output``, by default ``benchmarks/results/NAME``.
+
+    Its folder is made when the line is parsed, before minutes of work.
+
+    Args:
+        doc: of the benchmark; its first paragraph is the description.
+        name: of the results.
+    """
+
+    def path(word: str) -> Path:
+        Path(word).parent.mkdir(parents=True, exist_ok=True)
+        return Path(word)
+
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
+    default = str(ROOT / "benchmarks" / "results" / name)
+    parser.add_argument("--output", type=path, default=default, help="without an extension")
+    return parser
 
 
 def write_results(output: Path, results: Any) -> None:

@@ -7,7 +7,6 @@ traces: tokens of the fullest expert over the mean, in a step of all microbatche
 mean over layers. Writes ``.json`` and ``.png`` and prints a table.
 """
 
-import argparse
 import sys
 import tempfile
 from collections import defaultdict
@@ -21,6 +20,7 @@ import numpy as np  # noqa: E402
 from processes import (  # noqa: E402
     lean_main_job,
     main_job_corpus,
+    results_parser,
     torchrun,
     write_results,
 )
@@ -84,12 +84,9 @@ def plot(results: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> N
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    default = ROOT / "benchmarks" / "results" / "router_losses"
-    parser.add_argument("--output", type=Path, default=default)
+    parser = results_parser(__doc__, "router_losses")
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
     print(f"| | loss | lm loss, mean of last {LAST} steps | max/mean load of experts, the same |")

@@ -7,7 +7,6 @@ rounding differences grow by themselves, so the reference is also compared with 
 another instruction set. Writes ``.json`` and ``.png``.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 from processes import (  # noqa: E402
     lean_main_job,
     main_job_corpus,
+    results_parser,
     torchrun,
     write_results,
 )
@@ -140,13 +140,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    default = ROOT / "benchmarks" / "results" / "same_mathematics"
-    parser.add_argument("--output", type=Path, default=default)
+    parser = results_parser(__doc__, "same_mathematics")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of comparisons, from 0")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
     results = []
     chosen = args.only if args.only is not None else range(len(COMPARISONS))

@@ -60,7 +60,7 @@ class EchoConfigMixin:
         "it. What a rank brings less costs no product and counts nowhere. Without it all ranks "
         "bring the same number.",
         group="echo",
-        check=checks.max_tokens,
+        check=checks.positive,
         metavar="N",
     )
     moe_echo_overflow: str = flag(

@@ -4,6 +4,7 @@
 Each takes the value and the configuration and gives the words that follow the flag, or None.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from megatron_echo.compatibility import config_refusal, engine_refusal
 from megatron_echo.environment import interprets_triton, peer_memory_refusal
-from megatron_echo.flags import nearest_multiples
+from megatron_echo.flags import nearest_multiples, within
 from megatron_echo.planner.price import MAX_ROWS
 
 MAX_ROW_ALIGNMENT = 1024
@@ -70,6 +71,11 @@ def precision_refusal(precision: str, config: Any) -> str | None:
     return None
 
 
+positive = within(1, math.inf, "is below 1. Use 1 or more.")
+not_negative = within(0, math.inf, "is negative. Use 0 or more.")
+tolerance = within(0, 100, "is not between 0 and 100. Use 0.02 for 2 %.")
+
+
 def enable_echo(value: bool, config: Any) -> str | None:
     return config_refusal(config) if value else None
 
@@ -95,10 +101,6 @@ def capacity(value: float | None, config: Any) -> str | None:
     return None
 
 
-def max_tokens(value: int | None, config: Any) -> str | None:
-    return None if value is None else positive(value, config)
-
-
 def peer_memory(value: str, config: Any) -> str | None:
     if value != "symmetric_memory":
         return None
@@ -117,11 +119,6 @@ def peer_capacity(value: float, config: Any) -> str | None:
     if value < 1 and config.moe_echo_token_transport != "all_to_all":
         return "belongs to --moe-echo-token-transport all_to_all. Leave one of the two out."
     return None
-
-
-def tolerance(value: float | None, config: Any) -> str | None:
-    fits = value is None or 0 <= value <= 100
-    return None if fits else "is not between 0 and 100. Use 0.02 for 2 %."
 
 
 def rows_per_clone(value: int | None, config: Any) -> str | None:
@@ -143,10 +140,6 @@ def ranks_per_node(value: int | None, config: Any) -> str | None:
     if value is not None and (value < 1 or ranks % value):
         return f"does not divide the expert-parallel size {ranks}. Use a divisor, or leave it out."
     return None
-
-
-def not_negative(value: float, config: Any) -> str | None:
-    return "is negative. Use 0 or more." if value < 0 else None
 
 
 def skew(value: float, config: Any) -> str | None:
@@ -193,10 +186,6 @@ def replay(value: str | None, config: Any) -> str | None:
     if value is not None and config.cuda_graph_impl != "none":
         return "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
     return None
-
-
-def positive(value: int, config: Any) -> str | None:
-    return None if value >= 1 else "is below 1. Use 1 or more."
 
 
 def row_alignment(value: int, config: Any) -> str | None:

@@ -102,6 +102,11 @@ def check_type(field: dataclasses.Field, value: Any) -> None:
         )
 
 
+def within(least: float, most: float, refusal: str) -> Check:
+    """A check of a number's range, both ends in it; None passes."""
+    return lambda value, _: None if value is None or least <= value <= most else refusal
+
+
 def nearest_multiples(value: int, divisor: int) -> str:
     """The positive multiples of ``divisor`` around ``value``, as words for an error message."""
     below, above = value // divisor * divisor, -(-value // divisor) * divisor

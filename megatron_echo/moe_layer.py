@@ -135,8 +135,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._step_end = StepEnd.of(config)
         self._self_check = self._step_end.self_check
-        self._place = self._self_check.register()
-        self._doubted: tuple[Tensor, Tensor, Tensor] | None = None
+        self._build_number = self._self_check.register()
+        self._checked_call: tuple[Tensor, Tensor, Tensor] | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's number of this layer, from 1; MTP layers come after the others."""
@@ -172,11 +172,11 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         if role is not Role.UNRECORDED:
             self._step_end.note(role)
         self.token_dispatcher.role = role
-        self._doubted = None  # of a call that did not reach combine
+        self._checked_call = None  # of a call that did not reach combine
         tokens, weights = super().preprocess(hidden_states, probs, routing_map)
-        if role.counts and self._self_check.takes(self._place):
+        if role.counts and self._self_check.is_due(self._build_number):
             latent = tokens.detach().view(*hidden_states.shape[:-1], -1)
-            self._doubted = latent, probs.detach(), routing_map
+            self._checked_call = latent, probs.detach(), routing_map
         return tokens, weights
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
@@ -197,9 +197,9 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
     def combine(self, output: Tensor) -> Tensor:
         """Bring the sums back to the tokens' own ranks; see ``--moe-echo-check-every``."""
         combined = super().combine(output)
-        if self._doubted is not None:
-            expected = self._without_clones(*self._doubted)
-            plan, self._doubted = self.token_dispatcher.plan, None
+        if self._checked_call is not None:
+            expected = self._without_clones(*self._checked_call)
+            plan, self._checked_call = self.token_dispatcher.plan, None
             assert plan is not None
             dtype = self.config.params_dtype
             self._self_check.record(combined, expected, plan, self.ep_group, dtype)

@@ -129,17 +129,9 @@ def _redirect_splits(function: Callable) -> Callable:
         return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
 
     @functools.wraps(function)
-    def with_lists(
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_split_sizes: Any = None,
-        input_split_sizes: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        return function(
-            output, input, as_list(output_split_sizes), as_list(input_split_sizes), *args, **kwargs
-        )
+    def with_lists(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        options = {name: as_list(value) for name, value in kwargs.items()}
+        return function(output, input, *map(as_list, args), **options)
 
     return with_lists
 

@@ -151,7 +151,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._ranks_per_node = echo_setting(config, "moe_echo_ranks_per_node")
         self._most_tokens = echo_setting(config, "moe_echo_max_tokens_per_rank")
         self._is_within_node = echo_setting(config, "moe_echo_clones_within_node")
-        self._planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
+        self.planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
         self._ways = Transports.of(config, config, self.ep_group)
         self._transport = self._make_transport(self._ways.tokens)
         self._weights = self._make_weight_transport(self._ways.weights)
@@ -276,7 +276,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         routed = gather(local[None, : self._experts], self.ep_group)
         if self._slots == 0:
             return replace(call, counts=PairCounts.of(routed, self.ep_rank))
-        plan = self._planner(
+        plan = self.planner(
             routed, self._slots, self._tolerance, self._min_tokens, self._ranks_per_node,
             self._is_within_node, self._ways.price,
         )  # fmt: skip

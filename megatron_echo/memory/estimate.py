@@ -18,7 +18,6 @@ context, no fragmentation. ``--flash-attention`` leaves the scores out, as a GPU
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import multiprocessing
 import os
@@ -28,7 +27,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,16 +37,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.memory.live_bytes import LiveBytes
-from megatron_echo.memory.shapes_only import (
-    attend,
-    no_plan,
-    one_slot_in_use,
-    outer_product,
-    to_bfloat16,
-    to_half,
-)
-
-_CORE_ATTENTION = "megatron_echo.local_modules.LocalCoreAttention.forward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +167,20 @@ def dry_run(
         pipeline_rank: which stage.
         flash_attention: attention without scores.
     """
-    attention = mock.patch(_CORE_ATTENTION, attend) if flash_attention else contextlib.nullcontext()
-    with _process_of(ranks, pipeline_rank, argv), attention:
+    with _process_of(ranks, pipeline_rank, argv):
         args, container = _parse()
         from megatron.training.initialize import initialize_megatron
 
         initialize_megatron()
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(skip_collectives=True) as live:
+        from megatron_echo.memory.shapes_only import no_plans, stand_ins
+
+        with (
+            stand_ins(flash_attention),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            LiveBytes(skip_collectives=True) as live,
+        ):
             model, optimizer = _build(container)
+            no_plans(model)
             optimizer.step()  # makes its state, from gradients that are zero
             passes, step = _train(args, model, optimizer, live)
             parameters = [p for chunk in model for p in chunk.parameters()]
@@ -225,13 +219,6 @@ def _process_of(ranks: int, pipeline_rank: int, argv: Sequence[str]) -> Iterator
         mock.patch.object(sys, "argv", ["estimate", *words]),
         mock.patch.object(dist, "new_group", fake_group),
         mock.patch.object(dist, "all_gather_object", own_object),
-        # Reads values on the host, and needs next to no memory.
-        mock.patch("megatron.core.optimizer.optimizer.get_grad_norm_fp32", return_value=0.0),
-        mock.patch("megatron_echo.dispatch.dispatcher.planner_backend", return_value=no_plan),
-        mock.patch("megatron_echo.experts.grouped_linear.grouped_outer", outer_product),
-        mock.patch("megatron_echo.host_copy.HostCopy.read", one_slot_in_use),
-        mock.patch.object(torch.nn.Module, "bfloat16", to_bfloat16),
-        mock.patch.object(torch.nn.Module, "half", to_half),
     ):
         environment.skip_dataset_compilation()
         dist.init_process_group("fake", store=FakeStore(), rank=own_rank, world_size=ranks)
@@ -366,17 +353,12 @@ def table(estimates: Sequence[RankEstimate]) -> str:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The command line.
-
-    Args:
-        words: without the program's name; None for those of this process.
-    """
+    """The command line: these words after the program's name, or this process's."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_echo.memory.estimate",
         description="Peak memory of each pipeline rank, before anything is started.",
     )
     parser.add_argument("--ranks", type=int, required=True, help="processes over all nodes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimates there too")
     parser.add_argument(
         "--flash-attention", action="store_true", help="attention without scores, as on a GPU"
     )
@@ -391,9 +373,6 @@ def main(words: list[str] | None = None) -> None:
         print(f"estimate: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(table(estimates))
-    if args.json is not None:
-        rows = [dataclasses.asdict(one) | {"peak": one.peak} for one in estimates]
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

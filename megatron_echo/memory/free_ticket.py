@@ -24,12 +24,14 @@ whole numbers, -1).
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.distributed import Work
 from torch.nn import Parameter
 
 from megatron_echo.record.saved_tensors import plain_tensors, storage_key, watch_saved_tensors
@@ -37,13 +39,6 @@ from megatron_echo.record.saved_tensors import plain_tensors, storage_key, watch
 Mode = Literal["off", "poison", "free"]
 _ALL_BITS = 255
 """Written to every byte, it makes a NaN of each float and -1 of each signed integer."""
-
-
-class Work(Protocol):
-    """An asynchronous communication, as ``torch.distributed`` returns it."""
-
-    def wait(self) -> Any:
-        """Wait for it, on the host or with the current stream."""
 
 
 def storage_owners(tensor: Tensor) -> int:
@@ -140,7 +135,7 @@ class FreeTicket:
             return self._free_now()
         if self._queue is None:
             raise RuntimeError("This ticket has no queue to wait in. Take it from a FreeQueue.")
-        self._queue.add(self, after)
+        self._queue.waiting.append((self, after))
         return False
 
     def _free_now(self) -> bool:
@@ -155,7 +150,9 @@ class FreeTicket:
         if self.refusal is None:
             self._empty(tensor)
         if self._queue is not None:
-            self._queue.count(self)
+            self._queue.freed_bytes += self.freed_bytes
+            if self.refusal is not None:
+                self._queue.refusals[self.refusal] += 1
         return self.refusal is None
 
     def _empty(self, tensor: Tensor) -> None:
@@ -180,28 +177,19 @@ class FreeQueue:
     Attributes:
         freed_bytes: bytes freed (or overwritten) so far.
         refusals: how many tickets were refused so far, by reason.
+        waiting: tickets, and what each waits for.
     """
 
     def __init__(self, mode: Mode = "free") -> None:
         """Choose the mode of all tickets; see :class:`FreeTicket`."""
         self.mode = mode
         self.freed_bytes = 0
-        self.refusals: dict[str, int] = {}
-        self._waiting: list[tuple[FreeTicket, Work]] = []
+        self.refusals: Counter[str] = Counter()
+        self.waiting: list[tuple[FreeTicket, Work]] = []
 
     def ticket(self, tensor: Tensor, *partners: Tensor) -> FreeTicket:
         """A ticket whose free may wait here; see :class:`FreeTicket`."""
         return FreeTicket(tensor, *partners, mode=self.mode, queue=self)
-
-    def add(self, ticket: FreeTicket, after: Work) -> None:
-        """Free the ticket's storage at the next drain."""
-        self._waiting.append((ticket, after))
-
-    def count(self, ticket: FreeTicket) -> None:
-        """Add a ticket that was used to the totals."""
-        self.freed_bytes += ticket.freed_bytes
-        if ticket.refusal is not None:
-            self.refusals[ticket.refusal] = self.refusals.get(ticket.refusal, 0) + 1
 
     def drain(self) -> int:
         """Wait for the communications, then free what waited for them, in order.
@@ -210,7 +198,7 @@ class FreeQueue:
             Bytes freed.
         """
         before = self.freed_bytes
-        waiting, self._waiting = self._waiting, []
+        waiting, self.waiting = self.waiting, []
         for ticket, work in waiting:
             work.wait()
             ticket._free_now()

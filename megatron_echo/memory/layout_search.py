@@ -3,15 +3,14 @@
 What a rank has to do and to hold are sums over its items; how long a step takes comes from
 replaying the schedule, for many layouts at once.
 
-Dynamic programming over the pipeline ranks finds where to begin. With one or two chunks a rank, a
+Dynamic programming over the pipeline ranks finds where to begin, with one or two chunks a rank: a
 state is how far both chunks have come (and, interleaved, where the second one began). Every rank
-adds a segment to each. The largest stage time, rank time or peak over the ranks is then minimised
-one after the other, each among the layouts that keep what was reached before. More chunks are
-searched two neighbours at a time until nothing improves.
+adds a segment to each, and the largest stage time, rank time or peak over the ranks is minimised.
+With more chunks, moves begin at the layout at hand.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -43,23 +42,13 @@ class Measures(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Of each item of the model, in order: ``[n]`` each. See ``LayerCost``."""
+    """Of each item of the model, in order, or of runs of items: ``[n]`` each; see ``LayerCost``."""
 
     seconds: Array
     activation: Array
     static: Array
-    workspace: Array
-    is_mtp: Array  # 1 or 0
-
-
-class Segments(NamedTuple):
-    """Sums over runs of items of one length, from any start: all ``[n + 1 - length]``."""
-
-    seconds: Array
-    activation: Array
-    static: Array
-    mtp: Array
-    workspace: Array  # the largest one
+    workspace: Array  # of a run the largest one, of all else sums
+    mtp: Array  # how many MTP layers
 
 
 class Search:
@@ -81,7 +70,7 @@ class Search:
         self.workspace = np.zeros((self.items + 1, self.items + 1))
         for start in range(self.items):
             self.workspace[start, start + 1 :] = np.maximum.accumulate(costs.workspace[start:])
-        self._segments: dict[int, Segments] = {}
+        self._segments: dict[int, Costs] = {}
 
     def _takes_mtp(self, rank: int, chunk: int) -> bool:
         """Megatron's rule: in the last chunk of a rank.
@@ -92,14 +81,11 @@ class Search:
         last, alone = self.pipeline.chunks - 1, 1 in (self.pipeline.ranks, self.pipeline.chunks)
         return chunk == last and (rank > 0 or alone)
 
-    def segments(self, length: int) -> Segments:
-        """Sums over runs of ``length`` items."""
+    def segments(self, length: int) -> Costs:
+        """Of runs of ``length`` items, from any start: ``[n + 1 - length]`` each."""
         if length not in self._segments:
-            seconds, activation, static, _, mtp = (
-                total[length:] - total[: len(total) - length] for total in self.totals
-            )
-            longest = np.diagonal(self.workspace, length)
-            self._segments[length] = Segments(seconds, activation, static, mtp, longest)
+            sums = Costs(*(total[length:] - total[: len(total) - length] for total in self.totals))
+            self._segments[length] = sums._replace(workspace=np.diagonal(self.workspace, length))
         return self._segments[length]
 
     def rank_measures(self, cuts: ArrayLike) -> Array:
@@ -154,7 +140,7 @@ class Search:
             every = np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, self.items)))
             return self._ranked(every, order, limits, enough, slowest)[0].tolist()
         first = order[0] if order[0] in CRITERIA else "rank_time"
-        starts = [cuts, self.best(cuts, [], limits), self.best(cuts, [first], limits)]
+        starts = [cuts, self.best(cuts, first, limits)] if self.pipeline.chunks < 3 else [cuts]
         kept = self._ranked(np.array(starts), order, limits, enough, slowest)
         begins = np.triu(np.ones((count, count + 1), dtype=np.int64), 1)
         moves = (begins[:, None] - begins).reshape(-1, count + 1)
@@ -173,8 +159,8 @@ class Search:
     ) -> NDArray[np.int64]:  # fmt: skip
         """Those that are legal, within the limits and no slower than that: the best one first."""
         cuts = cuts[(np.diff(cuts) > 0).all(-1)]
-        mtp = np.diff(self.totals.is_mtp[cuts])
-        cuts = cuts[((mtp == 0) | self.takes_mtp & (mtp == self.totals.is_mtp[-1])).all(-1)]
+        mtp = np.diff(self.totals.mtp[cuts])
+        cuts = cuts[((mtp == 0) | self.takes_mtp & (mtp == self.totals.mtp[-1])).all(-1)]
         ranks = self.rank_measures(cuts)
         # Before a rank's first pass and after its last one the stages before it take their time.
         before = self.totals.seconds[cuts[:, : self.pipeline.ranks]]
@@ -188,161 +174,85 @@ class Search:
         keys = [np.ldexp(np.round(part, 12), power) for part, power in map(np.frexp, keys)]
         return cuts[np.lexsort(keys[::-1])]
 
-    def best(self, cuts: list[int], order: Sequence[str], limits: Measures) -> list[int]:
-        """Minimise the criteria, in order.
+    def best(self, cuts: list[int], name: str, limits: Measures) -> list[int]:
+        """The layout with the least of one criterion; exact with one or two chunks a rank.
 
         Args:
             cuts: a layout that keeps the limits.
-            order: some of :data:`CRITERIA`.
+            name: one of :data:`CRITERIA`.
             limits: what no layout may exceed.
         """
-        pairs = [(0, 1)] if self.pipeline.chunks == 2 else [(0, None)]
         if self.pipeline.chunks > 2:
-            pairs = [(chunk, chunk + 1) for chunk in range(self.pipeline.chunks - 1)]
-        while True:
-            before = self.measures(cuts)
-            for first, second in pairs:
-                cuts = _Pair(self, cuts, first, second).best(order, limits)
-            after = self.measures(cuts)
-            if len(pairs) == 1 or not any(
-                getattr(after, name) * _SLACK < getattr(before, name) for name in order
-            ):
-                return cuts
-
-
-class _Pair:
-    """The search over one or two chunks, with the others as they are.
-
-    States are arrays ``[C, n + 1, n + 1]``: where the second chunk begins (one of :attr:`begins`),
-    the end of the first chunk so far, and that of the second.
-    """
-
-    def __init__(self, search: Search, cuts: list[int], first: int, second: int | None) -> None:
-        self.search, self.cuts, self.first, self.second = search, cuts, first, second
-        self.pipeline = search.pipeline
-        last = first if second is None else second
-        self.low, self.high = (cuts[chunk * self.pipeline.ranks] for chunk in (first, last + 1))
-        self.begins = np.arange(self.high if second is None else self.low, self.high + 1)
-
-    def best(self, order: Sequence[str], limits: Measures) -> list[int]:
-        """The cuts of the best layout; see :meth:`Search.best`."""
-        for name in order:
-            bound = min(getattr(limits, name), getattr(self.search.measures(self.cuts), name))
-            limits = limits._replace(**{name: bound})
-            self.cuts = self._solve(limits, lambda m, name=name: getattr(m, name), np.maximum)
-            limits = limits._replace(**{name: getattr(self.search.measures(self.cuts), name)})
-        # Among equals, the most regular one.
-        self.cuts = self._solve(limits, lambda m: m.rank_time**2 + m.stage_time**2, np.add)
-        return self.cuts
-
-    def _solve(self, limits: Measures, value: Callable, combine: Callable) -> list[int]:
-        """Cuts with the lowest combined value of all ranks, within the limits."""
-        size, count = self.search.items + 1, len(self.begins)
-        state = np.full((count, size, size), np.inf)
-        state[range(count), self.low, self.begins] = -np.inf if combine is np.maximum else 0
+            return self.plan(cuts, [name], limits, np.inf)
+        bound = min(getattr(limits, name), getattr(self.measures(cuts), name))
+        limits, size = limits._replace(**{name: bound}), self.items + 1
+        # [C, n + 1, n + 1]: where the second chunk begins, how far the first one is, and it is.
+        begins = np.arange(self.items if self.pipeline.chunks == 1 else 0, size)
+        state = np.full((len(begins), size, size), np.inf)
+        state[range(len(begins)), 0, begins] = -np.inf
         states = [state]
         for rank in range(self.pipeline.ranks):
             after = np.full_like(state, np.inf)
-            for (a, b), cost in self._rank_costs(rank, limits, value):
-                before, reached = states[-1][:, : size - a, : size - b], after[:, a:, b:]
-                np.minimum(reached, combine(before, cost), out=reached)
+            for (a, b), cost in self._rank_costs(rank, name, limits):
+                reached = after[:, a:, b:]
+                before = states[-1][:, : size - a, : size - b]
+                np.minimum(reached, np.maximum(before, cost), out=reached)
             states.append(after)
-        return self._trace(states, limits, value, combine)
-
-    def _trace(
-        self, states: list[Array], limits: Measures, value: Callable, combine: Callable
-    ) -> list[int]:
-        """Walk back from the best final state."""
-        final = states[-1][range(len(self.begins)), self.begins, self.high]
-        best = int(final.argmin())
-        assert np.isfinite(final[best]), "the layout at hand was within the limits"
-        place = (best, int(self.begins[best]), self.high)
-        cuts = list(self.cuts)
+        chosen = int(states[-1][range(len(begins)), begins, self.items].argmin())
+        place, found = (chosen, int(begins[chosen]), self.items), list(cuts)
         for rank in reversed(range(self.pipeline.ranks)):
-            place = self._step_back(
-                states[rank], states[rank + 1], place, rank, limits, value, combine
+            place = next(
+                was
+                for (a, b), cost in self._rank_costs(rank, name, limits)
+                if min(was := (chosen, place[1] - a, place[2] - b)) >= 0
+                and max(states[rank][was], cost[was[1:]]) == states[rank + 1][place]
             )
-            for chunk, begin in zip((self.first, self.second), place[1:], strict=True):
-                if chunk is not None:
-                    cuts[self.pipeline.stage(rank, chunk)] = begin
-        return cuts
-
-    def _step_back(
-        self, before: Array, after: Array, place: tuple[int, int, int], rank: int,
-        limits: Measures, value: Callable, combine: Callable,
-    ) -> tuple[int, int, int]:  # fmt: skip
-        begin, x, y = place
-        for (a, b), cost in self._rank_costs(rank, limits, value):
-            was = begin, x - a, y - b
-            if min(was) >= 0 and combine(before[was], cost[was[1:]]) == after[place]:
-                return was
-        raise AssertionError("a state without a predecessor")
+            for stage, begin in zip(self.stages[rank], place[1:], strict=False):
+                found[stage] = begin
+        return found
 
     def _rank_costs(
-        self, rank: int, limits: Measures, value: Callable
+        self, rank: int, name: str, limits: Measures
     ) -> Iterator[tuple[tuple[int, int], Array]]:
         """For each pair of lengths, the value for every pair of places; inf beyond the limits."""
-        fixed = self._fixed(rank)
-        most = self.high - self.low
-        for a in range(1, most + 1):
-            first = self._allowed(a, rank, self.first, limits)
+        for a in range(1, self.items + 1):
+            first = self._allowed(a, rank, 0, limits)
             if first is None:
                 break
-            for b in range(1, most + 1) if self.second is not None else (0,):
-                second = self._allowed(b, rank, self.second, limits)
+            for b in range(1, self.items + 1) if self.pipeline.chunks == 2 else (0,):
+                second = self._allowed(b, rank, 1, limits)
                 if second is None:
                     break
-                measured = self._combined(rank, a, b, fixed)
+                measured = self._combined(rank, a, b)
                 inside = first[:, None] & second[None, :]
-                for name in CRITERIA:
-                    inside = inside & (getattr(measured, name) <= getattr(limits, name) * _SLACK)
+                for value, limit in zip(measured, limits, strict=True):
+                    inside = inside & (value <= limit * _SLACK)
                 if inside.any():
-                    yield (a, b), np.where(inside, value(measured), np.inf)
+                    yield (a, b), np.where(inside, measured[CRITERIA.index(name)], np.inf)
 
     def _allowed(
-        self, length: int, rank: int, chunk: int | None, limits: Measures
+        self, length: int, rank: int, chunk: int, limits: Measures
     ) -> NDArray[np.bool_] | None:
         """Where a segment may start, None if it is too long everywhere (longer ones are too)."""
-        sums = self.search.segments(length)
-        if chunk is None:
+        sums = self.segments(length)
+        if chunk == self.pipeline.chunks:
             return np.ones(len(sums.seconds), dtype=np.bool_)
-        live = self.search.live[rank][:, chunk].max()
+        live = self.live[rank][:, chunk].max()
         fits = sums.seconds <= limits.stage_time * _SLACK
         fits &= sums.static + live * sums.activation + sums.workspace <= limits.peak * _SLACK
         if not fits.any():
             return None
-        total = self.search.totals.is_mtp[-1]
-        takes = self.search.takes_mtp[self.pipeline.stage(rank, chunk)]
-        return fits & ((sums.mtp == 0) | (takes & (sums.mtp == total)))
+        takes = self.takes_mtp[self.stages[rank, chunk]]
+        return fits & ((sums.mtp == 0) | (takes & (sums.mtp == self.totals.mtp[-1])))
 
-    def _fixed(self, rank: int) -> tuple[Measures, float, float, Array]:
-        """What the chunks that are not searched add: times, static, workspace, activations [K]."""
-        activation = np.zeros(len(self.search.live[rank]))
-        stage_time = rank_time = static = workspace = 0.0
-        for chunk in range(self.pipeline.chunks):
-            if chunk in (self.first, self.second):
-                continue
-            stage = self.pipeline.stage(rank, chunk)
-            start, length = self.cuts[stage], self.cuts[stage + 1] - self.cuts[stage]
-            sums = self.search.segments(length)
-            stage_time = max(stage_time, sums.seconds[start])
-            rank_time += sums.seconds[start]
-            static += sums.static[start]
-            workspace = max(workspace, sums.workspace[start])
-            activation += self.search.live[rank][:, chunk] * sums.activation[start]
-        return Measures(stage_time, rank_time, 0.0), static, workspace, activation
-
-    def _combined(self, rank: int, a: int, b: int, fixed: tuple) -> Measures:
-        """The rank's measures for every pair of places, arrays ``[n + 1 - a, n + 1 - b]``."""
-        times, static, workspace, activation = fixed
-        one, two = self.search.segments(a), self.search.segments(b)
-        live = self.search.live[rank]
+    def _combined(self, rank: int, a: int, b: int) -> tuple[Array, ...]:
+        """The rank's measures for every pair of places, ``[n + 1 - a, n + 1 - b]`` each."""
+        one, two = self.segments(a), self.segments(b)
         held = np.full((len(one.static), len(two.static)), -np.inf)
-        for row, other in zip(live, activation, strict=True):
-            second = 0.0 if self.second is None else row[self.second] * two.activation[None, :]
-            held = np.maximum(held, row[self.first] * one.activation[:, None] + second + other)
-        space = np.maximum(np.maximum(one.workspace[:, None], two.workspace[None, :]), workspace)
-        peak = one.static[:, None] + two.static[None, :] + static + held + space
-        longest = np.maximum(one.seconds[:, None], two.seconds[None, :])
-        total = one.seconds[:, None] + two.seconds[None, :] + times.rank_time
-        return Measures(np.maximum(longest, times.stage_time), total, peak)
+        for row in self.live[rank]:
+            second = row[1] * two.activation if len(row) == 2 else np.zeros(len(two.static))
+            held = np.maximum(held, row[0] * one.activation[:, None] + second)
+        space = np.maximum(one.workspace[:, None], two.workspace)
+        peak = one.static[:, None] + two.static + held + space
+        longest = np.maximum(one.seconds[:, None], two.seconds)
+        return longest, one.seconds[:, None] + two.seconds, peak

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from megatron_echo.memory.layout_search import Array, Costs, Measures, Search
+from megatron_echo.memory.layout_search import Costs, Measures, Search
 from megatron_echo.memory.schedules import Pipeline
 
 KINDS = ("E", "t", "m", "L")
@@ -172,18 +172,6 @@ class PipelineLayout:
             for chunk in counts
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: layout, schedule, and the costs of each rank."""
-        return {
-            "layout": self.string,
-            **self.pipeline._asdict(),
-            "stage_seconds": self.measures.stage_time,
-            "rank_seconds": self.measures.rank_time,
-            "step_seconds": self.step_seconds,
-            "slowdown": self.slowdown,
-            "peak_bytes": [measured.peak for measured in self.ranks],
-        }
-
 
 def even_split(layers: Sequence[LayerCost], stages: int) -> list[int]:
     """The cuts of an even split: as many decoder layers in each stage, whatever they cost.
@@ -228,17 +216,8 @@ def _check_layers(layers: Sequence[LayerCost]) -> None:
 
 
 def _search(layers: Sequence[LayerCost], pipeline: Pipeline) -> Search:
-    def column(name: str) -> Array:
-        return np.array([getattr(layer, name) for layer in layers], dtype=np.float64)
-
-    costs = Costs(
-        column("seconds"),
-        column("activation_bytes"),
-        column("static_bytes"),
-        column("workspace_bytes"),
-        np.array([float(layer.kind == "m") for layer in layers]),
-    )
-    return Search(costs, pipeline)
+    rows = [(*dataclasses.astuple(layer)[1:], layer.kind == "m") for layer in layers]
+    return Search(Costs(*np.array(rows, dtype=np.float64).T), pipeline)
 
 
 def evaluate_layout(
@@ -310,7 +289,7 @@ def plan_layout(
         limits, enough = even._replace(peak=limits.peak), float(search.step_time(cuts))
         order = ["peak", *order[:-1]]
     if not even.keeps(limits):
-        cuts = search.best(cuts, ["peak"], limits._replace(peak=even.peak))
+        cuts = search.best(cuts, "peak", limits._replace(peak=even.peak))
         if not search.measures(cuts).keeps(limits):
             raise ValueError(_over_budget(evaluate_layout(layers, pipeline, cuts), limits.peak))
     return evaluate_layout(layers, pipeline, search.plan(cuts, order, limits, enough))

@@ -7,11 +7,10 @@ line only: ``from megatron_echo.memory import plan_layout`` gives the function.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from megatron_echo.memory.pipeline_layout import PipelineLayout, explain, plan_layout, read_costs
+from megatron_echo.memory.pipeline_layout import explain, plan_layout, read_costs
 from megatron_echo.memory.schedules import SCHEDULES
 
 
@@ -38,25 +37,11 @@ def _parser() -> argparse.ArgumentParser:
         default="time",
         help="the shortest step that fits, or the lowest peak with no slower step than even",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     return parser
 
 
-def _write(layout: PipelineLayout, path: Path) -> None:
-    try:
-        path.write_text(json.dumps(layout.as_dict(), indent=1) + "\n")
-    except OSError as error:
-        raise ValueError(
-            f"--json {path} cannot be written ({error.strerror}). Give a file that can."
-        ) from error
-
-
 def main(words: list[str] | None = None) -> None:
-    """The command line.
-
-    Args:
-        words: without the program's name; None for those of this process.
-    """
+    """The command line: these words after the program's name, or this process's."""
     args = _parser().parse_args(words)
     budget = None if args.budget_gib is None else args.budget_gib * 2**30
     try:
@@ -65,8 +50,6 @@ def main(words: list[str] | None = None) -> None:
             args.num_microbatches, args.group_size, budget, args.prefer,
         )  # fmt: skip
         print(explain(layout))
-        if args.json is not None:
-            _write(layout, args.json)
     except ValueError as error:
         print(f"plan_layout: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

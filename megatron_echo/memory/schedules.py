@@ -19,7 +19,7 @@ Pass = tuple[str, int, int]
 """``F`` or ``B``, a stage and a microbatch."""
 
 
-class Slot(NamedTuple):
+class Turn(NamedTuple):
     """What a rank does next: a forward pass, a backward pass, or both at the same time."""
 
     forward: Work | None
@@ -99,7 +99,7 @@ class Pipeline(NamedTuple):
         """Where in the model a rank's chunk is: stage 0 has the embedding, P * V - 1 the loss."""
         return chunk * self.ranks + rank
 
-    def slots(self, rank: int) -> list[Slot]:
+    def turns(self, rank: int) -> list[Turn]:
         """Everything that one rank runs in a step, in order."""
         if self.schedule == "1f1b":
             forwards = [(0, m) for m in range(self.microbatches)]
@@ -117,12 +117,12 @@ class Pipeline(NamedTuple):
         the rank holds is at no time more, in every chunk, than one of the vectors says.
         """
         held, seen = [0] * self.chunks, set()
-        for slot in self.slots(rank):
-            if slot.forward is not None:
-                held[slot.forward[0]] += 1
+        for turn in self.turns(rank):
+            if turn.forward is not None:
+                held[turn.forward[0]] += 1
                 seen.add(tuple(held))
-            if slot.backward is not None:
-                held[slot.backward[0]] -= 1
+            if turn.backward is not None:
+                held[turn.backward[0]] -= 1
         return sorted(v for v in seen if not any(v != w and _covers(w, v) for w in seen))
 
     def step_time(self, stage_seconds: ArrayLike) -> NDArray[np.float64]:
@@ -131,7 +131,7 @@ class Pipeline(NamedTuple):
         Args:
             stage_seconds: ``[..., P * V]``, forward and backward time of a microbatch in each
                 stage; of one layout or of many at once. Communication takes no time, and two
-                passes in one slot take the sum of theirs.
+                passes in one turn take the sum of theirs.
 
         Returns:
             float64 ``[...]``.
@@ -150,17 +150,17 @@ class Pipeline(NamedTuple):
             done |= dict.fromkeys(makes, now)
         return np.max(clock, axis=0)
 
-    def passes(self, rank: int, slot: Slot) -> tuple[list[Pass], list[Pass]]:
-        """What a slot waits for, and what it runs."""
+    def passes(self, rank: int, turn: Turn) -> tuple[list[Pass], list[Pass]]:
+        """What a turn waits for, and what it runs."""
         last = self.ranks * self.chunks - 1
         needs: list[Pass] = []
         makes: list[Pass] = []
-        if slot.forward is not None:
-            stage, microbatch = self.stage(rank, slot.forward[0]), slot.forward[1]
+        if turn.forward is not None:
+            stage, microbatch = self.stage(rank, turn.forward[0]), turn.forward[1]
             needs += [("F", stage - 1, microbatch)] if stage > 0 else []
             makes.append(("F", stage, microbatch))
-        if slot.backward is not None:
-            stage, microbatch = self.stage(rank, slot.backward[0]), slot.backward[1]
+        if turn.backward is not None:
+            stage, microbatch = self.stage(rank, turn.backward[0]), turn.backward[1]
             needs.append(("B", stage + 1, microbatch) if stage < last else ("F", last, microbatch))
             makes.append(("B", stage, microbatch))
         return needs, makes
@@ -168,16 +168,16 @@ class Pipeline(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _replay(pipeline: Pipeline) -> list[tuple[int, list[Pass], list[Pass]]]:
-    """All slots of all ranks in an order in which each finds its inputs, whatever they take."""
-    todo = [[pipeline.passes(r, slot) for slot in pipeline.slots(r)] for r in range(pipeline.ranks)]
+    """All turns of all ranks in an order in which each finds its inputs, whatever they take."""
+    todo = [[pipeline.passes(r, turn) for turn in pipeline.turns(r)] for r in range(pipeline.ranks)]
     place, done = [0] * pipeline.ranks, set[Pass]()
     order: list[tuple[int, list[Pass], list[Pass]]] = []
-    while any(place[rank] < len(slots) for rank, slots in enumerate(todo)):
+    while any(place[rank] < len(turns) for rank, turns in enumerate(todo)):
         before = len(order)
-        for rank, slots in enumerate(todo):
-            while place[rank] < len(slots) and done.issuperset(slots[place[rank]][0]):
-                order.append((rank, *slots[place[rank]]))
-                done.update(slots[place[rank]][1])
+        for rank, turns in enumerate(todo):
+            while place[rank] < len(turns) and done.issuperset(turns[place[rank]][0]):
+                order.append((rank, *turns[place[rank]]))
+                done.update(turns[place[rank]][1])
                 place[rank] += 1
         assert len(order) > before, "the schedule waits for itself"
     return order
@@ -189,15 +189,15 @@ def _covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
 
 def _one_forward_one_backward(
     forwards: list[Work], backwards: list[Work], warmup: int, together: bool = False
-) -> list[Slot]:
-    """Forward passes to warm up, one of each in turn (or in one slot), backward passes to drain."""
+) -> list[Turn]:
+    """Forward passes to warm up, one of each by turns (or together), backward passes to drain."""
     warmup = min(warmup, len(forwards))
-    slots = [Slot(work, None) for work in forwards[:warmup]]
+    turns = [Turn(work, None) for work in forwards[:warmup]]
     for forward, backward in zip(forwards[warmup:], backwards, strict=False):
-        slots += (
-            [Slot(forward, backward)] if together else [Slot(forward, None), Slot(None, backward)]
+        turns += (
+            [Turn(forward, backward)] if together else [Turn(forward, None), Turn(None, backward)]
         )
-    return slots + [Slot(None, work) for work in backwards[len(forwards) - warmup :]]
+    return turns + [Turn(None, work) for work in backwards[len(forwards) - warmup :]]
 
 
 def _interleaved_order(pipeline: Pipeline) -> list[Work]:

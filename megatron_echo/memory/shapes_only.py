@@ -1,13 +1,24 @@
-"""Stand-ins on fake tensors: shapes only, in place of values or of many small operators."""
+"""Stand-ins on fake tensors: shapes only, in place of values or of many small operators.
 
-from typing import TYPE_CHECKING, Any
+Import it after the CPU backend is enabled: it imports Megatron.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, override
+from unittest import mock
 
 import torch
+from megatron.core.optimizer import optimizer
 from torch import Tensor
 
-if TYPE_CHECKING:  # they import Megatron, which has to wait for the CPU backend
-    from megatron_echo.host_copy import HostCopy
-    from megatron_echo.planner import ClonePlan
+from megatron_echo.dispatch.dispatcher import EchoTokenDispatcher
+from megatron_echo.experts.grouped_linear import TorchGemm
+from megatron_echo.experts.grouped_mlp import GROUPED_GEMMS
+from megatron_echo.host_copy import HostCopy
+from megatron_echo.local_modules import LocalCoreAttention
+from megatron_echo.planner import ClonePlan
 
 
 class FlashAttentionShapes(torch.autograd.Function):
@@ -48,17 +59,22 @@ def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: A
     return FlashAttentionShapes.apply(query, key, value)
 
 
-def no_plan(counts: Tensor, num_slots: int, *_: Any) -> "ClonePlan":
+def no_plan(counts: Tensor, num_slots: int, *_: Any) -> ClonePlan:
     """In place of ``plan_clones``."""
-    from megatron_echo.planner import ClonePlan
-
     ranks, experts = counts.shape
     per_rank = counts.new_zeros(ranks)
     slots, allocation = counts.new_zeros(ranks, num_slots), counts.new_zeros(experts, ranks)
     return ClonePlan(counts, slots, allocation, per_rank, per_rank, counts.new_zeros(()))
 
 
-def one_slot_in_use(plan: "HostCopy") -> list[list[int]]:
+def no_plans(model: Sequence[torch.nn.Module]) -> None:
+    """Let the dispatchers of model chunks plan by :func:`no_plan`."""
+    for module in (module for chunk in model for module in chunk.modules()):
+        if isinstance(dispatcher := getattr(module, "token_dispatcher", None), EchoTokenDispatcher):
+            dispatcher.planner = no_plan
+
+
+def one_slot_in_use(plan: HostCopy) -> list[list[int]]:
     """In place of ``HostCopy.read``: on each rank a clone of the first expert in the first slot.
 
     Its home is the estimated rank, which gets as many gradients at once as there can be; slots come
@@ -68,9 +84,13 @@ def one_slot_in_use(plan: "HostCopy") -> list[list[int]]:
     return [[0] + [-1] * (slots - 1)] * ranks
 
 
-def outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """In place of ``grouped_outer``: ``[G, o, i]`` of ``[B, o]`` and ``[B, i]``."""
-    return left.new_empty(len(ends), left.shape[1], right.shape[1])
+class ShapesGemm(TorchGemm):
+    """Torch's, but that no weight gradient is computed."""
+
+    @override
+    def outer(self, left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        left, right = left.to(dtype), right.to(dtype)  # as on a CPU
+        return left.new_empty(len(ends), left.shape[1], right.shape[1])
 
 
 def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -87,11 +107,18 @@ def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return module
 
 
-def to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
-    """In place of ``Module.bfloat16``."""
-    return _convert(module, torch.bfloat16)
-
-
-def to_half(module: torch.nn.Module) -> torch.nn.Module:
-    """In place of ``Module.half``."""
-    return _convert(module, torch.float16)
+@contextlib.contextmanager
+def stand_ins(flash_attention: bool) -> Iterator[None]:
+    """Use them inside the block; attention only where it is to be without scores."""
+    conversions = {"bfloat16": torch.bfloat16, "half": torch.float16}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(GROUPED_GEMMS, torch=ShapesGemm()))
+        stack.enter_context(mock.patch.object(HostCopy, "read", one_slot_in_use))
+        if flash_attention:
+            stack.enter_context(mock.patch.object(LocalCoreAttention, "forward", attend))
+        for name, dtype in conversions.items():
+            converted = functools.partialmethod(_convert, dtype)
+            stack.enter_context(mock.patch.object(torch.nn.Module, name, converted))
+        # Reads values on the host, and needs next to no memory.
+        stack.enter_context(mock.patch.object(optimizer, "get_grad_norm_fp32", return_value=0.0))
+        yield

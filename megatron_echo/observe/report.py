@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 
 from megatron_echo.observe.report_data import read_run
-from megatron_echo.observe.report_error import ReportError
+from megatron_echo.observe.report_memory import ReportError
 
 TRACE_NUMBERS = 600_000
 """Numbers of traces on a page, at 4 to 6 bytes each; steps are left out evenly to stay below."""
@@ -55,11 +55,7 @@ def build_report(run_dirs: Sequence[str | os.PathLike]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line.
-
-    Raises:
-        SystemExit: the report cannot be made; the text says why and what to do.
-    """
+    """The command line; ends with a sentence where the report cannot be made."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_echo.observe.report", description="A run as one page of HTML."
     )

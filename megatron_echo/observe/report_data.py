@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_echo.observe.report_error import ReportError
-from megatron_echo.observe.report_memory import read_ledgers
+from megatron_echo.observe.report_memory import ReportError, read_ledgers
 from megatron_echo.observe.report_time import step_parts
 from megatron_echo.progress import track
 from megatron_echo.record.metrics import METRICS_FILE, read_metrics
@@ -47,7 +46,10 @@ def read_run(folder: Path, trace_numbers: int) -> Json:
     trace, trace_missing = None, None
     paths = _trace_files(folder, record["flags"])
     if paths:
-        trace = read_trace(paths, *_rules(record["flags"]), trace_numbers)
+        try:
+            trace = read_trace(paths, *_rules(record["flags"]), trace_numbers)
+        except TraceError as error:
+            raise ReportError(str(error)) from None
     else:
         trace_missing = _how_to_trace(record["flags"])
     metrics = _columns(lines)
@@ -214,19 +216,9 @@ def _trace_files(folder: Path, flags: Json) -> list[Path]:
 
 
 def _how_to_trace(flags: Json) -> str:
-    if flags.get("moe_enable_echo"):
-        return "This run wrote no routing trace. Start it with --moe-echo-trace-dir RUN_DIR/traces."
-    return (
-        "This run wrote no routing trace. Start it with --moe-enable-echo and "
-        "--moe-echo-trace-dir RUN_DIR/traces."
-    )
-
-
-def _load_trace(path: Path) -> StepTrace:
-    try:
-        return load_trace(path)
-    except TraceError as error:
-        raise ReportError(str(error)) from None
+    more = "" if flags.get("moe_enable_echo") else "--moe-enable-echo and "
+    trace = f"{more}--moe-echo-trace-dir RUN_DIR/traces"
+    return f"This run wrote no routing trace. Start it with {trace}."
 
 
 def _rules(flags: Json) -> tuple[float, int | None]:
@@ -263,13 +255,13 @@ def read_trace(paths: Sequence[Path], tolerance: float, domain: int | None, numb
     for path in paths:
         by_step.setdefault(path.name.split("-stage-")[0], []).append(path)
     groups = list(by_step.values())
-    shape = _load_trace(paths[0])
+    shape = load_trace(paths[0])
     ranks, experts, slots = *shape.counts.shape[1:], shape.slot_expert.shape[2]
 
     def read_step(group: list[Path]) -> Json:
         layers = []
         for path in group:
-            trace = _load_trace(path)
+            trace = load_trace(path)
             if (*trace.counts.shape[1:], trace.slot_expert.shape[2]) != (ranks, experts, slots):
                 raise ReportError(f"{path} is of another run than {paths[0]}. Take one away.")
             chosen = np.unique(trace.layer)

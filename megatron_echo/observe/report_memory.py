@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_echo.observe.report_error import ReportError
-
 MAX_POINTS = 240
 """Events in a chart; the one with the peak is always among them."""
 
 GROUPS = 7
 
 Json = dict[str, Any]
+
+
+class ReportError(ValueError):
+    """A file that a report is made from is missing or damaged."""
 
 
 def read_ledgers(folder: Path, told: str | None) -> list[Json]:

@@ -132,13 +132,8 @@ class HostArena:
         may leave almost half of its slab to smaller ones, many leave less than a fifth.
         """
         many = min(self._cuts[size] + 1, _MANY)
-        wanted = _power_of_two(max(many * size, self._slab_bytes))
+        wanted = 1 << (max(many * size, self._slab_bytes) - 1).bit_length()
         if self._max_bytes is not None:
             left = self._max_bytes - self.allocated_bytes
             wanted = min(wanted, 1 << left.bit_length() >> 1)
         return wanted if wanted >= size else None
-
-
-def _power_of_two(nbytes: int) -> int:
-    """The lowest that is not below ``nbytes``."""
-    return 1 << (nbytes - 1).bit_length()

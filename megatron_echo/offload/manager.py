@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -19,7 +19,7 @@ from megatron_echo.offload import capture
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.offload.host_arena import HostArena
 from megatron_echo.offload.recorder import Chunk, StepRecord
-from megatron_echo.offload.regions import Span, find_spans
+from megatron_echo.offload.regions import Edge, Span, find_spans
 from megatron_echo.offload.report import StepSummary, as_table
 from megatron_echo.offload.schedule import Plan
 from megatron_echo.offload.scheduler import Scheduler
@@ -112,25 +112,15 @@ class ActivationOffloader:
         if missing:
             self._complain(f"No module belongs to {', '.join(sorted(missing))}")
             self._unused -= missing
-        for index, model in enumerate(models):
-            self._hook(model, False, functools.partial(self._begin_chunk, index))
-        for _, span in spans:  # at one moment, regions close before others open
-            self._hook(span.closes.module, span.closes.after, functools.partial(self._close, span))
-        for index, span in spans:
-            opens = functools.partial(self._enter, index, span)
-            self._hook(span.opens.module, span.opens.after, opens)
-        for index, model in enumerate(models):
-            self._hook(model, True, functools.partial(self._end_chunk, index))
-
-    def _hook(self, module: nn.Module, after: bool, call: Callable[[bool], None]) -> None:
-        """``call(failed)`` before or after the module's forward, after it even if that raises."""
-        if after:
-            handle: Any = module.register_forward_hook(
-                lambda _module, _inputs, output: call(output is None), always_call=True
-            )
-        else:
-            handle = module.register_forward_pre_hook(lambda _module, _inputs: call(False))
-        self._hooks.append(handle)
+        whole, bind = list(enumerate(models)), functools.partial
+        moments = [
+            *((Edge(model, after=False), bind(self._begin_chunk, i)) for i, model in whole),
+            # At one moment, regions close before others open.
+            *((span.closes, bind(self._close, span)) for _, span in spans),
+            *((span.opens, bind(self._enter, i, span)) for i, span in spans),
+            *((Edge(model, after=True), bind(self._end_chunk, i)) for i, model in whole),
+        ]
+        self._hooks = [edge.hook(call) for edge, call in moments]
 
     def detach(self) -> None:
         """Take all hooks off the model; storages on the host stay until backward used them."""
@@ -368,14 +358,14 @@ class ActivationOffloader:
                 record = self._record
                 if record is None or not record.owns(blob):  # a graph that outlived its step
                     self._bring(blob)
-                    self._take(blob)
+                    self.transfers.receive(blob)
                 else:
                     self._follow(record, ("need", blob.index))
                     with record.mark(("need", blob.index)) as position:
                         record.entries[blob.index].need = position
                         self._bring(blob)
                         self._act(record, position, blob)
-                        self._take(blob)
+                        self.transfers.receive(blob)
         return blob.present()
 
     def _bring(self, blob: Blob) -> None:
@@ -387,10 +377,6 @@ class ActivationOffloader:
         elif blob.state is State.RELOADING:
             self._uses["prefetched"] += 1
             self._uses["hidden_bytes"] += blob.nbytes
-
-    def _take(self, blob: Blob) -> None:
-        if blob.state is State.RELOADING:
-            self.transfers.receive(blob)
 
     def _follow(self, record: StepRecord, what: Hashable) -> None:
         """Leave the plan if the next mark is not the one that it expects.

@@ -7,10 +7,11 @@ between the two projections of an expert, where stock layers have no module.
 """
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Edge(NamedTuple):
@@ -18,6 +19,14 @@ class Edge(NamedTuple):
 
     module: nn.Module
     after: bool
+
+    def hook(self, call: Callable[[bool], None]) -> RemovableHandle:
+        """Call ``call(failed)`` at this moment, after the forward even if that raises."""
+        if self.after:
+            return self.module.register_forward_hook(
+                lambda _module, _inputs, output: call(output is None), always_call=True
+            )
+        return self.module.register_forward_pre_hook(lambda _module, _inputs: call(False))
 
 
 class Span(NamedTuple):

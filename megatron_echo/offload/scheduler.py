@@ -80,11 +80,8 @@ class Scheduler:
             config.max_slowdown,
         )  # fmt: skip
         total = sum(item.nbytes for item in timeline.items)
-        sent = sum(
-            item.nbytes
-            for item, reason in zip(timeline.items, plan.kept, strict=True)
-            if reason is None
-        )
+        kept = zip(timeline.items, plan.kept, strict=True)
+        sent = sum(item.nbytes for item, reason in kept if reason is None)
         logger.info(
             "Offload plan: %d of %d MiB in %d storages, at most %d MiB on the device",
             sent >> 20, total >> 20, len(timeline.items), plan.peak_bytes >> 20,

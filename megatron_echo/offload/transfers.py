@@ -130,7 +130,9 @@ class Transfers:
         self.reloading_bytes += blob.nbytes
 
     def receive(self, blob: Blob) -> None:
-        """Make compute wait for the copy back."""
+        """Make compute wait for the copy back, if it is on its way."""
+        if blob.state is not State.RELOADING:
+            return
         self.backend.wait(Lane.COMPUTE, blob.loaded)
         blob.is_held = not blob.identity.expired()
         blob.advance(State.RELOADED)

@@ -1,7 +1,9 @@
 """Checks on a command line before Megatron starts: a bad run ends in one sentence, at once.
 
 Megatron finds most of these too, but later, on every rank, as an assertion deep in a traceback.
-What only shows while Megatron sets up is turned into a sentence in :mod:`.failures`.
+Each check takes what ``megatron.training.arguments.parse_args`` gives, not yet validated, and
+raises a ``ValueError``: the fault, then what to do about it. What only shows while Megatron sets up
+is turned into a sentence in :mod:`.failures`.
 """
 
 import os
@@ -23,14 +25,7 @@ __all__ = [
 
 
 def check_command_line(args: Namespace) -> None:
-    """Check a parsed, not yet validated Megatron command line.
-
-    Args:
-        args: the result of ``megatron.training.arguments.parse_args``.
-
-    Raises:
-        ValueError: the fault, then what to do about it.
-    """
+    """All checks of a command line."""
     check_flags(args)
     check_files(args)
 
@@ -40,9 +35,6 @@ def check_files(args: Namespace) -> None:
 
     Each node's first rank looks at the data, and rank 0 at what the run writes and loads. So a
     fault may show on one rank only; :mod:`.failures` ends the others.
-
-    Raises:
-        ValueError: the fault, then what to do about it.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_data(args)

@@ -54,14 +54,7 @@ def latest_checkpoint(folder: str | None, step: int | None = None) -> Path | Non
 
 
 def check_checkpoint(args: Namespace) -> None:
-    """Check what ``--load`` or ``--pretrained-checkpoint`` names.
-
-    Args:
-        args: the result of ``megatron.training.arguments.parse_args``.
-
-    Raises:
-        ValueError: the fault, then what to do about it.
-    """
+    """Check what ``--load`` or ``--pretrained-checkpoint`` names."""
     loaded = latest_checkpoint(args.load, args.ckpt_step)
     flag, folder = "--load", args.load
     if loaded is None and args.pretrained_checkpoint:

@@ -43,14 +43,7 @@ class _Blend:
 
 
 def check_data(args: Namespace) -> None:
-    """Check every dataset, and that each split has something to draw from.
-
-    Args:
-        args: the result of ``megatron.training.arguments.parse_args``.
-
-    Raises:
-        ValueError: the fault, then what to do about it.
-    """
+    """Check every dataset, and that each split has something to draw from."""
     sequences: dict[str, int] = {}
     blends = list(_blends(args))
     for blend in blends:

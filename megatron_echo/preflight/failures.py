@@ -1,8 +1,8 @@
 """The one place that turns an exception of a run into a sentence for its user.
 
-An exception is *known* if the table has it, or if a ``raise`` or ``assert`` statement of Megatron
-or of this package made it on purpose before the first step. Anything else is a defect: it keeps
-its traceback.
+An exception is *known* if it has a sentence here, or if a ``raise`` or ``assert`` statement of
+Megatron or of this package made it on purpose before the first step. Anything else is a defect: it
+keeps its traceback.
 """
 
 import contextlib
@@ -39,17 +39,10 @@ class Explanation:
     code: int = 2
 
 
-_KNOWN: tuple[tuple[type[BaseException], str, str], ...] = (
-    (
-        AssertionError,
-        r"OptimizerParamScheduler: class input value (\S+) and checkpoint ?value (\S+) for (.*) do "
-        "not match",
-        "--load {args.load}: the {2} is {1} there and {0} here. Add "
-        "--override-opt-param-scheduler to go on with the schedule of this command line, or "
-        "--use-checkpoint-opt-param-scheduler to keep the checkpoint's.",
-    ),
+_OTHER_SCHEDULE = (
+    r"OptimizerParamScheduler: class input value (\S+) and checkpoint ?value (\S+) for (.*) do not "
+    "match"
 )
-"""Type, pattern of the text, and what to say; numbers are the pattern's groups."""
 
 
 def explain(error: BaseException, args: Namespace, is_training: bool) -> Explanation | None:
@@ -61,10 +54,14 @@ def explain(error: BaseException, args: Namespace, is_training: bool) -> Explana
         is_training: the first step has begun; what is refused from then on is no refusal of the
             command line.
     """
-    for kind, pattern, text in _KNOWN:
-        found = re.search(pattern, str(error), re.DOTALL) if isinstance(error, kind) else None
-        if found is not None:
-            return Explanation(text.format(*found.groups(), args=args))
+    schedule = re.search(_OTHER_SCHEDULE, str(error), re.DOTALL)
+    if schedule is not None and isinstance(error, AssertionError):
+        here, there, what = schedule.groups()
+        return Explanation(
+            f"--load {args.load}: the {what} is {there} there and {here} here. Add "
+            "--override-opt-param-scheduler to go on with the schedule of this command line, or "
+            "--use-checkpoint-opt-param-scheduler to keep the checkpoint's."
+        )
     if not is_training:
         refusal = explain_refusal(error)
         return Explanation(refusal) if refusal is not None else None

@@ -48,14 +48,7 @@ _NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
 
 
 def check_flags(args: Namespace) -> None:
-    """Check what the command line says by itself; no file is read.
-
-    Args:
-        args: the result of ``megatron.training.arguments.parse_args``.
-
-    Raises:
-        ValueError: the fault, then what to do about it.
-    """
+    """Check what the command line says by itself; no file is read."""
     _check_numbers(args)
     _check_backend(args)
     _check_layout(args)
@@ -70,9 +63,6 @@ def check_schedule(args: Namespace) -> None:
 
     Args:
         args: a validated command line, from ``parse_and_validate_args``.
-
-    Raises:
-        ValueError: the fault, then what to do about it.
     """
     if args.virtual_pipeline_model_parallel_size is None:
         return

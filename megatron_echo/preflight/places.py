@@ -20,11 +20,7 @@ _FILES_READ = ("moe_echo_replay_routing", "vocab_file", "merge_file", "per_datas
 
 
 def check_places(args: Namespace) -> None:
-    """Make the folders that the run writes to, and look for the files that it reads.
-
-    Raises:
-        ValueError: a folder cannot be made or written to, or a file is not there.
-    """
+    """Make the folders that the run writes to, and look for the files that it reads."""
     for name in _FOLDERS:
         _make_folder(flag_name(name), getattr(args, name, None))
     for name in _FILES_WRITTEN:

@@ -65,12 +65,11 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 class MetricsWriter:
-    """Stands where Megatron's TensorBoard writer stands and records what passes.
+    """Records the scalars that Megatron hands to its TensorBoard writer, one line an iteration.
 
-    Megatron hands the scalars of each ``--tensorboard-log-interval``-th iteration (every one by
-    default) to its TensorBoard writer, each iteration's own value, on the last rank. This object
-    takes that place, collects them into one line an iteration, and passes everything on to the
-    real writer, if there is one. Validation losses join the line of their iteration.
+    That is each ``--tensorboard-log-interval``-th iteration (every one by default), its own values,
+    on the last rank. This object takes the writer's place where there is none, and hears from it
+    where there is one (:func:`heard`). Validation losses join the line of their iteration.
 
     Each scalar is in the file before ``add_scalar`` returns, so that a process which is killed
     leaves every iteration that it saved. After the last iteration Megatron evaluates the
@@ -86,16 +85,12 @@ class MetricsWriter:
         run_dir: an existing folder.
         seconds: the seconds so far by scalar: ``iteration-time``, training without evaluation and
             checkpoints, and parts of it.
-        tensorboard: the writer to pass everything on to, or None.
     """
 
-    def __init__(
-        self, run_dir: Path, seconds: Callable[[], Mapping[str, float]], tensorboard: Any = None
-    ) -> None:
+    def __init__(self, run_dir: Path, seconds: Callable[[], Mapping[str, float]]) -> None:
         self.path = run_dir / METRICS_FILE
         self._seconds = seconds
         self._last: tuple[int | None, Mapping[str, float]] = (None, {})
-        self._tensorboard = tensorboard
         self._line: dict[str, Any] = {}
         self._early: dict[str, tuple[int, Any]] = {}
         self._file: int | None = None
@@ -104,9 +99,7 @@ class MetricsWriter:
         self._broken = False
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, **kwargs: Any) -> None:
-        """Record one scalar of iteration ``global_step`` and pass it on."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_scalar(tag, scalar_value, global_step, **kwargs)
+        """Record one scalar of iteration ``global_step``."""
         if self._broken or tag.endswith(" vs samples") or tag in _TIMED:
             return
         try:
@@ -181,23 +174,27 @@ class MetricsWriter:
         os.pwrite(self._file, line, self._line_start)
         self._line_bytes = len(line)
 
-    def flush(self) -> None:
-        """Let the real writer write out what it has; the file is up to date."""
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The type of the real writer, if there is one: Megatron's timers write to no other."""
-        return MetricsWriter if self._tensorboard is None else type(self._tensorboard)
-
     def __getattr__(self, name: str) -> Any:
-        """Every other call of a TensorBoard writer goes to the real one, or nowhere."""
+        """Every other call of a TensorBoard writer goes nowhere."""
         if name.startswith("_"):
             raise AttributeError(name)
-        if self._tensorboard is not None:
-            return getattr(self._tensorboard, name)
         return lambda *args, **kwargs: None
+
+
+def heard(board: Any, metrics: MetricsWriter) -> Any:
+    """A TensorBoard writer like ``board``, with its files, whose scalars are recorded too."""
+
+    class Heard(type(board)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.__dict__ = vars(board)
+
+        def add_scalar(
+            self, tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any
+        ) -> None:
+            super().add_scalar(tag, scalar_value, global_step, *args, **kwargs)
+            metrics.add_scalar(tag, scalar_value, global_step)
+
+    return Heard()
 
 
 def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
@@ -234,9 +231,9 @@ def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
         }
 
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    writer = MetricsWriter(Path(run_dir), seconds, global_vars.get_tensorboard_writer())
-    global_vars._GLOBAL_TENSORBOARD_WRITER = writer
-    return writer
+    metrics, board = MetricsWriter(Path(run_dir), seconds), global_vars.get_tensorboard_writer()
+    global_vars._GLOBAL_TENSORBOARD_WRITER = metrics if board is None else heard(board, metrics)
+    return metrics
 
 
 def publish(values: Mapping[str, float], iteration: int) -> None:

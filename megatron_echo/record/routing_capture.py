@@ -2,7 +2,7 @@
 
 The ids and weights of a layer call are packed on the device, in the compute stream's order, so the
 source is free as soon as :meth:`RoutingCapture.record` returns. One copy on a stream of its own
-brings them to pinned memory. The host waits for it at the end of the step, or when no slot of the
+brings them to pinned memory. The host waits for it at the end of the step, or when no block of the
 ring is free.
 
 One file a step and rank, ``.npz`` without pickle: ``iteration``, ``rank``, ``num_experts``,
@@ -43,7 +43,7 @@ class Routing(NamedTuple):
 
 
 @dataclass
-class _Slot:
+class _Block:
     """Memory for one call, used again only after the host has waited for its copy.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Copy:
     layer: int
     microbatch: int
     shape: torch.Size
-    slot: _Slot
+    block: _Block
     event: Any
 
 
@@ -81,7 +81,7 @@ class RoutingCapture:
     def __init__(
         self,
         folder: str | os.PathLike,
-        ring_slots: int,
+        ring_blocks: int,
         num_experts: int,
         rank: int = 0,
         backend: Backend | None = None,
@@ -90,7 +90,7 @@ class RoutingCapture:
 
         Args:
             folder: where to.
-            ring_slots: most calls under way at a time, each with its memory on host and device.
+            ring_blocks: most calls under way at a time, each with its memory on host and device.
                 Layers times microbatches of a step never wait for each other.
             num_experts: E, at most 65535.
             rank: this process's, part of the file's name.
@@ -106,11 +106,11 @@ class RoutingCapture:
                 f"Capture the routing of at most {_MOST_EXPERTS} experts."
             )
         self._folder: Path | None = Path(folder)
-        self._slots_left = ring_slots
+        self._blocks_left = ring_blocks
         self._num_experts = num_experts
         self._rank = rank
         self._backend = backend
-        self._free: list[_Slot] = []
+        self._free: list[_Block] = []
         self._under_way: deque[_Copy] = deque()  # oldest first
         self._calls: Counter[int] = Counter()
         self._arrived: dict[tuple[int, int], Routing] = {}
@@ -130,13 +130,13 @@ class RoutingCapture:
             self._backend = CudaBackend() if ids.is_cuda else Backend()
         microbatch, nbytes = self._calls[layer], 4 * ids.numel()
         self._calls[layer] += 1
-        slot = self._take_slot(self._backend, nbytes, ids.device)
-        for target, source in zip(_parts(slot.device, ids.shape), (ids, weights), strict=True):
+        block = self._take_block(self._backend, nbytes, ids.device)
+        for target, source in zip(_parts(block.device, ids.shape), (ids, weights), strict=True):
             target.copy_(source)
         self._backend.wait(Lane.TO_HOST, self._backend.record(Lane.COMPUTE))
-        self._backend.copy(Lane.TO_HOST, slot.host[:nbytes], slot.device[:nbytes])
+        self._backend.copy(Lane.TO_HOST, block.host[:nbytes], block.device[:nbytes])
         event = self._backend.record(Lane.TO_HOST)
-        self._under_way.append(_Copy(layer, microbatch, ids.shape, slot, event))
+        self._under_way.append(_Copy(layer, microbatch, ids.shape, block, event))
 
     def forget(self) -> None:
         """Leave the step in progress unwritten."""
@@ -172,26 +172,26 @@ class RoutingCapture:
                 print(f"WARNING: {path} cannot be written ({error}): no more captures.", flush=True)
         self.forget()
 
-    def _take_slot(self, backend: Backend, nbytes: int, device: torch.device) -> _Slot:
-        """A slot whose last copy the host has waited for, with room for ``nbytes``."""
-        if not self._free and not self._slots_left:
+    def _take_block(self, backend: Backend, nbytes: int, device: torch.device) -> _Block:
+        """A block whose last copy the host has waited for, with room for ``nbytes``."""
+        if not self._free and not self._blocks_left:
             self._wait_for_oldest()
         if self._free:
-            slot = self._free.pop()
-            if slot.host.numel() >= nbytes:
-                return slot
+            block = self._free.pop()
+            if block.host.numel() >= nbytes:
+                return block
         else:
-            self._slots_left -= 1
-        return _Slot(backend.allocate_host(nbytes), backend.allocate_device(nbytes, device))
+            self._blocks_left -= 1
+        return _Block(backend.allocate_host(nbytes), backend.allocate_device(nbytes, device))
 
     def _wait_for_oldest(self) -> None:
-        """Keep what the oldest copy brings in memory of its own, and free its slot."""
+        """Keep what the oldest copy brings in memory of its own, and free its block."""
         copy = self._under_way.popleft()
         if copy.event is not None:
             copy.event.synchronize()
-        routing = Routing(*(part.clone() for part in _parts(copy.slot.host, copy.shape)))
+        routing = Routing(*(part.clone() for part in _parts(copy.block.host, copy.shape)))
         self._arrived[copy.microbatch, copy.layer] = routing
-        self._free.append(copy.slot)
+        self._free.append(copy.block)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from megatron_echo import environment
 from megatron_echo.record.metrics import free_name
@@ -24,17 +23,6 @@ _VARIABLES = (
     "SLURM_JOB_ID",
     "TORCHDYNAMO_DISABLE",
 )
-
-
-def _jsonable(value: Any) -> Any:
-    """``value`` as JSON; anything that JSON has no type for becomes its text."""
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def _git_commit() -> str | None:
@@ -87,7 +75,7 @@ def write_run_record(
         "device": environment.device_name(),
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "layout": _layout(args),
-        "flags": _jsonable(vars(args)),
+        "flags": vars(args),
     }
-    path.write_text(json.dumps(record, indent=2, sort_keys=False) + "\n")
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
     return path

@@ -21,8 +21,8 @@ def plan_hash(plan: ClonePlan) -> Tensor:
     """An int64 scalar that depends on every number of a plan."""
     parts = (plan.counts, plan.slot_expert, plan.allocation)
     values = torch.cat([part.reshape(-1) for part in parts])
-    place = torch.arange(values.numel(), device=values.device)
-    return ((values + 1) * (place * _MULTIPLIER + _INCREMENT)).sum()
+    index = torch.arange(values.numel(), device=values.device)
+    return ((values + 1) * (index * _MULTIPLIER + _INCREMENT)).sum()
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class SelfCheck:
         self._layers += 1
         return self._layers - 1
 
-    def takes(self, layer: int) -> bool:
+    def is_due(self, layer: int) -> bool:
         """Whether this call of a layer is the one to check; it counts as checked then."""
         if self._every == 0:
             return False
@@ -110,13 +110,13 @@ class SelfCheck:
         Raises:
             EchoCheckError: the error is above the rounding of the experts' dtype, or plans differ.
         """
-        is_due = self._every > 0 and self._step % self._every == 0
+        is_checked_step = self._every > 0 and self._step % self._every == 0
         seen, self.ranks = self._seen, None
         self._step += 1
         if self._called:
             self._sequences[self._called[0]] = self._called
         self.forget()
-        if not is_due:
+        if not is_checked_step:
             return None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         result = torch.zeros(4, dtype=torch.float64, device=device)

@@ -111,6 +111,8 @@ WAYS = (
         run="python benchmarks/echo.py --rounds 1 --iterations 3 --ranks 2 --output {tmp}/echo"),
     Way(r"python benchmarks/router_losses\.py",
         run="python benchmarks/router_losses.py --steps 11 --output {tmp}/losses"),
+    Way(r"python benchmarks/memory_over_step\.py",
+        run="python benchmarks/memory_over_step.py --output {tmp}/memory_over_step"),
     Way(r"python benchmarks/fp8_loss\.py.*",
         run="python benchmarks/fp8_loss.py --steps 11 --output {tmp}/fp8_loss"),
     Way(r"python benchmarks/aux_loss\.py",

@@ -47,8 +47,7 @@ class StepTime(NamedTuple):
     @property
     def total(self) -> float:
         """All of it."""
-        busy = self.compute + self.tokens + self.clones + self.rest + self.shards
-        return busy + self.bubble + self.exposed
+        return sum(self[:-1])
 
 
 class Memory(NamedTuple):
@@ -64,7 +63,7 @@ class Memory(NamedTuple):
     @property
     def total(self) -> float:
         """All of it on the device."""
-        return self.states + self.activations + self.clones + self.working + self.reserve
+        return sum(self[:-1])
 
 
 class Cost(NamedTuple):
@@ -207,7 +206,7 @@ class Costs:
         node = cluster.ranks_per_node(ranks)
         passes = (6 if layout.recompute else 4) if ranks > 1 else 0
         if layout.tokens_by == "megatron":
-            inside, across = placed.rows_inside * width, placed.rows_across * width
+            inside, across = placed.pairs_inside * width, placed.pairs_across * width
         elif layout.tokens_by in TRAVELS_BY_PLAN:
             inside = placed.placed * (placed.leave_rank - placed.leave_node) * width
             across = placed.placed * placed.leave_node * width

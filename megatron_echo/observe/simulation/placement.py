@@ -19,23 +19,23 @@ PEER_CALLS, PEER_SOURCES = 4, 16
 class Placement:
     """Figures of C layer calls, each a float64 ``[C]``, for R ranks and S slots.
 
-    A row is a token-expert pair. "Highest" is that of the busiest rank; "inside" and "across"
-    are traffic within a node and between nodes; shares are the least that is possible.
+    Loads are pairs. "Highest" is that of the busiest rank; "inside" and "across" are traffic within
+    a node and between nodes; shares are the least that is possible.
     """
 
     ranks: int  # R
     slots: int  # S
     tolerance: float | None  # of the planner, None for auto
-    mean: np.ndarray  # rows of a rank, the mean
+    mean: np.ndarray  # load of a rank, the mean
     routed: np.ndarray  # highest load without clones
     placed: np.ndarray  # highest load with them
     clones: np.ndarray  # used slots
     clones_inside: np.ndarray  # highest number that one rank sends or receives in its node
     clones_across: np.ndarray  # the same to or from other nodes
-    leave_rank: np.ndarray  # share of rows computed on another rank than their token's
-    leave_node: np.ndarray  # share of rows computed on another node
-    rows_inside: np.ndarray  # highest number that a rank gets from its node, without clones
-    rows_across: np.ndarray  # the same from other nodes
+    leave_rank: np.ndarray  # share of pairs computed on another rank than their token's
+    leave_node: np.ndarray  # share of pairs computed on another node
+    pairs_inside: np.ndarray  # highest number that a rank gets from its node, without clones
+    pairs_across: np.ndarray  # the same from other nodes
     fullest: float  # scalar, mean over calls of the rank with the highest load over all
     price: ClonePrice | None = None  # of a clone, with auto
 
@@ -73,7 +73,7 @@ def place(
 def _allocations(
     counts: Tensor, slots: int, tolerance: float | None, node: int | None, price: ClonePrice | None
 ) -> Tensor:
-    """Rows of each expert on each rank, ``[C, E, R]``, of layer calls ``[C, R, E]``."""
+    """Pairs of each expert on each rank, ``[C, E, R]``, of layer calls ``[C, R, E]``."""
     ranks, experts = counts.shape[1:]
     if slots == 0:
         home = torch.arange(experts) // (experts // ranks)
@@ -111,13 +111,13 @@ def _figures(counts: Tensor, allocation: Tensor, node: int) -> dict[str, Tensor]
         "clones_across": torch.maximum(across.sum(1), across.sum(2)).amax(1),
         "leave_rank": 1 - stay / safe,
         "leave_node": 1 - torch.minimum(supply, demand).sum((1, 2)) / safe,
-        "rows_inside": (wanted * (together & apart)).sum(1).amax(1),
-        "rows_across": (wanted * ~together).sum(1).amax(1),
+        "pairs_inside": (wanted * (together & apart)).sum(1).amax(1),
+        "pairs_across": (wanted * ~together).sum(1).amax(1),
     }
 
 
 def fullest_part(counts: np.ndarray, placed: Placement) -> float:
-    """Rows from one rank to one rank, the most of some calls and sources: an all-to-all's part.
+    """Pairs from one rank to one rank, the most of some calls and sources: an all-to-all's part.
 
     What a rank sends to itself counts. A token is sent once to a rank, so the places that are
     needed are at most that many.

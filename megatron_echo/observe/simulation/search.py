@@ -1,6 +1,7 @@
 """Which layout is the fastest that fits, of plain expert parallelism and of clones."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_echo.flags import flag, flag_name
+from megatron_echo.flags import flag, flag_name, within
 from megatron_echo.memory.pipeline_layout import LayerCost, even_split, plan_layout
 from megatron_echo.observe.simulation.cost_model import GIB, Costs, Memory, StepTime, clone_price
 from megatron_echo.observe.simulation.inputs import CLUSTERS, MODELS, load
@@ -31,26 +32,15 @@ TRANSPORTS = ("all_gather", "all_to_all", "symmetric_memory", "hybrid_ep")
 _flag = partial(flag, group="simulator")
 
 
-def _size(value: int, _: Any) -> str | None:
-    return None if value >= 1 else "is below 1. Use 1 or more."
+_size = within(1, math.inf, "is below 1. Use 1 or more.")
+_calls = within(0, math.inf, "is negative. Use 0 for all.")
+_share = within(0, 1, "is no share. Use 0 to 1.")
+_tolerance = within(0, MAX_TOLERANCE, f"is not between 0 and {MAX_TOLERANCE}. Use 0.02.")
 
 
 def _slots(word: str, _: Any) -> str | None:
     is_number = word.isdecimal() and int(word) > 0
     return None if is_number or word == "all" else "is not a number of slots. Use 1, 2, ... or all."
-
-
-def _tolerance(value: float, _: Any) -> str | None:
-    fits = 0 <= value <= MAX_TOLERANCE
-    return None if fits else f"is not between 0 and {MAX_TOLERANCE}. Use 0.02."
-
-
-def _share(value: float, _: Any) -> str | None:
-    return None if 0 <= value <= 1 else "is no share. Use 0 to 1."
-
-
-def _calls(value: int, _: Any) -> str | None:
-    return None if value >= 0 else "is negative. Use 0 for all."
 
 
 @dataclass(frozen=True)

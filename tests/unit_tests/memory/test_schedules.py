@@ -28,16 +28,16 @@ def test_every_pass_once_and_nothing_left(schedule, ranks, chunks, microbatches)
     pipeline = Pipeline.make(schedule, ranks, chunks, microbatches)
     every = {(c, m) for c in range(chunks) for m in range(pipeline.microbatches)}
     for rank in range(ranks):
-        slots, open_now = pipeline.slots(rank), set()
-        for slot in slots:
-            if slot.forward is not None:
-                assert slot.forward not in open_now
-                open_now.add(slot.forward)
-            if slot.backward is not None:
-                open_now.remove(slot.backward)
+        turns, open_now = pipeline.turns(rank), set()
+        for turn in turns:
+            if turn.forward is not None:
+                assert turn.forward not in open_now
+                open_now.add(turn.forward)
+            if turn.backward is not None:
+                open_now.remove(turn.backward)
         assert not open_now
-        assert {s.forward for s in slots} - {None} == every
-        assert {s.backward for s in slots} - {None} == every
+        assert {s.forward for s in turns} - {None} == every
+        assert {s.backward for s in turns} - {None} == every
 
 
 @pytest.mark.parametrize(("schedule", "ranks", "chunks", "microbatches"), SIZES)
@@ -54,15 +54,15 @@ def test_time_of_one_forward_one_backward():
 
 
 def replayed(pipeline: Pipeline, seconds: list[float]) -> float:
-    """A step, pass by pass: a slot begins when its rank is free and what it needs is made."""
+    """A step, pass by pass: a turn begins when its rank is free and what it needs is made."""
     share = {"F": 1 - BACKWARD_SHARE, "B": BACKWARD_SHARE}
-    todo = {rank: pipeline.slots(rank) for rank in range(pipeline.ranks)}
+    todo = {rank: pipeline.turns(rank) for rank in range(pipeline.ranks)}
     ends, free, last = {}, dict.fromkeys(todo, 0.0), pipeline.ranks * pipeline.chunks - 1
     while any(todo.values()):
-        for rank, slots in todo.items():
-            if not slots:
+        for rank, turns in todo.items():
+            if not turns:
                 continue
-            works = [("F", slots[0].forward), ("B", slots[0].backward)]
+            works = [("F", turns[0].forward), ("B", turns[0].backward)]
             passes = [(w, pipeline.stage(rank, work[0]), work[1]) for w, work in works if work]
             needs = []
             for way, stage, number in passes:
@@ -71,7 +71,7 @@ def replayed(pipeline: Pipeline, seconds: list[float]) -> float:
                 elif stage > 0:
                     needs.append(("F", stage - 1, number))
             if ends.keys() >= set(needs):
-                slots.pop(0)
+                turns.pop(0)
                 begin = max([free[rank], *(ends[need] for need in needs)])
                 free[rank] = begin + sum(share[way] * seconds[stage] for way, stage, _ in passes)
                 ends |= dict.fromkeys(passes, free[rank])
@@ -113,12 +113,12 @@ def test_order_is_megatrons(schedule, ranks, group):
         if schedule == "1f1b" and ranks == 1:
             continue
         warmup, order = megatron_order(pipeline, rank)
-        slots = pipeline.slots(rank)
-        assert [s.forward for s in slots if s.forward] == order
+        turns = pipeline.turns(rank)
+        assert [s.forward for s in turns if s.forward] == order
         backwards = [(pipeline.chunks - 1 - chunk, m) for chunk, m in order]
-        assert [s.backward for s in slots if s.backward] == backwards
-        assert all(s.backward is None for s in slots[:warmup])
-        first = next(i for i, s in enumerate(slots) if s.backward)
+        assert [s.backward for s in turns if s.backward] == backwards
+        assert all(s.backward is None for s in turns[:warmup])
+        first = next(i for i, s in enumerate(turns) if s.backward)
         assert first == warmup + (schedule != "interleaved-ep-overlap")
 
 

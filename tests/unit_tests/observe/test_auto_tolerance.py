@@ -1,8 +1,5 @@
 """``--moe-echo-tolerance auto``, by the simulator's figures: clones only where they win."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,7 +7,9 @@ from megatron_echo.observe import simulate
 from megatron_echo.observe.simulation.cost_model import Costs, clone_price
 from megatron_echo.observe.simulation.inputs import CLUSTERS, MODELS
 from megatron_echo.observe.simulation.layout import Layout, Run, Work
+from megatron_echo.observe.simulation.output import megatron_flags
 from megatron_echo.observe.simulation.placement import Placement, place
+from megatron_echo.observe.simulation.search import candidates
 from megatron_echo.observe.simulation.workloads import PUBLISHED, WORKLOADS, load_workload
 
 MOST = 1.02
@@ -59,20 +58,19 @@ def test_it_is_never_slower_than_the_better_of_no_clones_and_balance(
         assert none > len(WORKLOADS), "few rows are not worth a clone of this size"
 
 
-def test_it_is_a_row_of_the_simulator(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_it_is_a_row_of_the_simulator(capsys: pytest.CaptureFixture[str]) -> None:
     """With the flags that start it."""
     words = (
         "--model qwen3-30b-a3b --gpus 8 --ep 8 --pp 1 --vpp 1 --offload-fraction 0 --calls 2 "
         "--tolerance 0 auto --slots 2 --token-transports symmetric_memory all_gather "
-        f"--json {tmp_path / 'all.json'}"
     )
     simulate.main(words.split())
     assert "ECHO S=2, auto" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "all.json").read_text())
-    auto = [row for row in rows if row["name"] == "ECHO S=2, auto"]
-    assert {row["layout"]["tokens_by"] for row in auto} == {"symmetric_memory", "all_gather"}
-    for row in auto:
-        assert row["tolerance"] is None
-        assert row["flags"][row["flags"].index("--moe-echo-tolerance") + 1] == "auto"
+    search = simulate.search_of(simulate.parser().parse_args(words.split()))
+    auto = [one for one in candidates(search)[0] if one.name == "ECHO S=2, auto"]
+    assert {one.layout.tokens_by for one in auto} == {"symmetric_memory", "all_gather"}
+    for one in auto:
+        assert one.placed.tolerance is None
+        assert "--moe-echo-tolerance auto" in " ".join(megatron_flags(search.run, one))
     with pytest.raises(SystemExit):
         simulate.main(["--tolerance", "most"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_echo.observe import report, report_data
 from megatron_echo.observe.report_data import read_run
-from megatron_echo.observe.report_error import ReportError
+from megatron_echo.observe.report_memory import ReportError
 from megatron_echo.planner import plan_clones
 from megatron_echo.planner.bound import balance_bound
 from megatron_echo.record.trace import RoutingTrace

@@ -115,22 +115,22 @@ def test_the_guard_of_a_block(monkeypatch: Patch) -> None:
 def wait_by_name(patch: Patch) -> None:
     """A storage waits for the first reload of its name under way, kept ones included."""
     launched: list[Blob] = []
-    fetch, take = Transfers.fetch, ActivationOffloader._take
+    fetch, receive = Transfers.fetch, Transfers.receive
 
     def fetching(self: Transfers, blob: Blob) -> None:
         fetch(self, blob)
         launched.append(blob)
 
-    def taking(self: ActivationOffloader, blob: Blob) -> None:
+    def receiving(self: Transfers, blob: Blob) -> None:
         for other in launched:
             if other.name == blob.name:
                 launched.remove(other)
-                self.transfers.backend.wait(Lane.COMPUTE, other.loaded)
+                self.backend.wait(Lane.COMPUTE, other.loaded)
                 break
-        take(self, blob)
+        receive(self, blob)
 
     patch.setattr(Transfers, "fetch", fetching)
-    patch.setattr(ActivationOffloader, "_take", taking)
+    patch.setattr(Transfers, "receive", receiving)
 
 
 def steady_time_with_one_name() -> None:

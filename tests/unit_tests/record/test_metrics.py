@@ -1,11 +1,10 @@
 import json
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 
-from megatron_echo.record.metrics import MetricsWriter, read_metrics
+from megatron_echo.record.metrics import MetricsWriter, heard, read_metrics
 
 
 class Clock:
@@ -161,18 +160,6 @@ def test_only_logged_iterations_have_a_line(tmp_path: Path) -> None:
     assert lines[1]["iteration-time"] == 2.0
 
 
-def test_everything_is_passed_on_to_tensorboard(tmp_path: Path) -> None:
-    tensorboard = Mock()
-    writer = MetricsWriter(tmp_path, Clock(), tensorboard)
-    writer.add_scalar("lm loss", 1.0, 3)
-    writer.add_text("lr", "1e-3", global_step=0)
-    writer.flush()
-    tensorboard.add_scalar.assert_called_once_with("lm loss", 1.0, 3)
-    tensorboard.add_text.assert_called_once_with("lr", "1e-3", global_step=0)
-    tensorboard.flush.assert_called_once_with()
-    assert MetricsWriter(tmp_path, Clock()).add_text("lr", "1") is None
-
-
 def test_parts_of_a_step_are_its_own(tmp_path: Path) -> None:
     """What Megatron writes under their names is a mean of many steps and is not recorded."""
     clock = Clock(has_parts=True)
@@ -185,14 +172,26 @@ def test_parts_of_a_step_are_its_own(tmp_path: Path) -> None:
     assert [line["optimizer-time"] for line in read_metrics(tmp_path)] == [1.0, 2.0]
 
 
-def test_megatrons_timers_write_to_tensorboard_through_it(tmp_path: Path) -> None:
-    """They do so to a ``SummaryWriter`` only."""
+def test_a_tensorboard_writer_is_heard_and_writes_everything(tmp_path: Path) -> None:
+    """Megatron's timers write to a ``SummaryWriter`` only, and nothing pretends to be one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
-    assert not isinstance(MetricsWriter(tmp_path, Clock()), SummaryWriter)
-    writer = MetricsWriter(tmp_path, Clock(), SummaryWriter(str(tmp_path / "events")))
-    assert isinstance(writer, SummaryWriter)
-    assert isinstance(writer, MetricsWriter)
+    board = SummaryWriter(str(tmp_path / "events"))
+    writer = heard(board, MetricsWriter(tmp_path, Clock()))
+    assert issubclass(type(writer), SummaryWriter)
+    writer.add_scalar("lm loss", 1.0, 3)
+    writer.add_scalar("optimizer-time", 2.0, global_step=3)
+    writer.add_text("lr", "1e-3", global_step=0)
+    writer.flush()
+    assert read_metrics(tmp_path) == [{"iteration": 3, "iteration-time": 0.0, "lm loss": 1.0}]
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert set(events.Tags()["scalars"]) == {"lm loss", "optimizer-time"}
+    assert events.Tags()["tensors"] == ["lr/text_summary"]
+    assert len(list((tmp_path / "events").iterdir())) == 1
+    alone = MetricsWriter(tmp_path, Clock())
+    assert type(alone) is MetricsWriter
+    assert alone.add_text("lr", "1") is None
 
 
 def test_reading_a_run_without_metrics(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_full_ring_waits_for_its_oldest_and_loses_nothing(tmp_path: Path) -> N
         assert_same(step.calls[layer, 0], *source)
 
 
-def test_a_step_frees_its_slots(tmp_path: Path) -> None:
+def test_a_step_frees_its_blocks(tmp_path: Path) -> None:
     backend = LateBackend()
     capture = RoutingCapture(tmp_path, 2, EXPERTS, backend=backend)
     for iteration in range(9):
@@ -132,7 +132,7 @@ def test_a_step_frees_its_slots(tmp_path: Path) -> None:
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), ring=st.integers(1, 4))
-def test_slots_of_changing_sizes(data: st.DataObject, ring: int, tmp_path: Path) -> None:
+def test_blocks_of_changing_sizes(data: st.DataObject, ring: int, tmp_path: Path) -> None:
     """Late copies that end at any time: every call gets its own routing."""
     backend = LateBackend()
     capture = RoutingCapture(tmp_path, ring, 16, backend=backend)

@@ -303,7 +303,7 @@ def test_the_self_check_takes_layers_that_are_called() -> None:
         for step in range(24):
             for _ in range(2):
                 for layer in models[step // 2 % len(models)]:
-                    if check.takes(layer):
+                    if check.is_due(layer):
                         taken.append(layer)
                         record(check)
             error = check.check()
