@@ -135,7 +135,7 @@ def _output_again(ctx: Any) -> Tensor:
     ctx.again = _computed_again(ctx)
     (hidden, probs, ends, *given), output = ctx.again
     if output is not None:
-        return output.detach()
+        return output
     from megatron_echo.experts import activation_kernels
 
     settings = ctx.activation.kernel_settings(hidden, probs)

@@ -127,10 +127,13 @@ def test_few_operators(ranks: int, wire: str) -> None:
         {},
         {"add_bias_linear": True},
         {"moe_num_echo_experts": 8, "moe_echo_expert_dispatcher_type": "collective"},
-        {"moe_num_echo_experts": 8, "moe_echo_expert_precision": "fp8-rowwise"},
+        {
+            "moe_num_echo_experts": 8, "moe_echo_expert_precision": "fp8-rowwise",
+            "moe_ffn_hidden_size": 32,
+        },
     ],
     ids=["home", "biases", "clones", "fp8"],
-)
+)  # fmt: skip
 def test_rows_that_are_kept(ranks: int, wire: str, fields: dict[str, Any]) -> None:
     """The experts' input and the first product, once each; not the activation."""
     layer = build(ranks, wire, torch.bfloat16, moe_router_dtype="fp32", **fields).to("meta")
@@ -139,10 +142,9 @@ def test_rows_that_are_kept(ranks: int, wire: str, fields: dict[str, Any]) -> No
     with SavedTensorLedger(layer) as ledger:
         output, _ = layer(hidden)
     rows = layer.token_dispatcher.buffer_rows(TOKENS)
-    kept = [entry for entry in ledger.entries if entry.kind == "activation"]
-    widths = [entry.shape[1] for entry in kept if entry.nbytes > 8 * rows and len(entry.shape) == 2]
-    first_product = layer.experts.linear_fc1.weight.shape[1]
-    assert sorted(widths) == sorted([HIDDEN, first_product])
+    kept = [e for e in ledger.entries if e.kind == "activation" and e.dtype == "bfloat16"]
+    widths = [entry.shape[1] for entry in kept if entry.shape[0] == rows]
+    assert sorted(widths) == sorted([HIDDEN, layer.experts.linear_fc1.weight.shape[1]])
     output.sum().backward()
 
 
