@@ -3,12 +3,13 @@
     python benchmarks/kept_bytes.py [--output benchmarks/results/kept_bytes] [--quick]
 
 The real layers run on fake tensors at the models' own widths, one rank of a pretended group, 4,096
-tokens, bf16; each storage once, weights and the layer's input left out. Ours has its default slots
-and buffer, so that it keeps the same whatever the routing, eager or captured. Megatron's, with the
-lesser of its two dropless dispatchers, SequentialMLP and fused SwiGLU, keeps what came: *mean* is
-the average over ranks, *fullest* the rank that most tokens want (experts wanted by a lognormal of
-spread 1.0). *moe_act*: the mean less what ``--recompute-modules moe_act`` saves it, which our
-experts do in any case.
+tokens, bf16; each storage once, weights and the layer's input left out. Ours has its default
+buffer, so that it keeps the same whatever the routing, eager or captured: 1.25 times perfect
+balance, with as many slots (S) as experts of a rank 1.02 times, and without slots room for the
+worst routing. Megatron's, with the lesser of its two dropless dispatchers, SequentialMLP and fused
+SwiGLU, keeps what came: *mean* is the average over ranks, *fullest* the rank that most tokens want
+(experts wanted by a lognormal of spread 1.0). *moe_act*: the mean less what ``--recompute-modules
+moe_act`` saves it, which our experts do in any case.
 """
 
 import argparse
@@ -57,7 +58,10 @@ def stock_experts() -> Any:
             sizes = [share + (number < rest) for number in range(self.num_local_experts)]
             return super().forward(rows, SimpleNamespace(tolist=lambda: sizes), probs)
 
-    linears = LocalSpecProvider().column_parallel_linear(), LocalSpecProvider().row_parallel_linear()
+    linears = (
+        LocalSpecProvider().column_parallel_linear(),
+        LocalSpecProvider().row_parallel_linear(),
+    )
     return functools.partial(Even, submodules=MLPSubmodules(*linears))
 
 
@@ -88,8 +92,8 @@ def rows_of(model: str, ranks: int) -> Iterator[dict[str, Any]]:
     pairs, overload = traffic.TOKENS * shape.topk, fullest(shape, ranks)
     activation = pairs * shape.ffn * 2
     of_rows = pairs * (shape.hidden + 2 * shape.ffn) * 2 + activation
-    slots = auto_slots(ranks, shape.experts)
-    for wire in traffic.WIRES:
+    default = auto_slots(ranks, shape.experts)
+    for wire, slots in (*((wire, default) for wire in traffic.WIRES), ("all_gather", 0)):
         ours = kept(shape, ranks, slots, wire)
         yield {
             "model": model,

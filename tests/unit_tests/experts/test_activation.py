@@ -240,7 +240,7 @@ def test_the_product_behind_keeps_none_of_it(kind: str, has_bias: bool) -> None:
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_recomputed_with_the_product_behind(is_reentrant: bool) -> None:
-    """torch's checkpoint lets a saved tensor be unpacked once only."""
+    """Its checkpoint lets a saved tensor be unpacked once only."""
     usual, ours = (WithProduct("swiglu", is_kept=is_kept) for is_kept in (True, False))
     expected = usual.gradients(usual(*usual.leaves))
     output = checkpoint(ours, *ours.leaves, use_reentrant=is_reentrant)
