@@ -14,6 +14,7 @@ import traffic
 from megatron_echo.planner import auto_slots
 
 SHAPE = traffic.Shape(hidden=64, ffn=32, experts=16, topk=2)
+LARGE = ("DeepSeek-V3", "Qwen3-235B-A22B", "Mixtral-8x7B")
 RANKS, ROW = 8, 64 * 2  # bytes of a token in bf16
 
 
@@ -90,7 +91,14 @@ def test_kept_bytes(undrawn: None) -> None:
     assert rows < stock < rows + maps
 
 
-@pytest.mark.parametrize("model", kept_bytes.MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "Qwen3-30B-A3B",
+        "GPT-OSS-120B",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE),
+    ],
+)
 def test_a_layer_keeps_no_more_than_megatron(model: str, undrawn: None) -> None:
     """At the model's widths and the default capacity, within a tenth; counted."""
     shape = kept_bytes.MODELS[model]
