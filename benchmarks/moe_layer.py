@@ -33,6 +33,7 @@ from processes import as_table, results_parser, torchrun  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_echo.record.metrics import read_metrics  # noqa: E402
+from megatron_echo.record.saved_tensors import storage_key  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,13 @@ def forced_routing(stock: Any) -> Any:
 
 def saved_bytes(layer: torch.nn.Module, hidden: Tensor) -> int:
     """Bytes that one forward pass keeps for backward, each storage once; weights left out."""
-    known = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), hidden)}
+    known = {storage_key(tensor) for tensor in (*layer.parameters(), hidden)}
     kept: dict[int, int] = {}
-    held = []  # storages stay alive, so that an address is not used twice
+    held = []  # storages stay alive, so that a key is not used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage_key(tensor) not in known:
+            kept[storage_key(tensor)] = tensor.untyped_storage().nbytes()
             held.append(tensor)
         return tensor
 

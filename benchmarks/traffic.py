@@ -165,8 +165,19 @@ def pretended_ranks(ranks: int) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def build(shape: Shape, ranks: int, slots: int, wire: str, weights: str) -> torch.nn.Module:
-    """Our layer; with one of Megatron's dispatchers as ``wire``, its layer with our experts."""
+def build(
+    shape: Shape, ranks: int, slots: int, wire: str, weights: str, stock_experts: Any = None
+) -> torch.nn.Module:
+    """Our layer; with one of Megatron's dispatchers as ``wire``, its layer.
+
+    Args:
+        shape: its sizes.
+        ranks: of the expert-parallel group.
+        slots: S.
+        wire: a token transport, or ``Megatron`` and a dispatcher of its.
+        weights: how weights of clones travel.
+        stock_experts: of Megatron's layer, by default ours.
+    """
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
     from megatron_echo.config import EchoTransformerConfig
@@ -175,7 +186,7 @@ def build(shape: Shape, ranks: int, slots: int, wire: str, weights: str) -> torc
 
     stock = wire.removeprefix("Megatron ")
     fields: dict[str, Any] = (
-        {"moe_token_dispatcher_type": stock}
+        {"moe_token_dispatcher_type": stock, "bias_activation_fusion": True}
         if stock != wire
         else {
             "moe_enable_echo": True,
@@ -201,13 +212,12 @@ def build(shape: Shape, ranks: int, slots: int, wire: str, weights: str) -> torc
         def forward(self, rows: Tensor, counts: Tensor, probs: Tensor) -> Any:
             return super().forward(rows, counts.cumsum(0).int(), probs)
 
-    return MoELayer(config, MoESubmodules(experts=FromCounts), layer_number=1)
+    return MoELayer(config, MoESubmodules(experts=stock_experts or FromCounts), layer_number=1)
 
 
-def count_layer(
-    shape: Shape, ranks: int, slots: int, wire: str, weights: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Counts of the forward pass, and of both."""
+@contextlib.contextmanager
+def fake_tensors(shape: Shape, ranks: int, slots: int) -> Iterator[Any]:
+    """Build and run layers of one routing here, within the counter that this gives."""
     from megatron.core.transformer.moe import token_dispatcher
     from traffic_counter import Counter, Facts, kernels
 
@@ -238,6 +248,14 @@ def count_layer(
         mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", move),
         mock.patch.object(token_dispatcher, "sort_chunks_by_idxs", sort_chunks),
     ):
+        yield counter
+
+
+def count_layer(
+    shape: Shape, ranks: int, slots: int, wire: str, weights: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Counts of the forward pass, and of both."""
+    with fake_tensors(shape, ranks, slots) as counter:
         layer = build(shape, ranks, slots, wire, weights)
         size = (TOKENS, 1, shape.hidden)
         # Buffers are made in the first call.

@@ -75,7 +75,7 @@ def expert_activation(config: Any) -> ExpertActivation:
 
 
 class _WeightedActivation(torch.autograd.Function):
-    """Keeps its inputs only; backward computes the activation again."""
+    """Keeps its inputs only; backward computes the activation again, for the next product too."""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ class _WeightedActivation(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, probs, ends, *([] if bias is None else [bias]))
-        ctx.activation = activation
+        ctx.activation, ctx.again, ctx.output_again = activation, None, _output_again
         given = [] if bias is None else [bias, row_groups(ends, len(hidden))]
         settings = activation.kernel_settings(hidden, probs)
         if settings is None:
@@ -95,23 +95,51 @@ class _WeightedActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, probs, ends, *bias = ctx.saved_tensors
-        given = [*bias, row_groups(ends, len(hidden))] if bias else []
-        settings = ctx.activation.kernel_settings(hidden, probs)
-        if settings is None:
-            with torch.enable_grad():
-                hidden = _biased(hidden, *given)
-                hidden, probs = (t.detach().requires_grad_() for t in (hidden, probs))
-                output = _weighted(hidden, probs, ctx.activation)
+        again, ctx.again = ctx.again or _computed_again(ctx), None
+        (hidden, probs, ends, *given), output = again
+        if output is not None:
             to_hidden, to_probs = torch.autograd.grad(output, (hidden, probs), grad)
         else:
             from megatron_echo.experts import activation_kernels
 
+            settings = ctx.activation.kernel_settings(hidden, probs)
             to_hidden, to_probs = activation_kernels.backward(
                 hidden, probs, ends, grad, settings, *given
             )
         to_bias = group_sums(to_hidden, given[1], ends, given[0]) if given else None
         return to_hidden, to_probs, None, None, to_bias
+
+
+def _computed_again(ctx: Any) -> tuple[list[Tensor], Tensor | None]:
+    """In backward: hidden, probabilities, ends, perhaps the bias and the group of each row.
+
+    And where no kernel computes, the output with its graph, whose leaves are then the first two:
+    hidden with the bias added, and the probabilities.
+    """
+    hidden, probs, ends, *bias = ctx.saved_tensors
+    given = [*bias, row_groups(ends, len(hidden))] if bias else []
+    output = None
+    if ctx.activation.kernel_settings(hidden, probs) is None:
+        with torch.enable_grad():
+            hidden = _biased(hidden, *given)
+            hidden, probs = (t.detach().requires_grad_() for t in (hidden, probs))
+            output = _weighted(hidden, probs, ctx.activation)
+    return [hidden, probs, ends, *given], output
+
+
+def _output_again(ctx: Any) -> Tensor:
+    """The output, for the node of backward before this one: see ``grouped_linear.kept_rows``.
+
+    What is unpacked for it is left for this node: hooks may let nothing be unpacked twice.
+    """
+    ctx.again = _computed_again(ctx)
+    (hidden, probs, ends, *given), output = ctx.again
+    if output is not None:
+        return output
+    from megatron_echo.experts import activation_kernels
+
+    settings = ctx.activation.kernel_settings(hidden, probs)
+    return activation_kernels.forward(hidden, probs, ends, settings, *given)
 
 
 def _biased(hidden: Tensor, bias: Tensor | None = None, groups: Tensor | None = None) -> Tensor:

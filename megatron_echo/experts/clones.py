@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.dispatch.reroute import Clones
-from megatron_echo.experts.grouped_linear import GroupedGemm
+from megatron_echo.experts.grouped_linear import GroupedGemm, kept_rows, rows_again
 from megatron_echo.per_model import PerModel
 
 _WIDE_BYTES = 1 << 30
@@ -84,7 +84,7 @@ class _ClonedLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         stack = _filled(pool, gemm, weight, clones)
         kept = [stack[-clones.slots :].clone()] if keep else []
-        ctx.save_for_backward(rows, weight, ends, clones.slot_expert, *kept)
+        ctx.save_for_backward(kept_rows(rows), weight, ends, clones.slot_expert, *kept)
         ctx.pool, ctx.gemm = pool, gemm
         ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
         return gemm.product(rows, weight, stack, ends, transpose=True)
@@ -99,6 +99,7 @@ class _ClonedLinear(torch.autograd.Function):
         to_rows = None
         if ctx.needs_input_grad[0]:
             to_rows = ctx.gemm.product(grad, weight, stack, ends, transpose=False)
+        rows = rows_again(ctx, rows)
         # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
         # not be, and nobody here knows.
         to_weight = _weight_gradient(grad, rows, weight, ends, clones, ctx.gemm)

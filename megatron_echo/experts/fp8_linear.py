@@ -24,6 +24,7 @@ from megatron_echo.experts.fp8 import (
     scaled_outer,
     scaled_product,
 )
+from megatron_echo.experts.grouped_linear import kept_rows, rows_again
 from megatron_echo.step.step_end import StepEnd
 
 _WORD = torch.int32  # what transports carry: any bits, and faster to copy than bytes
@@ -137,7 +138,7 @@ class _Fp8Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
         output = scaled_product(quantise_rows(rows, ends), operand, ends, rows.dtype)
-        saved = [rows, weight, ends]
+        saved = [kept_rows(rows), weight, ends]
         ctx.weights, ctx.of_clones = weights, None
         if clones is not None:
             saved.append(clones.slot_expert)
@@ -162,6 +163,7 @@ class _Fp8Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
         if clones is not None or ctx.needs_input_grad[1]:
+            rows = rows_again(ctx, rows)
             to_weight = _weight_gradient(grad, rows, weight, ends, clones)
         nothing = None, None, None, None, None
         return to_rows, to_weight if ctx.needs_input_grad[1] else None, *nothing

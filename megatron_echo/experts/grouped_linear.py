@@ -189,10 +189,26 @@ def _has_kernel_for_clones(weight: Tensor) -> bool:
     return on_gpu(weight) and weight.dtype != torch.float64
 
 
+def kept_rows(rows: Tensor) -> Tensor | None:
+    """What a product saves of its rows: nothing where the node that made them makes them again.
+
+    Such a node has ``output_again(node)``: the same bits, from what the node saved for itself.
+    """
+    return None if hasattr(rows.grad_fn, "output_again") else rows
+
+
+def rows_again(ctx: Any, kept: Tensor | None) -> Tensor:
+    """The rows in backward, from what :func:`kept_rows` gave; they are the node's first input."""
+    if kept is not None:
+        return kept
+    maker = ctx.next_functions[0][0]
+    return maker.output_again(maker)
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, gemm: GroupedGemm) -> Tensor:
-        ctx.save_for_backward(rows, weight, ends)
+        ctx.save_for_backward(kept_rows(rows), weight, ends)
         ctx.gemm = gemm
         return gemm.product(rows, weight, None, ends, transpose=True)
 
@@ -205,7 +221,7 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_rows = ctx.gemm.product(grad, weight, None, ends, transpose=False)
         if ctx.needs_input_grad[1]:
-            to_weight = ctx.gemm.outer(grad, rows, ends, weight.dtype)
+            to_weight = ctx.gemm.outer(grad, rows_again(ctx, rows), ends, weight.dtype)
         return to_rows, to_weight, None, None
 
 

@@ -30,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.record.ledger import SavedTensorLedger
 from megatron_echo.step.step_end import StepEnd
 
 SEQUENCE, BATCH, TOPK = 6, 2, 3
@@ -118,6 +119,35 @@ def test_few_operators(ranks: int, wire: str) -> None:
     names = [name for name, _ in recorder.made]
     assert "aten.scalar_tensor.default" not in names
     assert len(names) <= MOST_OPERATORS[wire]
+
+
+@transports
+@groups_of(8)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"add_bias_linear": True},
+        {"moe_num_echo_experts": 8, "moe_echo_expert_dispatcher_type": "collective"},
+        {
+            "moe_num_echo_experts": 8, "moe_echo_expert_precision": "fp8-rowwise",
+            "moe_ffn_hidden_size": 32,
+        },
+    ],
+    ids=["home", "biases", "clones", "fp8"],
+)  # fmt: skip
+def test_rows_that_are_kept(ranks: int, wire: str, fields: dict[str, Any]) -> None:
+    """The experts' input and the first product, once each; not the activation."""
+    layer = build(ranks, wire, torch.bfloat16, moe_router_dtype="fp32", **fields).to("meta")
+    shape = (SEQUENCE, BATCH, HIDDEN)
+    hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with SavedTensorLedger(layer) as ledger:
+        output, _ = layer(hidden)
+    rows = layer.token_dispatcher.buffer_rows(TOKENS)
+    kept = [e for e in ledger.entries if e.kind == "activation" and e.dtype == "bfloat16"]
+    widths = [entry.shape[1] for entry in kept if entry.shape[0] == rows]
+    assert sorted(widths) == sorted([HIDDEN, layer.experts.linear_fc1.weight.shape[1]])
+    output.sum().backward()
 
 
 class Stages(torch.nn.Module):

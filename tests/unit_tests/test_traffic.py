@@ -8,9 +8,13 @@ import torch
 
 sys.path.insert(0, str(launch.ROOT / "benchmarks"))
 
+import kept_bytes
 import traffic
 
+from megatron_echo.planner import auto_slots
+
 SHAPE = traffic.Shape(hidden=64, ffn=32, experts=16, topk=2)
+LARGE = ("DeepSeek-V3", "Qwen3-235B-A22B", "Mixtral-8x7B")
 RANKS, ROW = 8, 64 * 2  # bytes of a token in bf16
 
 
@@ -64,6 +68,44 @@ def test_slots_that_are_not_used_cost_nothing() -> None:
     assert many["memory"] == pytest.approx(few["memory"], rel=0.05)
     few, many = (count("all_gather", slots, "collective") for slots in (1, 2))
     assert many["collectives"] == few["collectives"]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer keeps does not depend on the routing."""
+
+    def nothing(shape: traffic.Shape, ranks: int, slots: int) -> traffic.Routing:
+        return traffic.Routing([[-1] * slots] * ranks, 0, 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(traffic, "routing", nothing)
+
+
+def test_kept_bytes(undrawn: None) -> None:
+    """Rows of the experts' input and first product, and in Megatron of the activation; maps."""
+    pairs, maps = traffic.TOKENS * SHAPE.topk, 4 * 4 * RANKS * traffic.TOKENS * SHAPE.topk
+    ours = kept_bytes.kept(SHAPE, RANKS, 1, "all_gather")
+    rows = round(1.25 * pairs) * (SHAPE.hidden + 2 * SHAPE.ffn) * 2
+    assert rows < ours < rows + maps
+    stock = kept_bytes.kept(SHAPE, RANKS, 0, "Megatron allgather")
+    rows = pairs * (SHAPE.hidden + 3 * SHAPE.ffn) * 2
+    assert rows < stock < rows + maps
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "Qwen3-30B-A3B",
+        "GPT-OSS-120B",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE),
+    ],
+)
+def test_a_layer_keeps_no_more_than_megatron(model: str, undrawn: None) -> None:
+    """At the model's widths and the default capacity, within a tenth; counted."""
+    shape = kept_bytes.MODELS[model]
+    stock = min(kept_bytes.kept(shape, RANKS, 0, wire) for wire in kept_bytes.DISPATCHERS)
+    slots = auto_slots(RANKS, shape.experts)
+    for wire in traffic.WIRES:
+        assert kept_bytes.kept(shape, RANKS, slots, wire) <= 1.1 * stock
 
 
 def test_operators_of_megatron_are_counted_with_its_host_reads() -> None:

@@ -326,7 +326,8 @@ class Costs:
         kept = float(2 * self.tokens * (4 * model.hidden + heads + 3 * mlp))
         if kind == "dense":
             return kept, 0.0
-        kept += rows * 2 * (model.hidden + 3 * model.moe_ffn)
+        widths = 2 if layout.weights_by else 3  # our experts make the activation again
+        kept += rows * 2 * (model.hidden + widths * model.moe_ffn)
         working = rows * 4 * (model.hidden + 2 * model.moe_ffn)
         if layout.tokens_by in ("all_gather", "all_to_all"):
             working += layout.expert * self._places() * model.hidden * 6

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_echo.experts.activation import (
     ExpertActivation,
     expert_activation,
     weighted_activation,
 )
+from megatron_echo.experts.grouped_linear import grouped_linear
 
 ROWS, WIDTH = 7, 6
 ENDS = torch.tensor([3, ROWS], dtype=torch.int32)
@@ -188,3 +190,71 @@ def test_only_the_inputs_are_kept(kind: str) -> None:
     output.backward(grad)
     assert hidden.grad is not None
     assert probs.grad is not None
+
+
+class WithProduct:
+    """An activation and the product behind it, with what that keeps of its rows, or without.
+
+    Attributes:
+        leaves: hidden, probabilities, weights and perhaps a bias.
+    """
+
+    def __init__(self, kind: str, *, is_kept: bool, has_bias: bool = False) -> None:
+        hidden, probs, self._grad = inputs(kind)
+        generator = torch.Generator().manual_seed(1)
+        shapes = (2, WIDTH, WIDTH), (2, hidden.shape[1])
+        weights, bias = (
+            torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+            for shape in shapes
+        )
+        self.leaves = [hidden, probs, weights, *([bias] if has_bias else [])]
+        self._function, self._is_kept = activation(kind), is_kept
+
+    def __call__(self, hidden: Tensor, probs: Tensor, weights: Tensor, *bias: Tensor) -> Tensor:
+        rows = weighted_activation(hidden, probs, ENDS, self._function, *bias)
+        # The node of a copy cannot make it again.
+        return grouped_linear(rows.clone() if self._is_kept else rows, weights, ENDS)
+
+    def gradients(self, output: Tensor, *, is_last: bool = True) -> list[Tensor]:
+        return list(torch.autograd.grad(output, self.leaves, self._grad, retain_graph=not is_last))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("kind", ["swiglu", "squared relu", "clamped, offset"])
+def test_the_product_behind_keeps_none_of_it(kind: str, has_bias: bool) -> None:
+    """The same bits; also where backward passes twice, or asks for the weights' gradient alone."""
+    usual = WithProduct(kind, is_kept=True, has_bias=has_bias)
+    expected = usual.gradients(usual(*usual.leaves))
+    ours, saved = WithProduct(kind, is_kept=False, has_bias=has_bias), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = ours(*ours.leaves)
+    assert sum(tensor.numel() for tensor in saved) == sum(
+        tensor.numel() for tensor in (*ours.leaves, ENDS, ENDS)
+    )
+    (alone,) = torch.autograd.grad(output, ours.leaves[2], ours._grad, retain_graph=True)
+    assert torch.equal(alone, expected[2])
+    for is_last in (False, True):
+        for now, before in zip(ours.gradients(output, is_last=is_last), expected, strict=True):
+            assert torch.equal(now, before)
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_recomputed_with_the_product_behind(is_reentrant: bool) -> None:
+    """Its checkpoint lets a saved tensor be unpacked once only."""
+    usual, ours = (WithProduct("swiglu", is_kept=is_kept) for is_kept in (True, False))
+    expected = usual.gradients(usual(*usual.leaves))
+    output = checkpoint(ours, *ours.leaves, use_reentrant=is_reentrant)
+    output.backward(ours._grad)
+    for leaf, before in zip(ours.leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, before)
+
+
+def test_a_frozen_product_behind() -> None:
+    usual, ours = (WithProduct("swiglu", is_kept=is_kept) for is_kept in (True, False))
+    found = []
+    for case in (usual, ours):
+        case.leaves[2] = case.leaves[2].detach()
+        output = case(*case.leaves)
+        found.append(torch.autograd.grad(output, case.leaves[:2], case._grad))
+    for now, before in zip(*found, strict=True):
+        assert torch.equal(now, before)

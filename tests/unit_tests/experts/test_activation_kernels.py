@@ -207,6 +207,21 @@ def test_the_work_is_that_of_the_rows(kind: str, last: int, nan_for_uninitialise
         assert result[case.used :].isnan().all()
 
 
+@pytest.mark.parametrize(("kind", "has_bias"), [("swiglu", False), ("gpt-oss", True)])
+def test_the_output_again(kind: str, has_bias: bool) -> None:
+    """Has the bits of the output, and leaves those of the gradients."""
+    case = Case(kind, torch.bfloat16, has_bias=has_bias)
+    leaves = [case.hidden, case.probs, *([case.bias] if has_bias else [])]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    output = weighted_activation(*leaves[:2], case.ends, case.activation, *leaves[2:])
+    again = output.grad_fn.output_again(output.grad_fn)
+    assert torch.equal(again[: case.used], output[: case.used])
+    grads = torch.autograd.grad(output, leaves, case.grad)
+    found = [tensor[: case.used] for tensor in grads[:2]] + list(grads[2:])
+    for now, before in zip(found, case.results()[1:], strict=True):
+        assert torch.equal(now, before)
+
+
 def test_strides_do_not_matter() -> None:
     case = Case("swiglu", torch.float32)
     expected = case.results()

@@ -94,7 +94,7 @@ def check_every_kernel() -> None:
                 ) as activations,
             ):
                 runs.append(run_in_triton(layers[1], case))
-            assert activations.call_count == 1
+            assert activations.call_count == 2  # once in each pass
         torch.use_deterministic_algorithms(False)
         same_bits(*runs)
         found = errors(runs[0], expected)

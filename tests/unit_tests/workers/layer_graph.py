@@ -21,6 +21,7 @@ from unit_tests.workers.moe_layer import BATCH, SEQUENCE, build, problem
 from megatron_echo import cpu_backend
 from megatron_echo.cpu_backend.recorded_graph import RecordedGraph, capture
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.record.ledger import KEPT, SavedTensorLedger
 from megatron_echo.testing import assert_capturable
 
 TOPK = 2
@@ -59,17 +60,21 @@ class Pass:
 
     Attributes:
         results: output, and gradients of tokens, probabilities and weights, of the last call.
+        kept: shapes and dtypes of what it kept from forward to backward.
     """
 
     def __init__(self, layer: EchoMoELayer) -> None:
         self._layer = layer
         self.results: list[Tensor] = []
+        self.kept: list[tuple] = []
 
     def __call__(self, hidden: Tensor, probs: Tensor, chosen: Tensor, weight: Tensor) -> None:
         """Megatron frees gradients after each use, so they are made anew."""
         leaves = hidden.detach().requires_grad_(), probs.detach().requires_grad_()
         self._layer.router = ForcedRouter(leaves[1], chosen)
-        output, _ = self._layer(leaves[0])
+        with SavedTensorLedger(self._layer) as ledger:
+            output, _ = self._layer(leaves[0])
+        self.kept = [(e.shape, e.dtype) for e in ledger.entries if e.kind in KEPT]
         parameters = [p for p in self._layer.experts.parameters() if p.requires_grad]
         output.backward(weight)
         wanted = (*leaves, *parameters)
@@ -96,10 +101,12 @@ def check(fields: dict[str, Any]) -> None:
     for given in inputs:
         run(*given)
         eager.append([tensor.clone() for tensor in run.results])
+    kept = run.kept
     static = [tensor.clone() for tensor in inputs[0]]
     graph = RecordedGraph()
     with capture(graph):
         run(*static)
+    assert run.kept == kept
     for given, expected in zip(inputs, eager, strict=True):
         for memory, tensor in zip(static, given, strict=True):
             memory.copy_(tensor)
