@@ -60,19 +60,19 @@ def group_sums(
 class _ClonedBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, clones: Clones) -> Tensor:
-        ctx.save_for_backward(clones.slot_expert)
-        ctx.dtype = bias.dtype
-        ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
+        ctx.clones, ctx.dtype = clones, bias.dtype
         slots = bias.new_empty(clones.slots, 1, bias.shape[1])
-        clones.transport.push(bias[:, None], clones.slot_expert, clones.announced, slots)
+        moved = bias[:, None], clones.slot_expert, clones.announced, slots
+        clones.run(lambda: clones.transport.push(*moved)).wait()
         return torch.cat((bias, slots[:, 0])).to(wide_dtype(bias.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        clones = Clones(ctx.saved_tensors[0], *ctx.of_clones)
+        clones = ctx.clones
         parts = grad[:, None].clone(memory_format=torch.contiguous_format)
-        home = clones.transport.bring_home(parts, clones.slot_expert, clones.announced)
+        moved = parts, clones.slot_expert, clones.announced
+        home = clones.run(lambda: clones.transport.bring_home(*moved)).wait()
         return home[:, 0].to(ctx.dtype), None
 
 
