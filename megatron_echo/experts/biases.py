@@ -5,6 +5,7 @@ a gradient are summed wide, over the rows of a group and over the clones of an e
 once, as those of weights are.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def group_sums(
 class _ClonedBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, clones: Clones) -> Tensor:
+        ctx.save_for_backward(clones.slot_expert)
         ctx.clones, ctx.dtype = clones, bias.dtype
         slots = bias.new_empty(clones.slots, 1, bias.shape[1])
         moved = bias[:, None], clones.slot_expert, clones.announced, slots
@@ -69,7 +71,7 @@ class _ClonedBias(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        clones = ctx.clones
+        clones = replace(ctx.clones, slot_expert=ctx.saved_tensors[0])
         parts = grad[:, None].clone(memory_format=torch.contiguous_format)
         moved = parts, clones.slot_expert, clones.announced
         home = clones.run(lambda: clones.transport.bring_home(*moved)).wait()

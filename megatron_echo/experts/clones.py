@@ -20,6 +20,7 @@ What other ranks do is ordered by the barriers of ``dispatch/transports/peer_buf
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,17 +101,17 @@ class _ClonedLinear(torch.autograd.Function):
         (weight,) = home
         stack = clones.brought(id(weight), bringer(weight, clones, pool, gemm))
         kept = [stack[-clones.slots :].clone()] if keep else []
-        ctx.save_for_backward(rows, weight, ends, *kept)
+        ctx.save_for_backward(rows, weight, ends, clones.slot_expert, *kept)
         ctx.number, ctx.pool, ctx.gemm, ctx.clones = id(weight), pool, gemm, clones
         return gemm.product(rows, weight, stack, ends, transpose=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, ends, *kept = ctx.saved_tensors
-        clones, pool, gemm = ctx.clones, ctx.pool, ctx.gemm
+        rows, weight, ends, slot_expert, *kept = ctx.saved_tensors
+        clones, pool, gemm = replace(ctx.clones, slot_expert=slot_expert), ctx.pool, ctx.gemm
         if kept:
-            stack = _with_kept(pool, gemm, weight, *kept)
+            stack = _filled(pool, gemm, weight, clones, *kept)
         else:
             stack = clones.brought(ctx.number, bringer(weight, clones, pool, gemm))
         grad = grad.contiguous()
@@ -128,28 +129,25 @@ class _ClonedLinear(torch.autograd.Function):
 def bringer(
     weight: Tensor, clones: Clones, pool: WeightPool, gemm: GroupedGemm
 ) -> Callable[[], Tensor]:
-    """What brings clones to a stack, into its last S matrices, and returns it."""
-
-    def bring() -> Tensor:
-        size, plan = gemm.stack_size(weight, clones.slots), (clones.slot_expert, clones.announced)
-        if size == clones.slots:
-            there = clones.transport.push_in_place(weight, *plan)
-            if there is not None:
-                return there
-        stack = pool.stack(weight, size)
-        clones.transport.push(weight, *plan, stack[-clones.slots :])
-        return stack
-
-    return bring
+    """What brings clones into the last S matrices of a stack, and returns that."""
+    return lambda: _filled(pool, gemm, weight, clones)
 
 
-def _with_kept(pool: WeightPool, gemm: GroupedGemm, weight: Tensor, kept: Tensor) -> Tensor:
-    """A stack with kept clones, ``[S, out, in]``, in its last S matrices."""
-    size = gemm.stack_size(weight, len(kept))
-    if size == len(kept):
-        return kept
+def _filled(
+    pool: WeightPool, gemm: GroupedGemm, weight: Tensor, clones: Clones, kept: Tensor | None = None
+) -> Tensor:
+    """A stack with the clones, brought or taken from ``kept``, in its last S matrices."""
+    size, plan = gemm.stack_size(weight, clones.slots), (clones.slot_expert, clones.announced)
+    if size == clones.slots:
+        there = kept if kept is not None else clones.transport.push_in_place(weight, *plan)
+        if there is not None:
+            return there
     stack = pool.stack(weight, size)
-    stack[-len(kept) :].copy_(kept)
+    slots = stack[-clones.slots :]
+    if kept is not None:
+        slots.copy_(kept)
+    else:
+        clones.transport.push(weight, *plan, slots)
     return stack
 
 

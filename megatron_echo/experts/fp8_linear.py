@@ -6,6 +6,7 @@ nothing of FP8. Input, weights and the gradient of the output are quantised befo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,8 +154,10 @@ class _Fp8Linear(torch.autograd.Function):
         operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
         output = scaled_product(quantise_rows(rows, ends), operand, ends, rows.dtype)
         saved = [rows, weight, ends]
-        if clones is not None and keep and trains:
-            saved.append(weights.copy_of_clones(weight, clones))
+        if clones is not None:
+            saved.append(clones.slot_expert)
+            if keep and trains:
+                saved.append(weights.copy_of_clones(weight, clones))
         ctx.save_for_backward(*saved)
         ctx.weights, ctx.clones = weights, clones
         return output
@@ -162,8 +165,11 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, ends, *rest = ctx.saved_tensors
-        clones, kept = ctx.clones, rest[0] if rest else None
+        rows, weight, ends, *of_clones = ctx.saved_tensors
+        clones, kept = ctx.clones, None
+        if of_clones:
+            clones = replace(clones, slot_expert=of_clones[0])
+            kept = of_clones[1] if len(of_clones) > 1 else None
         grad, to_rows, to_weight = grad.contiguous(), None, None
         if clones is not None or ctx.needs_input_grad[0]:
             # With clones every rank brings them, whoever wants the gradient.
