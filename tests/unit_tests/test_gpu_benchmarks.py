@@ -132,6 +132,7 @@ def test_the_second_stage(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("rows.dry-run-*.json.gz"))) == 3  # traces
     steps = {name: row.figures for (part, name), row in rows.items() if part == training_step.PART}
     assert steps["ours captured"]["over_stock_local"] > 0
+    assert rows["Clones beside compute", "two ranks"].figures["ms"] > 0
     assert steps["stock local"]["loss_from_ours"] <= training_step.LOSS_LIMIT
 
 
