@@ -192,8 +192,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             return hidden_states
         experts = self.experts
         weights = experts.linear_fc1.weight, experts.linear_fc2.weight
-        self._homecoming = Homecoming(hidden_states, weights)
-        return self._homecoming.hidden
+        self._homecoming = Homecoming()
+        return self._homecoming.attach(hidden_states, weights)
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

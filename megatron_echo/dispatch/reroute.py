@@ -40,22 +40,26 @@ class Homecoming:
     A node of autograd stands between parameters and what computes with them. It gives their
     gradients on once that of ``hidden`` is there, so behind the backward pass of all that lies
     between, and after a wait for what travels. Whatever watches a parameter comes behind it.
-
-    Attributes:
-        hidden: to go on with.
     """
 
-    def __init__(self, hidden: Tensor, weights: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
+        self._errands: list[Errand] = []
+        self._edges: dict[int, Tensor] = {}
+
+    def attach(self, hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Make the node.
 
         Args:
             hidden: an input of the layer, of any shape.
             weights: its experts' parameters; frozen ones are left out.
+
+        Returns:
+            What to use in place of ``hidden``.
         """
         wanted = [weight for weight in weights if weight.requires_grad]
-        self._errands: list[Errand] = []
-        self.hidden, *edges = _Homecoming.apply(self._errands, hidden, *wanted)
+        hidden, *edges = _Homecoming.apply(self._errands, hidden, *wanted)
         self._edges = {id(weight): edge for weight, edge in zip(wanted, edges, strict=True)}
+        return hidden
 
     def edge(self, weight: Tensor) -> Tensor | None:
         """What gets the gradient in the parameter's place, None for a frozen one."""

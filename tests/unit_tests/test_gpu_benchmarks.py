@@ -49,8 +49,8 @@ ROWS = {
         "kernels, stage 1",
     ],
     2: [
-        "imports, stage 2", "dry run: bare grouped products", *PROFILED, *training_step.SPEED,
-        *PROFILED, "kernels, stage 2",
+        "imports, stage 2", "dry run: bare grouped products", *PROFILED, "two ranks",
+        *training_step.SPEED, *PROFILED, "kernels, stage 2",
     ],
     3: [
         "imports, stage 3",
