@@ -302,8 +302,7 @@ def check_peers() -> None:
     ):
         with kept(name, mutant, owner):
             assert any("put in lane beside" in race for race in races(logged_step("all_gather")))
-    places = [n for n, entry in enumerate(log) if entry[:2] == ("barrier", Lane.BESIDE)]
-    assert all(races(log[:n] + log[n + 1 :]) for n in places[:8])  # each is needed
+    assert races([entry for entry in log if entry[:2] != ("barrier", Lane.BESIDE)])
 
 
 if __name__ == "__main__":
