@@ -190,7 +190,7 @@ class _CountedMemory(PeerMemory):
         own = torch.empty(rows, columns, dtype=dtype)
         return PeerRows(own, None, torch.empty(self._counter.facts.ranks, dtype=torch.int64))
 
-    def barrier(self) -> None:
+    def barrier(self, lane: int = 0) -> None:
         self._counter.count.collectives += 1
 
 

@@ -1,14 +1,16 @@
 """Where copies run: on side streams, or at once.
 
-Three lanes of work: the compute stream, and one lane of copies in each direction. A backend only
-copies, records and waits; which order is needed is decided by its callers, for activations only in
-``offload/transfers.py``, so that what the simulated backend proves holds on a device too.
+Lanes of work: the compute stream, one lane of copies to the host in each direction, and one for
+work beside compute (:class:`Errand`). A backend only copies, records and waits; which order is
+needed is decided by its callers, for activations only in ``offload/transfers.py``, so that what
+the simulated backend proves holds on a device too.
 """
 
+import contextlib
 import enum
 import fractions
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ class Lane(enum.Enum):
     COMPUTE = "compute"
     TO_HOST = "to host"
     TO_DEVICE = "to device"
+    BESIDE = "beside compute"
 
 
 class Link(NamedTuple):
@@ -57,6 +60,10 @@ class Backend:
         """Copy uint8 to uint8 of the same length in that lane."""
         target.copy_(source)
 
+    def inside(self, lane: Lane) -> contextlib.AbstractContextManager[Any]:
+        """Give the lane what is launched in the block."""
+        return contextlib.nullcontext()
+
     def record(self, lane: Lane) -> Any:
         """An event: everything that the lane was given so far is done."""
 
@@ -83,7 +90,7 @@ class Backend:
 
 
 class StreamBackend(Backend):
-    """Copies on two streams of the default priority, ordered by events; for CUDA's stand-ins too.
+    """Lanes are streams of the default priority, ordered by events; for CUDA's stand-ins too.
 
     CUDA has no lower one: it counts down from 0, which is what the compute stream has too.
 
@@ -101,18 +108,19 @@ class StreamBackend(Backend):
     """
 
     def __init__(self) -> None:
-        self._streams = {
-            Lane.TO_HOST: torch.cuda.Stream(),
-            Lane.TO_DEVICE: torch.cuda.Stream(),
-        }
+        self._streams = {lane: torch.cuda.Stream() for lane in Lane if lane is not Lane.COMPUTE}
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         return torch.cuda.current_stream() if lane is Lane.COMPUTE else self._streams[lane]
 
     def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
         """Enqueue the copy."""
-        with torch.cuda.stream(self._stream(lane)):
+        with self.inside(lane):
             target.copy_(source, non_blocking=True)
+
+    def inside(self, lane: Lane) -> contextlib.AbstractContextManager[Any]:
+        """Make the lane's stream the current one."""
+        return torch.cuda.stream(self._stream(lane))
 
     def record(self, lane: Lane) -> torch.cuda.Event:
         """Record on the lane's stream."""
@@ -170,11 +178,46 @@ class CudaBackend(StreamBackend):
         return self._link
 
 
-def backend_for(parameters: Iterable[Tensor]) -> Backend:
-    """Where copies of a model run: on CUDA's streams if a part of it is on a GPU.
+class Errand:
+    """Work beside what compute is given next, until compute waits for it.
+
+    It begins behind all that compute was given before. What it uses is kept meanwhile: memory that
+    is let go of may be handed out again, in compute's order, while the errand still uses it.
+
+    Attributes:
+        result: what the work returned; good behind :meth:`wait`.
+    """
+
+    def __init__(self, backend: Backend, work: Callable[[], Any]) -> None:
+        """Launch it.
+
+        Args:
+            backend: where it runs; with the eager one it is done at once.
+            work: launches operations.
+        """
+        backend.wait(Lane.BESIDE, backend.record(Lane.COMPUTE))
+        with backend.inside(Lane.BESIDE):
+            self.result = work()
+        self._backend, self._done = backend, backend.record(Lane.BESIDE)
+        self._work: Callable[[], Any] | None = work
+
+    def wait(self) -> Any:
+        """Put it before what compute is given next, and give its result."""
+        self._backend.wait(Lane.COMPUTE, self._done)
+        self._work = None
+        return self.result
+
+
+def stream_backend() -> Backend:
+    """Lanes of this process: streams where there are any.
 
     Where CUDA is pretended on a CPU its streams are too, so that a capture sees the order.
     """
+    return StreamBackend() if torch.cuda.is_initialized() else Backend()
+
+
+def backend_for(parameters: Iterable[Tensor]) -> Backend:
+    """Where copies of a model run: on CUDA's streams if a part of it is on a GPU."""
     if any(parameter.is_cuda for parameter in parameters):
         return CudaBackend()
-    return StreamBackend() if torch.cuda.is_initialized() else Backend()
+    return stream_backend()

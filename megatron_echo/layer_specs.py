@@ -37,7 +37,6 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import EchoConfigMixin
 from megatron_echo.local_modules import LocalCoreAttention, LocalHybridStack, LocalNorm
 from megatron_echo.moe_layer import EchoMoELayer, EchoTransformerLayer
@@ -91,7 +90,7 @@ def _uses_echo(config: TransformerConfig) -> bool:
 def _our_layer(config: TransformerConfig) -> dict[Any, Any]:
     if not _uses_echo(config):
         return {}
-    stock = (TransformerLayer, MoETransformerLayer) if has_layer_graphs(config) else ()
+    stock = (TransformerLayer, MoETransformerLayer)
     return {MoELayer: EchoMoELayer, **dict.fromkeys(stock, EchoTransformerLayer)}
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import config_refusal
 from megatron_echo.dispatch import EchoTokenDispatcher
+from megatron_echo.dispatch.reroute import Homecoming
 from megatron_echo.experts import EchoGroupedMLP
+from megatron_echo.experts.grouped_mlp import FetchInBackward
 from megatron_echo.routing.router import router_class
 from megatron_echo.step.step_end import StepEnd
 
@@ -35,10 +37,11 @@ class _KeepsConfig(BaseMoELayer):
 
 
 class EchoTransformerLayer(MoETransformerLayer):
-    """Megatron's layer, in graphs of single layers: all of it, and in training only.
+    """Megatron's layer: gradients of clones travel while its attention's backward pass runs.
 
-    Megatron's ``local`` graphs serve evaluation too. There our buffers are larger than in training,
-    so that nothing is dropped, and nothing is counted.
+    In graphs of single layers it is one graph, and in training only. Megatron's ``local`` graphs
+    serve evaluation too. There our buffers are larger than in training, so that nothing is
+    dropped, and nothing is counted.
     """
 
     def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
@@ -64,6 +67,17 @@ class EchoTransformerLayer(MoETransformerLayer):
         hidden, *rest = super().__call__(*args, **kwargs)
         is_last = getattr(self, "is_last_layer", False)  # not of a prediction layer's
         return (hidden.clone() if is_last else hidden, *rest)
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Of Megatron's layer, behind whose backward pass the experts' parameters get gradients.
+
+        Not where the MoE layer alone is in a graph, or computed again.
+        """
+        mlp = self.mlp
+        is_alone = self.config.cuda_graph_impl == "transformer_engine"
+        if isinstance(mlp, EchoMoELayer) and not (is_alone or mlp.moe_layer_recompute):
+            hidden_states = mlp.await_gradients(hidden_states)
+        return super()._forward_attention(hidden_states, *args, **kwargs)
 
     def _should_call_local_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
         is_training = self.training and torch.is_grad_enabled()
@@ -137,6 +151,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         self._self_check = self._step_end.self_check
         self._build_number = self._self_check.register()
         self._checked_call: tuple[Tensor, Tensor, Tensor] | None = None
+        self._homecoming: Homecoming | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's number of this layer, from 1; MTP layers come after the others."""
@@ -161,6 +176,25 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             routing_map = routing_map & ~padding_mask.reshape(-1, 1)
         return probs, routing_map
 
+    def await_gradients(self, hidden_states: Tensor) -> Tensor:
+        """Let gradients of clones travel while backward passes through what follows.
+
+        The experts' parameters get theirs behind it: see :class:`Homecoming`.
+
+        Args:
+            hidden_states: that of which the next call of this layer is computed.
+
+        Returns:
+            What to use in its place.
+        """
+        self._homecoming = None
+        if not (self.token_dispatcher.hides_clones and torch.is_grad_enabled()):
+            return hidden_states
+        experts = self.experts
+        weights = experts.linear_fc1.weight, experts.linear_fc2.weight
+        self._homecoming = Homecoming()
+        return self._homecoming.attach(hidden_states, weights)
+
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -173,11 +207,20 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             self._step_end.note(role)
         self.token_dispatcher.role = role
         self._checked_call = None  # of a call that did not reach combine
+        if self._homecoming is None:
+            hidden_states = self.await_gradients(hidden_states)
         tokens, weights = super().preprocess(hidden_states, probs, routing_map)
+        self.token_dispatcher.expect(self._homecoming)
+        self._homecoming = None
         if role.counts and self._self_check.is_due(self._build_number):
             latent = tokens.detach().view(*hidden_states.shape[:-1], -1)
             self._checked_call = latent, probs.detach(), routing_map
         return tokens, weights
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring the tokens to their experts, and clones of the first projection meanwhile."""
+        self.experts.fetch_fc1(self.token_dispatcher.clones)
+        return super().dispatch(hidden_states, probs)
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Through home experts and clones.
@@ -196,7 +239,10 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
 
     def combine(self, output: Tensor) -> Tensor:
         """Bring the sums back to the tokens' own ranks; see ``--moe-echo-check-every``."""
+        clones = self.token_dispatcher.clones
         combined = super().combine(output)
+        if self.token_dispatcher.hides_clones:
+            combined = FetchInBackward.apply(combined, self.experts.linear_fc2, clones)
         if self._checked_call is not None:
             expected = self._without_clones(*self._checked_call)
             plan, self._checked_call = self.token_dispatcher.plan, None

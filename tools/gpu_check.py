@@ -42,6 +42,7 @@ GRACE = 10.0  # before that no case begins any more
 BROKEN = 75  # exit code of a process whose CUDA context an error has spoilt
 START = "Start"
 PEERS = ROOT / "benchmarks" / "gpu" / "peer_rows.py"
+HIDDEN = ROOT / "benchmarks" / "gpu" / "hidden_clones.py"
 SHARED_DEVICE = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
@@ -115,12 +116,23 @@ def first_stage(recorder: Recorder) -> list[Case]:
 def second_stage(recorder: Recorder) -> list[Case]:
     """A layer and a training step; the layers of other models come last."""
     import layers
+    import torch
     import training_step
+    from ranks import WaitingRanks
+
+    has_ranks = recorder.dry or torch.cuda.device_count() > 1
+    ranks = WaitingRanks(HIDDEN, [], 2) if has_ranks else None
+
+    def clones() -> Figures:
+        if ranks is None:
+            raise SkippedError("needs two GPUs")
+        return json.loads(ranks.run(recorder.at_most(60)).splitlines()[-1])
 
     runs = training_step.runs(recorder, training_step.SPEED)
     small, *others = ("dry run",) if recorder.dry else layers.MODELS
     return [
         *layers.cases_of(recorder, small),
+        Case("Clones beside compute", "two ranks", clones),
         *runs.cases,
         *itertools.chain.from_iterable(layers.cases_of(recorder, model) for model in others),
         *layers.profiles(recorder, small),

@@ -17,7 +17,7 @@ from megatron_echo.collectives import all_gather, gather, reduce_scatter
 from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import echo_setting, num_clone_slots, row_alignment
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
-from megatron_echo.dispatch.reroute import Clones, pair_counts, physical_experts
+from megatron_echo.dispatch.reroute import Clones, Homecoming, pair_counts, physical_experts
 from megatron_echo.dispatch.transports import (
     AllGatherTransport,
     AllToAllTransport,
@@ -292,6 +292,17 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             ),
             counts=pair_counts(plan, below, split) if self._transport.needs_counts else None,
         )  # fmt: skip
+
+    def expect(self, homecoming: Homecoming | None) -> None:
+        """Let the gradients of the call in progress arrive there."""
+        call = self._current()
+        if call.clones is not None:
+            self._call = replace(call, clones=replace(call.clones, homecoming=homecoming))
+
+    @property
+    def hides_clones(self) -> bool:
+        """Whether weights and gradients of clones travel beside compute."""
+        return self._slots > 0 and self._weights.is_hidden
 
     @property
     def plan(self) -> ClonePlan | None:

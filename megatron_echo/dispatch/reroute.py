@@ -1,14 +1,73 @@
 """From logical to physical experts: which copy of an expert computes each token."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megatron_echo.copy_lanes import Errand
 from megatron_echo.dispatch.layout import PairCounts
 from megatron_echo.dispatch.transports.weights import WeightTransport
 from megatron_echo.planner import ClonePlan
+
+
+class _Homecoming(torch.autograd.Function):
+    """The identity; in backward waits until everything is at home."""
+
+    @staticmethod
+    def forward(ctx: Any, errands: list[Errand], hidden: Tensor, *weights: Tensor) -> Any:
+        ctx.errands = errands
+        ctx.set_materialize_grads(False)
+        results = tuple(tensor.detach() for tensor in (hidden, *weights))
+        if not hidden.requires_grad:
+            ctx.mark_non_differentiable(results[0])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        while ctx.errands:
+            ctx.errands.pop().wait()
+        return None, *grads
+
+
+class Homecoming:
+    """Lets gradients of clones travel home while backward goes on, and their parameters wait.
+
+    A node of autograd stands between parameters and what computes with them. It gives their
+    gradients on once that of ``hidden`` is there, so behind the backward pass of all that lies
+    between, and after a wait for what travels. Whatever watches a parameter comes behind it.
+    """
+
+    def __init__(self) -> None:
+        self._errands: list[Errand] = []
+        self._edges: dict[int, Tensor] = {}
+
+    def attach(self, hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Make the node.
+
+        Args:
+            hidden: an input of the layer, of any shape.
+            weights: its experts' parameters; frozen ones are left out.
+
+        Returns:
+            What to use in place of ``hidden``.
+        """
+        wanted = [weight for weight in weights if weight.requires_grad]
+        hidden, *edges = _Homecoming.apply(self._errands, hidden, *wanted)
+        self._edges = {id(weight): edge for weight, edge in zip(wanted, edges, strict=True)}
+        return hidden
+
+    def edge(self, weight: Tensor) -> Tensor | None:
+        """What gets the gradient in the parameter's place, None for a frozen one."""
+        return self._edges.get(id(weight))
+
+    def expect(self, errand: Errand) -> None:
+        """Let the parameters wait for an errand."""
+        self._errands.append(errand)
 
 
 @dataclass(frozen=True)
@@ -20,17 +79,64 @@ class Clones:
         experts_per_rank: m; expert e lives on rank ``e // m``.
         transport: how weights get into the slots.
         announced: what the transport keeps of the plan.
+        homecoming: what the gradients of the weights wait for; None if they wait for nothing.
+        begun: weights on their way, by the number of the parameter.
     """
 
     slot_expert: Tensor
     experts_per_rank: int
     transport: WeightTransport
     announced: Any = None
+    homecoming: Homecoming | None = None
+    begun: dict[int, Errand] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
         """S."""
         return self.slot_expert.shape[1]
+
+    def run(self, movement: Callable[[], Any]) -> Errand:
+        """Launch movements of the transport, beside compute where that may be."""
+        return self.transport.run(movement, unread=len(self.begun))
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor, bring: Callable[[], Any]) -> None:
+        """Begin to bring the clones of a projection before they are needed.
+
+        Args:
+            weight: the parameter of their homes.
+            bring: what :meth:`brought` will be called with.
+        """
+        self.begun[id(weight)] = self.run(bring)
+
+    def brought(self, weight: int, bring: Callable[[], Any]) -> Any:
+        """What ``bring`` returns, which was begun before or begins now; compute waits for it.
+
+        Args:
+            weight: ``id`` of the parameter.
+            bring: brings the clones, on all ranks together.
+        """
+        errand = self.begun.pop(weight, None) or self.run(bring)
+        return errand.wait()
+
+    def target(self, weight: Tensor) -> Tensor:
+        """What the gradient of a parameter is given to."""
+        edge = self.homecoming.edge(weight) if self.homecoming is not None else None
+        return weight if edge is None else edge
+
+    def homeward(self, grad: Tensor, errand: Errand, *, is_wanted: bool) -> Tensor:
+        """A gradient that is on its way, for :meth:`target` only: others would not wait for it.
+
+        Args:
+            grad: of the home experts.
+            errand: what it is whole behind.
+            is_wanted: autograd will pass it on.
+        """
+        if self.homecoming is None or not is_wanted or torch.is_anomaly_enabled():
+            errand.wait()
+        else:
+            self.homecoming.expect(errand)
+        return grad
 
 
 def home_experts(experts: Tensor, per_rank: int, num_slots: int) -> Tensor:

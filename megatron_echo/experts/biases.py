@@ -5,6 +5,7 @@ a gradient are summed wide, over the rows of a group and over the clones of an e
 once, as those of weights are.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,18 +62,19 @@ class _ClonedBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, clones: Clones) -> Tensor:
         ctx.save_for_backward(clones.slot_expert)
-        ctx.dtype = bias.dtype
-        ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
+        ctx.clones, ctx.dtype = clones, bias.dtype
         slots = bias.new_empty(clones.slots, 1, bias.shape[1])
-        clones.transport.push(bias[:, None], clones.slot_expert, clones.announced, slots)
+        moved = bias[:, None], clones.slot_expert, clones.announced, slots
+        clones.run(lambda: clones.transport.push(*moved)).wait()
         return torch.cat((bias, slots[:, 0])).to(wide_dtype(bias.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        clones = Clones(ctx.saved_tensors[0], *ctx.of_clones)
+        clones = replace(ctx.clones, slot_expert=ctx.saved_tensors[0])
         parts = grad[:, None].clone(memory_format=torch.contiguous_format)
-        home = clones.transport.bring_home(parts, clones.slot_expert, clones.announced)
+        moved = parts, clones.slot_expert, clones.announced
+        home = clones.run(lambda: clones.transport.bring_home(*moved)).wait()
         return home[:, 0].to(ctx.dtype), None
 
 

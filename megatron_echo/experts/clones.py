@@ -3,9 +3,24 @@
 The slots of all layers are one pool. A layer fills it before it computes, and again before it
 computes gradients, so the memory of clones does not depend on the number of layers or of
 microbatches in flight, and no slot is ever a saved tensor.
+
+Where the transport is hidden, slots are filled and gradients travel beside compute:
+
+=====================================  ==========================================================
+first                                  then
+=====================================  ==========================================================
+products that read the slots before    the next fill (it is begun behind them)
+fill                                   products that read the slots (``Clones.brought``)
+outer products                         gradients go home
+gradients at home                      the parameter gets them (``Homecoming``), parts are freed
+=====================================  ==========================================================
+
+What other ranks do is ordered by the barriers of ``dispatch/transports/peer_buffers.py``.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
+from megatron_echo.copy_lanes import Errand
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts.grouped_linear import GroupedGemm, kept_rows, rows_again
 from megatron_echo.per_model import PerModel
@@ -79,32 +95,43 @@ class _ClonedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones,
+        ctx: Any, rows: Tensor, target: Tensor, home: tuple[Tensor], ends: Tensor, clones: Clones,
         pool: WeightPool, gemm: GroupedGemm, keep: bool,
     ) -> Tensor:  # fmt: skip
-        stack = _filled(pool, gemm, weight, clones)
+        (weight,) = home
+        stack = clones.brought(id(weight), bringer(weight, clones, pool, gemm))
         kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(kept_rows(rows), weight, ends, clones.slot_expert, *kept)
-        ctx.pool, ctx.gemm = pool, gemm
-        ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
+        ctx.number, ctx.pool, ctx.gemm, ctx.clones = id(weight), pool, gemm, clones
         return gemm.product(rows, weight, stack, ends, transpose=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends, slot_expert, *kept = ctx.saved_tensors
-        clones = Clones(slot_expert, *ctx.of_clones)
-        stack = _filled(ctx.pool, ctx.gemm, weight, clones, *kept)
+        clones, pool, gemm = replace(ctx.clones, slot_expert=slot_expert), ctx.pool, ctx.gemm
+        if kept:
+            stack = _filled(pool, gemm, weight, clones, *kept)
+        else:
+            stack = clones.brought(ctx.number, bringer(weight, clones, pool, gemm))
         grad = grad.contiguous()
         to_rows = None
         if ctx.needs_input_grad[0]:
-            to_rows = ctx.gemm.product(grad, weight, stack, ends, transpose=False)
+            to_rows = gemm.product(grad, weight, stack, ends, transpose=False)
         rows = rows_again(ctx, rows)
         # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
         # not be, and nobody here knows.
-        to_weight = _weight_gradient(grad, rows, weight, ends, clones, ctx.gemm)
-        needs_weight = ctx.needs_input_grad[1]
-        return to_rows, to_weight if needs_weight else None, None, None, None, None, None
+        to_weight = _weight_gradient(grad, rows, weight, ends, clones, gemm)
+        is_wanted = ctx.needs_input_grad[1]
+        to_weight = clones.homeward(*to_weight, is_wanted=is_wanted)
+        return to_rows, to_weight if is_wanted else None, None, None, None, None, None, None
+
+
+def bringer(
+    weight: Tensor, clones: Clones, pool: WeightPool, gemm: GroupedGemm
+) -> Callable[[], Tensor]:
+    """What brings clones into the last S matrices of a stack, and returns that."""
+    return lambda: _filled(pool, gemm, weight, clones)
 
 
 def _filled(
@@ -127,25 +154,39 @@ def _filled(
 
 def _weight_gradient(
     grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones, gemm: GroupedGemm
-) -> Tensor:
+) -> tuple[Tensor, Errand]:
     """The gradient of the home experts, ``[m, out, in]``: parts summed wide and rounded once.
 
     Where parts come wide, some rows of all matrices at a time, so that what is wide is
     ``_WIDE_BYTES`` at most, and not a second stack of all experts and slots.
+
+    Returns:
+        The gradient, and what must be waited for before it is whole.
     """
     dtype, out = gemm.parts_dtype(rows), grad.shape[1]
-    plan = (clones.slot_expert, clones.announced)
+    errand: Errand | None = None
+
+    def send(parts: Tensor, into: Tensor | None = None) -> Errand:
+        def movement() -> Tensor:
+            plan = (clones.slot_expert, clones.announced)
+            total = clones.transport.bring_home(parts, *plan)
+            return total if into is None else into.copy_(total)
+
+        return clones.run(movement)
+
     if dtype == weight.dtype:
-        return clones.transport.bring_home(gemm.outer(grad, rows, ends, dtype), *plan)
+        errand = send(gemm.outer(grad, rows, ends, dtype))
+        return errand.result, errand
     times = math.ceil(len(ends) * weight[0].numel() * dtype.itemsize / _WIDE_BYTES)
     step = math.ceil(out / max(times, 1) / _STEP) * _STEP
     result = torch.empty_like(weight)
     for first in range(0, out, step):
-        some = slice(first, first + step)  # no name for its parts: they would live on meanwhile
-        result[:, some] = clones.transport.bring_home(
-            gemm.outer(grad[:, some], rows, ends, dtype), *plan
-        )
-    return result
+        if errand is not None:
+            errand.wait()  # its parts go before there are others
+        some = slice(first, first + step)
+        errand = send(gemm.outer(grad[:, some], rows, ends, dtype), result[:, some])
+    assert errand is not None
+    return result, errand
 
 
 def cloned_linear(
@@ -171,4 +212,5 @@ def cloned_linear(
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
-    return _ClonedLinear.apply(rows, weight, ends, clones, pool, gemm, keep)
+    target = clones.target(weight)
+    return _ClonedLinear.apply(rows, target, (weight,), ends, clones, pool, gemm, keep)

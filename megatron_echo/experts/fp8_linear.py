@@ -5,13 +5,14 @@ nothing of FP8. Input, weights and the gradient of the output are quantised befo
 ``fp8``.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import is_capturing
@@ -112,15 +113,29 @@ class Fp8Weights:
             trains: False where somebody may exchange weights at any time: nothing is kept then.
             kept: what :meth:`copy_of_clones` gave, in place of bringing them.
         """
+        bring = self.bringer(weight, clones, is_transposed=is_transposed, trains=trains, kept=kept)
+        if clones is None or kept is not None:
+            return bring()
+        return clones.brought(id(weight), bring)
+
+    def bringer(
+        self, weight: Tensor, clones: Clones | None, *, is_transposed: bool, trains: bool = True,
+        kept: Tensor | None = None,
+    ) -> Callable[[], Quantised]:  # fmt: skip
+        """What makes an :meth:`operand`, also before it is needed."""
         stack = self._stacks[is_transposed]
-        # A replay quantises what its capture did, whatever was quantised before.
-        state = self._step_end.steps, is_capturing(), weight.data_ptr(), weight._version
-        stack.fill(weight, clones.slots if clones else 0, state if trains else None)
-        if kept is not None:
-            stack.clones.copy_(kept)
-        elif clones is not None:
-            stack.bring(clones)
-        return stack.operand
+
+        def bring() -> Quantised:
+            # A replay quantises what its capture did, whatever was quantised before.
+            state = self._step_end.steps, is_capturing(), weight.data_ptr(), weight._version
+            stack.fill(weight, clones.slots if clones else 0, state if trains else None)
+            if kept is not None:
+                stack.clones.copy_(kept)
+            elif clones is not None:
+                stack.bring(clones)
+            return stack.operand
+
+        return bring
 
     def copy_of_clones(self, weight: Tensor, clones: Clones) -> Tensor:
         """The clones as the input's gradient wants them, for a later backward pass."""
@@ -133,28 +148,28 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None,
-        weights: Fp8Weights, trains: bool, keep: bool,
+        ctx: Any, rows: Tensor, target: Tensor, home: tuple[Tensor], ends: Tensor,
+        clones: Clones | None, weights: Fp8Weights, trains: bool, keep: bool,
     ) -> Tensor:  # fmt: skip
+        (weight,) = home
         operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
         output = scaled_product(quantise_rows(rows, ends), operand, ends, rows.dtype)
         saved = [kept_rows(rows), weight, ends]
-        ctx.weights, ctx.of_clones = weights, None
         if clones is not None:
             saved.append(clones.slot_expert)
-            ctx.of_clones = clones.experts_per_rank, clones.transport, clones.announced
             if keep and trains:
                 saved.append(weights.copy_of_clones(weight, clones))
         ctx.save_for_backward(*saved)
+        ctx.weights, ctx.clones = weights, clones
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends, *of_clones = ctx.saved_tensors
-        clones, kept = None, None
+        clones, kept = ctx.clones, None
         if of_clones:
-            clones = Clones(of_clones[0], *ctx.of_clones)
+            clones = replace(clones, slot_expert=of_clones[0])
             kept = of_clones[1] if len(of_clones) > 1 else None
         grad, to_rows, to_weight = grad.contiguous(), None, None
         if clones is not None or ctx.needs_input_grad[0]:
@@ -162,23 +177,32 @@ class _Fp8Linear(torch.autograd.Function):
             operand = ctx.weights.operand(weight, clones, is_transposed=True, kept=kept)
             if ctx.needs_input_grad[0]:
                 to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
-        if clones is not None or ctx.needs_input_grad[1]:
-            rows = rows_again(ctx, rows)
-            to_weight = _weight_gradient(grad, rows, weight, ends, clones)
-        nothing = None, None, None, None, None
-        return to_rows, to_weight if ctx.needs_input_grad[1] else None, *nothing
+        is_wanted = ctx.needs_input_grad[1]
+        if clones is not None or is_wanted:
+            parts = _weight_gradient(grad, rows_again(ctx, rows), weight, ends)
+            to_weight = _brought_home(parts, weight, clones, is_wanted)
+        nothing = None, None, None, None, None, None
+        return to_rows, to_weight if is_wanted else None, *nothing
 
 
-def _weight_gradient(
-    grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None
-) -> Tensor:
-    """``[m, out, in]``; the parts of clones in the dtype of the product, summed wide."""
+def _weight_gradient(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``[G, out, in]``, in the dtype of the product."""
     left, right = quantise_columns(grad, ends), quantise_columns(rows, ends)
     dtype = wide_dtype(weight.dtype) if grad.is_cpu else weight.dtype
-    parts = scaled_outer(left, right, ends, dtype)
-    if clones is not None:
-        parts = clones.transport.bring_home(parts, clones.slot_expert, clones.announced)
-    return parts.to(weight.dtype)
+    return scaled_outer(left, right, ends, dtype)
+
+
+def _brought_home(parts: Tensor, weight: Tensor, clones: Clones | None, is_wanted: bool) -> Tensor:
+    """``[m, out, in]`` in the parameter's dtype: the parts of clones are added, wide."""
+    if clones is None:
+        return parts.to(weight.dtype)
+
+    def movement() -> Tensor:
+        home = clones.transport.bring_home(parts, clones.slot_expert, clones.announced)
+        return home.to(weight.dtype)
+
+    errand = clones.run(movement)
+    return clones.homeward(errand.result, errand, is_wanted=is_wanted)
 
 
 def fp8_linear(
@@ -196,11 +220,11 @@ def fp8_linear(
         ends: int32 ``[m]``, with clones ``[m + S]``, end offset of each group, multiples of 16.
         clones: which experts sit in the slots, None without.
         weights: of this projection.
-        trains: the module is in training; quantised weights are kept until the step ends.
+        trains: the call is one of a training step; quantised weights are kept until it ends.
         keep: keep a copy of the clones for backward in place of bringing them again.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
-    trains = trains and role_of_call() is not Role.UNRECORDED
-    return _Fp8Linear.apply(rows, weight, ends, clones, weights, trains, keep)
+    target = weight if clones is None else clones.target(weight)
+    return _Fp8Linear.apply(rows, target, (weight,), ends, clones, weights, trains, keep)

@@ -1,6 +1,6 @@
 """The experts of one rank as one stack of weights for each projection."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,14 +13,16 @@ from megatron.core.tensor_parallel.random import (
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import computes_in_fp8, echo_setting, expert_width
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 from megatron_echo.experts.biases import bias_stack, with_weighted_bias
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
-from megatron_echo.experts.clones import WeightPool, cloned_linear
+from megatron_echo.experts.clones import WeightPool, bringer, cloned_linear
 from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear
 from megatron_echo.experts.grouped_linear import (
     GroupedGemm,
@@ -109,10 +111,33 @@ class GroupedLinear(torch.nn.Module):
             bias = bias_stack(bias, clones)
         return self._product(rows, ends, clones), bias
 
+    def fetch(self, clones: Clones | None, *, in_backward: bool = False) -> None:
+        """Begin to bring the clones, where the transport is hidden, before they are needed.
+
+        Args:
+            clones: which experts sit in the slots.
+            in_backward: for the backward pass of :meth:`forward`.
+        """
+        if clones is None or not clones.transport.is_hidden:
+            return
+        if in_backward and self._keeps_clones:
+            return
+        bring: Callable[[], Any]
+        if self._fp8 is None:
+            gemm = self._grouped_gemm(len(self.weight) + clones.slots)
+            bring = bringer(self.weight, clones, self._pool, gemm)
+        else:
+            trains = in_backward or self._trains()
+            bring = self._fp8.bringer(self.weight, clones, is_transposed=in_backward, trains=trains)
+        clones.begin(self.weight, bring)
+
+    def _trains(self) -> bool:
+        return self.training and role_of_call() is not Role.UNRECORDED
+
     def _product(self, rows: Tensor, ends: Tensor, clones: Clones | None) -> Tensor:
         keep = self._keeps_clones
         if self._fp8 is not None:
-            trains = self.training
+            trains = self._trains()
             return fp8_linear(rows, self.weight, ends, clones, self._fp8, trains=trains, keep=keep)
         gemm = self._grouped_gemm(len(ends))
         if clones is None:
@@ -126,6 +151,43 @@ class GroupedLinear(torch.nn.Module):
             capability = torch.cuda.get_device_capability(weight.device) if has_gpu else None
             kind = automatic_gemm(capability, weight.dtype, weight.shape[1:], groups)
         return GROUPED_GEMMS[kind]
+
+
+class CloneFetch(torch.nn.Module):
+    """Begins to bring the clones of a projection: a module, so that its pre-hooks run first.
+
+    Those of ``--overlap-param-gather`` wait for the parameters of a module; this one has that of
+    another module. It owns none, so states and optimizers do not see it.
+    """
+
+    def __init__(self, linear: GroupedLinear) -> None:
+        super().__init__()
+        self._of = (linear,)  # no child
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """The weights that are read."""
+        yield self._of[0].weight
+
+    def forward(self, clones: Clones | None) -> None:
+        """See :meth:`GroupedLinear.fetch`."""
+        self._of[0].fetch(clones)
+
+
+class FetchInBackward(torch.autograd.Function):
+    """The identity; its backward pass begins to bring clones, before what lies before it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, linear: GroupedLinear, clones: Clones) -> Tensor:
+        """``rows`` of any shape, and the projection that needs the clones next in backward."""
+        ctx.linear, ctx.clones = linear, clones
+        return rows.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient as it is."""
+        ctx.linear.fetch(ctx.clones, in_backward=True)
+        return grad, None, None
 
 
 class WeightedActivation(torch.nn.Module):
@@ -183,6 +245,10 @@ class EchoGroupedMLP(MegatronModule):
         self.linear_fc1 = GroupedLinear(num_local_experts, hidden, widths, config)
         self.activation = WeightedActivation(config)
         self.linear_fc2 = GroupedLinear(num_local_experts, ffn, hidden, config)
+        self.fetch_fc1 = CloneFetch(self.linear_fc1)
+        self.fetch_fc2 = CloneFetch(self.linear_fc2)
+        # Projections of one shape share a buffer: the second is brought once the first is used.
+        self._fetches_ahead = self.linear_fc1.weight.shape != self.linear_fc2.weight.shape
         if config.perform_initialization:
             self._initialise()
         self._register_load_state_dict_pre_hook(_forget_extra_states)
@@ -230,9 +296,15 @@ class EchoGroupedMLP(MegatronModule):
         if clones is not None and probs.requires_grad and not hidden_states.requires_grad:
             # fc1's backward pass has exchanges: it must not depend on whether its weight is frozen.
             hidden_states = hidden_states.detach().requires_grad_()
+        is_hidden = clones is not None and clones.transport.is_hidden
+        is_ahead = is_hidden and self._fetches_ahead
+        if is_ahead:
+            self.fetch_fc2(clones)
         hidden, bias = self.linear_fc1(hidden_states, ends, clones)
         hidden = self.activation(hidden, probs, ends, bias)
         output, bias = self.linear_fc2(hidden, ends, clones)
+        if is_ahead:
+            output = FetchInBackward.apply(output, self.linear_fc1, clones)
         return output if bias is None else with_weighted_bias(output, bias, probs, ends), None
 
     def backward_dw(self) -> None:

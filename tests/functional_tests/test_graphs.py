@@ -94,6 +94,22 @@ def test_curves_plans_and_metrics_are_those_of_eager_steps(
     assert_same_bits(name, GRAPH, tmp_path, train_iters=steps)
 
 
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    [
+        ("moe_clones_ep2_dist_optimizer", GRAPH),
+        pytest.param("moe_clones_ep2_dist_optimizer", LAYERS, marks=SLOW),
+        pytest.param("moe_clones_ep2_recompute", GRAPH, marks=SLOW),
+        pytest.param("moe_clones_ep2_fp8", GRAPH, marks=SLOW),
+        pytest.param("moe_skewed_clones_ep4", GRAPH, marks=SLOW),
+    ],
+)
+def test_clones_beside_compute(name: str, graph: dict, tmp_path: Path) -> None:
+    """Over symmetric memory, with both overlaps of the distributed optimizer."""
+    ways = ("moe_echo_token_transport", "moe_echo_expert_dispatcher_type")
+    assert_same_bits(name, graph, tmp_path, **dict.fromkeys(ways, "symmetric_memory"))
+
+
 def assert_same_bits(
     name: str, graph: dict, tmp_path: Path, script: Path = launch.SCRIPT, **changes: object
 ) -> None:

@@ -49,8 +49,8 @@ ROWS = {
         "kernels, stage 1",
     ],
     2: [
-        "imports, stage 2", "dry run: bare grouped products", *PROFILED, *training_step.SPEED,
-        *PROFILED, "kernels, stage 2",
+        "imports, stage 2", "dry run: bare grouped products", *PROFILED, "two ranks",
+        *training_step.SPEED, *PROFILED, "kernels, stage 2",
     ],
     3: [
         "imports, stage 3",
@@ -145,6 +145,7 @@ def test_the_second_stage(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("rows.dry-run-*.json.gz"))) == 3  # traces
     steps = {name: row.figures for (part, name), row in rows.items() if part == training_step.PART}
     assert steps["ours captured"]["over_stock_local"] > 0
+    assert rows["Clones beside compute", "two ranks"].figures["ms"] > 0
     assert steps["stock local"]["loss_from_ours"] <= training_step.LOSS_LIMIT
 
 

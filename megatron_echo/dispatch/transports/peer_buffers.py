@@ -7,20 +7,25 @@ movement is safe on these terms:
 1. It writes, passes one barrier of the group, and reads. So whoever reads sees all that was
    written for it.
 2. A buffer may be written once every rank has read what was in it before. A rank that arrives at
-   a barrier has finished the reads of all earlier movements, so one barrier of another movement in
-   between is enough. A movement whose buffer is one of the last movement's passes a barrier before
-   it writes; those of a layer take turns, and none of them has to.
+   a barrier has finished all reads that came before it, so one barrier of another movement in
+   between is enough. A movement whose buffer may still be read passes a barrier before it writes;
+   those of tokens take turns, and none of them has to.
 3. Nothing refers to a buffer after its movement: autograd keeps copies and places. A buffer may
-   hold anything between movements.
+   hold anything between movements. Only weights of clones are used where they lie, by products.
 
-Every rank makes the same movements in the same order, as with collectives. On CUDA they are on
-one stream, and barriers are waited for by the stream, not by the host.
+Every rank makes the same movements in the same order, as with collectives. On CUDA rows are moved
+in compute's stream and matrices in one beside it, each with barriers of its own, which are waited
+for by the stream and not by the host. Nothing orders a movement of rows with one of matrices, so
+no barrier of the one counts for a buffer of the other. What compute reads of a matrix that came is
+over at a barrier of matrices only if it was launched before the movement of that barrier began:
+that is not so of the last ``unread`` pushes, which were begun early and wait to be used.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_echo.copy_lanes import stream_backend
 from megatron_echo.dispatch.transports.peer_memory import (
     PeerRows,
     PlainMemory,
@@ -31,7 +36,14 @@ from megatron_echo.per_model import PerModel
 
 
 class PeerBuffers(PerModel):
-    """The buffers of one model, of each shape and purpose one."""
+    """The buffers of one model, of each shape and purpose one.
+
+    Attributes:
+        group: the expert-parallel group.
+        backend: of the stream that matrices are moved in.
+        unread: pushes of matrices that compute will read and was not told to yet; set before the
+            next movement of matrices.
+    """
 
     def __init__(self, group: dist.ProcessGroup, has_layer_graphs: bool = False) -> None:
         """Find out how the ranks of the group reach each other; they call it together.
@@ -43,11 +55,12 @@ class PeerBuffers(PerModel):
         Raises:
             ValueError: they do not.
         """
-        self.group = group
+        self.group, self.backend, self.unread = group, stream_backend(), 0
         self._memory = peer_memory(group)
         self._rows: dict[tuple, PeerRows] = {}
-        self._last: set[tuple] = set()
-        self._is_in_graph = False
+        self._readable: list[list[PeerRows]] = [[], []]
+        self._pushed: list[PeerRows] = []
+        self._is_in_graph = [False, False]
         self._has_layer_graphs = has_layer_graphs
 
     def push(self, name: str, moved: list[tuple[Tensor, Tensor]], num_rows: int) -> list[Tensor]:
@@ -100,9 +113,10 @@ class PeerBuffers(PerModel):
             ``[S, out, in]``, *in the buffer*. Slots that nobody wrote hold anything.
         """
         (_, out, width), slots = matrices.shape, source.shape[1]
-        (buffer,) = self._take(name, slots * out, [matrices.flatten(0, 1)])
+        (buffer,) = self._take(name, slots * out, [matrices.flatten(0, 1)], lane=1)
+        self._pushed = [*self._pushed[-self.unread :], buffer] if self.unread else [buffer]
         buffer.put_matrices(matrices, source)
-        self._memory.barrier()
+        self._memory.barrier(1)
         return buffer.own[:-1].view(slots, out, width)
 
     def add_matrices(
@@ -117,12 +131,10 @@ class PeerBuffers(PerModel):
             places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
             home: ``[m, out, in]``, contiguous; see ``PeerRows.add_matrices``.
         """
-        slots = len(matrices)
-        (buffer,) = self._take(
-            name, matrices.shape[0] * matrices.shape[1], [matrices.flatten(0, 1)]
-        )
+        slots, rows = len(matrices), matrices.flatten(0, 1)
+        (buffer,) = self._take(name, len(rows), [rows], lane=1)
         buffer.offer_matrices(matrices, used)
-        self._memory.barrier()
+        self._memory.barrier(1)
         buffer.add_matrices(places, slots, home)
 
     @property
@@ -135,8 +147,13 @@ class PeerBuffers(PerModel):
         """All buffers."""
         return tuple(self._rows.values())
 
-    def _take(self, name: str, num_rows: int, values: list[Tensor]) -> list[PeerRows]:
-        """Buffers to write to now; the host waits where they are new."""
+    def _take(
+        self, name: str, num_rows: int, values: list[Tensor], lane: int = 0
+    ) -> list[PeerRows]:
+        """Buffers to write to now, in the lane of rows or of matrices; the host waits for new ones.
+
+        Their movement passes a barrier after this.
+        """
         keys = [
             (name, number, num_rows, tensor.shape[1], tensor.dtype, tensor.device)
             for number, tensor in enumerate(values)
@@ -149,10 +166,12 @@ class PeerBuffers(PerModel):
                 with torch.inference_mode(False):  # evaluation may come first
                     self._rows[key] = memory.allocate(num_rows + 1, columns, dtype)
         # A replay may come after other movements than its capture did.
-        was_in_graph, self._is_in_graph = self._is_in_graph, is_capturing()
-        is_first_of_graph = self._is_in_graph and not was_in_graph
+        was_in_graph, self._is_in_graph[lane] = self._is_in_graph[lane], is_capturing()
+        is_first_of_graph = self._is_in_graph[lane] and not was_in_graph
         is_unknown = is_first_of_graph or self._has_layer_graphs
-        if is_unknown or not self._last.isdisjoint(keys):
-            self._memory.barrier()
-        self._last = set(keys)
-        return [self._rows[key] for key in keys]
+        taken = [self._rows[key] for key in keys]
+        if is_unknown or any(old is new for old in self._readable[lane] for new in taken):
+            self._memory.barrier(lane)
+        unread = self._pushed[-self.unread :] if lane == 1 and self.unread else []
+        self._readable[lane] = [*taken, *unread]
+        return taken

@@ -169,10 +169,13 @@ class PeerMemory(ABC):
         """
 
     @abstractmethod
-    def barrier(self) -> None:
-        """Work that follows, on any rank, sees all that came before it on every rank.
+    def barrier(self, lane: int = 0) -> None:
+        """Work that follows in a lane, on any rank, sees all that came before it in that lane.
 
-        On CUDA the stream waits, not the host.
+        On CUDA the current stream waits, not the host.
+
+        Args:
+            lane: 0 or 1; two barriers may be under way at once in different lanes.
         """
 
 
@@ -189,7 +192,7 @@ class PlainMemory(PeerMemory):
             return PeerRows(everyone, None, torch.zeros(1, dtype=torch.int64, device=self._device))
         return PeerRows(everyone[:rows], everyone)
 
-    def barrier(self) -> None:
+    def barrier(self, lane: int = 0) -> None:
         """Nothing to wait for."""
 
 
@@ -201,7 +204,7 @@ class FileMemory(PeerMemory):
         shared = Path("/dev/shm")
         folder = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
         self._path = folder / f"megatron_echo-{name}"
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._flags = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
 
     @override
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> PeerRows:
@@ -218,8 +221,8 @@ class FileMemory(PeerMemory):
         return PeerRows(everyone[rank * rows : (rank + 1) * rows], everyone)
 
     @override
-    def barrier(self) -> None:
-        dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group)
+    def barrier(self, lane: int = 0) -> None:
+        dist.all_reduce(self._flags[lane], dist.ReduceOp.MAX, group=self._group)
 
 
 def _mapped(path: Path, nbytes: int) -> Any:
@@ -252,9 +255,9 @@ class SymmetricMemory(PeerMemory):
         return PeerRows(own, None, torch.tensor(offsets, device=self._device))
 
     @override
-    def barrier(self) -> None:
+    def barrier(self, lane: int = 0) -> None:
         assert self._handle is not None
-        self._handle.barrier()
+        self._handle.barrier(channel=lane)
 
 
 def peer_memory(group: dist.ProcessGroup) -> PeerMemory:

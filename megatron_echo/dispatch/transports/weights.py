@@ -8,6 +8,7 @@ their peers, and read the gradients that lie there.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, override
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_echo.collectives import exchange
+from megatron_echo.copy_lanes import Backend, Errand
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
 from megatron_echo.environment import on_gpu
@@ -29,7 +31,24 @@ class WeightTransport(ABC):
     """Moves experts between the ranks of a group; keeps no state of a call.
 
     Ranks call the methods together and in the same order.
+
+    Attributes:
+        is_hidden: whether movements may run beside compute, and begin before they are needed.
+            Collectives may not: those of two groups could begin in another order on each rank.
+        backend: where movements run, by :meth:`run`.
     """
+
+    is_hidden = False
+    backend = Backend()
+
+    def run(self, movement: Callable[[], Any], unread: int) -> Errand:
+        """Launch a movement, or several, beside compute where that may be.
+
+        Args:
+            movement: calls the methods below.
+            unread: earlier pushes whose products compute was not given yet.
+        """
+        return Errand(self.backend, movement)
 
     def __init__(self, group: dist.ProcessGroup, experts_per_rank: int) -> None:
         """Set the sizes.
@@ -234,6 +253,8 @@ class SymmetricMemoryWeights(WeightTransport):
     written or laid open, and only homes that have clones are touched.
     """
 
+    is_hidden = True
+
     def __init__(self, buffers: PeerBuffers, experts_per_rank: int) -> None:
         """Set the sizes.
 
@@ -242,7 +263,12 @@ class SymmetricMemoryWeights(WeightTransport):
             experts_per_rank: m.
         """
         super().__init__(buffers.group, experts_per_rank)
-        self._buffers = buffers
+        self._buffers, self.backend = buffers, buffers.backend
+
+    @override
+    def run(self, movement: Callable[[], Any], unread: int) -> Errand:
+        self._buffers.unread = unread
+        return super().run(movement, unread)
 
     @override
     def announce(self, slot_expert: Tensor) -> _Places:

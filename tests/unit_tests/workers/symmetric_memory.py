@@ -43,17 +43,19 @@ SHARED = {
 take = PeerBuffers._take
 
 
-def spoil(buffers: PeerBuffers) -> None:
-    """Fill all buffers of all ranks."""
+def spoil(buffers: PeerBuffers, taken: list[PeerRows]) -> None:
+    """Fill all buffers of all ranks, but of those of weights only what is taken."""
+    weights = {id(rows) for key, rows in buffers._rows.items() if key[0] == "weights"}
     dist.barrier()
     for rows in buffers.rows:
-        rows.own.fill_(float("nan") if rows.own.is_floating_point() else -(1 << 40))
+        if id(rows) not in weights or any(rows is each for each in taken):
+            rows.own.fill_(float("nan") if rows.own.is_floating_point() else -(1 << 40))
     dist.barrier()
 
 
-def take_spoiled(buffers: PeerBuffers, *args: Any) -> list[PeerRows]:
-    taken = take(buffers, *args)
-    spoil(buffers)
+def take_spoiled(buffers: PeerBuffers, *args: Any, **lane: int) -> list[PeerRows]:
+    taken = take(buffers, *args, **lane)
+    spoil(buffers, taken)
     return taken
 
 
