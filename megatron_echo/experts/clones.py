@@ -5,6 +5,7 @@ computes gradients, so the memory of clones does not depend on the number of lay
 microbatches in flight, and no slot is ever a saved tensor.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.grouped_linear import GroupedGemm
 from megatron_echo.per_model import PerModel
 
@@ -80,12 +82,12 @@ class _ClonedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones,
-        pool: WeightPool, gemm: GroupedGemm, keep: bool,
+        pool: WeightPool, gemm: GroupedGemm, keep: bool, later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         stack = _filled(pool, gemm, weight, clones)
         kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(rows, weight, ends, clones.slot_expert, *kept)
-        ctx.pool, ctx.gemm = pool, gemm
+        ctx.pool, ctx.gemm, ctx.later = pool, gemm, later
         ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
         return gemm.product(rows, weight, stack, ends, transpose=True)
 
@@ -101,9 +103,10 @@ class _ClonedLinear(torch.autograd.Function):
             to_rows = ctx.gemm.product(grad, weight, stack, ends, transpose=False)
         # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
         # not be, and nobody here knows.
-        to_weight = _weight_gradient(grad, rows, weight, ends, clones, ctx.gemm)
-        needs_weight = ctx.needs_input_grad[1]
-        return to_rows, to_weight if needs_weight else None, None, None, None, None, None
+        make = functools.partial(_weight_gradient, grad, rows, weight, ends, clones, ctx.gemm)
+        to_weight = now_or_later(ctx.later, make)
+        nothing = None, None, None, None, None, None
+        return to_rows, to_weight if ctx.needs_input_grad[1] else None, *nothing
 
 
 def _filled(
@@ -149,7 +152,7 @@ def _weight_gradient(
 
 def cloned_linear(
     rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones, pool: WeightPool,
-    gemm: GroupedGemm, keep: bool = False,
+    gemm: GroupedGemm, keep: bool = False, later: DelayedGradients | None = None,
 ) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` for each group of rows: the home experts', then the slots'.
 
@@ -166,8 +169,9 @@ def cloned_linear(
         pool: where the weights are brought to.
         gemm: what computes the products.
         keep: keep a copy of the clones for backward in place of bringing them again.
+        later: where the gradient of ``weight`` waits; None computes it with the others.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
-    return _ClonedLinear.apply(rows, weight, ends, clones, pool, gemm, keep)
+    return _ClonedLinear.apply(rows, weight, ends, clones, pool, gemm, keep, later)

@@ -5,6 +5,7 @@ nothing of FP8. Input, weights and the gradient of the output are quantised befo
 ``fp8``.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import is_capturing
+from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.fp8 import (
     FP8,
     Quantised,
@@ -133,12 +135,12 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None,
-        weights: Fp8Weights, trains: bool, keep: bool,
+        weights: Fp8Weights, trains: bool, keep: bool, later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
         output = scaled_product(quantise_rows(rows, ends), operand, ends, rows.dtype)
         saved = [rows, weight, ends]
-        ctx.weights, ctx.of_clones = weights, None
+        ctx.weights, ctx.of_clones, ctx.later = weights, None, later
         if clones is not None:
             saved.append(clones.slot_expert)
             ctx.of_clones = clones.experts_per_rank, clones.transport, clones.announced
@@ -161,9 +163,10 @@ class _Fp8Linear(torch.autograd.Function):
             operand = ctx.weights.operand(weight, clones, is_transposed=True, kept=kept)
             if ctx.needs_input_grad[0]:
                 to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
-        if clones is not None or ctx.needs_input_grad[1]:
-            to_weight = _weight_gradient(grad, rows, weight, ends, clones)
-        nothing = None, None, None, None, None
+        if clones is not None or ctx.needs_input_grad[1] or ctx.later is not None:
+            make = functools.partial(_weight_gradient, grad, rows, weight, ends, clones)
+            to_weight = now_or_later(ctx.later, make)
+        nothing = None, None, None, None, None, None
         return to_rows, to_weight if ctx.needs_input_grad[1] else None, *nothing
 
 
@@ -181,7 +184,7 @@ def _weight_gradient(
 
 def fp8_linear(
     rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None, weights: Fp8Weights,
-    *, trains: bool, keep: bool = False,
+    *, trains: bool, keep: bool = False, later: DelayedGradients | None = None,
 ) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` in FP8 for each group of rows: the home experts', then the slots'.
 
@@ -196,9 +199,10 @@ def fp8_linear(
         weights: of this projection.
         trains: the module is in training; quantised weights are kept until the step ends.
         keep: keep a copy of the clones for backward in place of bringing them again.
+        later: where the gradient of ``weight`` waits; None computes it with the others.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
     trains = trains and role_of_call() is not Role.UNRECORDED
-    return _Fp8Linear.apply(rows, weight, ends, clones, weights, trains, keep)
+    return _Fp8Linear.apply(rows, weight, ends, clones, weights, trains, keep, later)

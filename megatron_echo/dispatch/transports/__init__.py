@@ -6,7 +6,7 @@ from megatron_echo.dispatch.transports.automatic import Transports
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.hybrid_ep import HybridEPBuffers, HybridEPTransport
 from megatron_echo.dispatch.transports.nccl_ep import NcclEPContext, NcclEPTransport
-from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
+from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers, PeerBuffersOfWeights
 from megatron_echo.dispatch.transports.symmetric_memory import SymmetricMemoryTransport
 from megatron_echo.dispatch.transports.weights import (
     CollectiveWeights,
@@ -25,6 +25,7 @@ __all__ = [
     "NcclEPContext",
     "NcclEPTransport",
     "PeerBuffers",
+    "PeerBuffersOfWeights",
     "PeerToPeerWeights",
     "SymmetricMemoryTransport",
     "SymmetricMemoryWeights",

@@ -14,7 +14,8 @@ movement is safe on these terms:
    hold anything between movements.
 
 Every rank makes the same movements in the same order, as with collectives. On CUDA they are on
-one stream, and barriers are waited for by the stream, not by the host.
+one stream, and barriers are waited for by the stream, not by the host. Where weights move beside
+tokens, on another stream, they have buffers and barriers of their own.
 """
 
 import torch
@@ -156,3 +157,7 @@ class PeerBuffers(PerModel):
             self._memory.barrier()
         self._last = set(keys)
         return [self._rows[key] for key in keys]
+
+
+class PeerBuffersOfWeights(PeerBuffers):
+    """The second ones of a model, for weights that move on another stream than tokens."""
