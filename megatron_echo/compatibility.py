@@ -63,6 +63,12 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "--cuda-graph-impl {config.cuda_graph_impl} does not capture. Leave one of the two out.",
     ),
     (
+        lambda c: c.overlap_moe_expert_parallel_comm and not _ends_with_experts(c),
+        "would lose the model's last norm behind a dense layer in Megatron's schedule of "
+        "--overlap-moe-expert-parallel-comm. Make the last layer a MoE layer with --moe-layer-freq, "
+        "or leave the flag out.",
+    ),
+    (
         lambda c: c.delay_wgrad_compute and not c.overlap_moe_expert_parallel_comm,
         "computes weight gradients later in the schedule of --overlap-moe-expert-parallel-comm "
         "only. Add that flag, or leave --delay-wgrad-compute out.",
@@ -275,6 +281,14 @@ def _replays_files(config: Any) -> bool:
 def _recomputes(config: Any, *modules: str) -> bool:
     is_selective = config.recompute_granularity == "selective"
     return is_selective and not set(modules).isdisjoint(config.recompute_modules)
+
+
+def _ends_with_experts(config: Any) -> bool:
+    """Whether the last layer of the decoder is a MoE layer."""
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return (config.num_layers - 1) % frequency == 0
+    return bool(frequency[-1])
 
 
 def _is_sinkhorn(config: Any) -> bool:

@@ -7,6 +7,7 @@ the first backward pass, and each forward pass between the stages of a backward 
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +47,7 @@ from megatron_echo.layer_specs import moe_module_spec
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.step.step_end import StepEnd
 
-KINDS = ("random", "hot", "idle rank")
+KINDS = ("hot", "random", "idle rank")
 OVERLAP = {
     "overlap_moe_expert_parallel_comm": True,
     "moe_token_dispatcher_type": "alltoall",
@@ -86,9 +87,7 @@ class Microbatch:
         names = ("attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
         names += ("packed_seq_params", "sequence_len_offset")
         decoder = SimpleNamespace(final_layernorm=None)
-        self.chunk = SimpleNamespace(
-            model=SimpleNamespace(decoder=decoder), **dict.fromkeys(names)
-        )
+        self.chunk = SimpleNamespace(model=SimpleNamespace(decoder=decoder), **dict.fromkeys(names))
         event = torch.cuda.Event()
         self.plan = TransformerLayerSchedulePlan(
             layer, event, self.chunk, get_comp_stream, get_comm_stream, {}
@@ -170,7 +169,7 @@ def check_same_bits() -> None:
             same_bits(late, early)
     layer = build(2, delay_wgrad_compute=True)
     layer.mlp.experts.linear_fc1.weight.requires_grad_(dist.get_rank() > 0)
-    some = Microbatch(layer, cases()[1])
+    some = Microbatch(layer, cases()[0])
     overlapped(some, None)
     with mock.patch.object(Microbatch, "results", lambda self, to_hidden: None):
         overlapped(None, some)
@@ -286,7 +285,7 @@ def check_early_frees() -> None:
         model = build(2, delay_wgrad_compute=True, **shared, **way)
         model.mlp.frees = FreeQueue(mode)
         some = [Microbatch(model, case) for case in cases()]
-        with mock.patch.object(torch.UntypedStorage, "resize_", _unless_freed_by_schedule):
+        with mock.patch.object(torch.UntypedStorage, "resize_", unless_by_megatron):
             for each in some[:2]:
                 overlapped(each, None)
             held = held_bytes([each.plan for each in some[:2]])
@@ -306,16 +305,14 @@ def check_early_frees() -> None:
             assert held_before - held == 2 * each_call
 
 
-_resize = torch.UntypedStorage.resize_
+original_resize = torch.UntypedStorage.resize_
 
 
-def _unless_freed_by_schedule(storage: torch.UntypedStorage, size: int) -> Any:
-    """Megatron's schedule frees the experts' output itself, unasked; ours asks first."""
-    import sys
-
+def unless_by_megatron(storage: torch.UntypedStorage, size: int) -> Any:
+    """Its schedule frees the experts' output too, unasked; a ticket does so before it."""
     if sys._getframe(1).f_code.co_name == "_forward":
         return storage
-    return _resize(storage, size)
+    return original_resize(storage, size)
 
 
 if __name__ == "__main__":
