@@ -65,7 +65,7 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda c: c.overlap_moe_expert_parallel_comm and not _ends_with_experts(c),
         "would lose the model's last norm behind a dense layer in Megatron's schedule of "
-        "--overlap-moe-expert-parallel-comm. Make the last layer a MoE layer with --moe-layer-freq, "
+        "--overlap-moe-expert-parallel-comm. Make the last one a MoE layer with --moe-layer-freq, "
         "or leave the flag out.",
     ),
     (

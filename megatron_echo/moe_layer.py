@@ -92,9 +92,9 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
     ``--moe-latent-size``, and plan the clones) -> ``dispatch`` (into a row on each rank that
     computes it) -> ``routed_experts_compute`` -> ``combine`` (home, and summed) -> ``postprocess``
     (plus the shared expert). Megatron's ``forward`` calls them in this order, as its recomputation
-    does. With ``--overlap-moe-expert-parallel-comm`` its schedule calls them, each as a stage with a
-    graph of its own, and holds what passes between stages until backward. What nobody reads again is
-    freed through tickets.
+    does. With ``--overlap-moe-expert-parallel-comm`` its schedule calls them, each as a stage with
+    a graph of its own, and holds what passes between stages until backward. What nobody reads again
+    is freed through tickets.
 
     Attributes:
         frees: of those tickets.
@@ -138,7 +138,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         self.frees = FreeQueue("off")
         if config.overlap_moe_expert_parallel_comm:
             self.frees = FreeQueue("free")
-            # The schedule frees what the dispatcher of these words does not need: neither does ours.
+            # The schedule frees what the dispatcher of these words needs no more, as ours.
             config.moe_token_dispatcher_type = "flex"
             config.moe_flex_dispatcher_backend = "hybridep"
         self._made: dict[str, Tensor] = {}

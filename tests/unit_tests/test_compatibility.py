@@ -29,7 +29,8 @@ PLAIN = SimpleNamespace(
     log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
     moe_echo_row_alignment=16, moe_received_token_capacity=None, hidden_size=64,
     moe_ffn_hidden_size=64, moe_echo_grouped_gemm="auto",
-    moe_shared_expert_intermediate_size=None, optimizer="adam",
+    moe_shared_expert_intermediate_size=None, optimizer="adam", num_layers=4, moe_layer_freq=1,
+    hybrid_layer_pattern=None,
 )  # fmt: skip
 LAYERS = {"cuda_graph_impl": "local"}
 GRAPH = {"cuda_graph_impl": "full_iteration"}
@@ -68,7 +69,8 @@ TAKEN_OVER = (
 OF_ARGUMENTS = (
     {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True}, {"moe_use_upcycling": True},
     {"overlap_moe_expert_parallel_comm": True, "hybrid_layer_pattern": "*E*E"},
-    {"fine_grained_activation_offloading": True}, {**GRAPH, "rampup_batch_size": [2, 2, 8]}, {**LAYERS, "step_batch_size_schedule": "0:8"},
+    {"fine_grained_activation_offloading": True},
+    {**GRAPH, "rampup_batch_size": [2, 2, 8]}, {**LAYERS, "step_batch_size_schedule": "0:8"},
     {"optimizer": "muon"}, {"optimizer": "soap"},
 )  # fmt: skip
 OF_GRAPHS = (

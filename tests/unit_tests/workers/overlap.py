@@ -171,7 +171,7 @@ def check_same_bits() -> None:
     layer.mlp.experts.linear_fc1.weight.requires_grad_(dist.get_rank() > 0)
     some = Microbatch(layer, cases()[0])
     overlapped(some, None)
-    with mock.patch.object(Microbatch, "results", lambda self, to_hidden: None):
+    with mock.patch.object(Microbatch, "results", return_value=None):
         overlapped(None, some)
     assert (layer.mlp.experts.linear_fc1.weight.grad is None) == (dist.get_rank() == 0)
     assert layer.mlp.experts.linear_fc2.weight.grad is not None
@@ -228,9 +228,8 @@ def with_the_last_plan() -> Iterator[None]:
         last.append(given.slot_expert)
         return original(pool, gemm, weight, given, *kept)
 
-    with mock.patch.object(clones_module, "_filled", note):
-        with mock.patch.object(clones_module, "Clones", clones):
-            yield
+    with mock.patch.multiple(clones_module, _filled=note, Clones=clones):
+        yield
 
 
 @contextlib.contextmanager
