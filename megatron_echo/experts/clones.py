@@ -57,7 +57,8 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     """About what one rank keeps at most of clones with ``--no-moe-echo-recompute-expert-dispatch``.
 
     S x layers x microbatches in flight x the weights of an expert, on the first pipeline stage,
-    where the schedules 1F1B and interleaved 1F1B have the most in flight.
+    where the schedules 1F1B and interleaved 1F1B have the most in flight; one more where they
+    overlap expert communication.
 
     Args:
         config: the transformer's configuration.
@@ -66,6 +67,7 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     stages = config.pipeline_model_parallel_size
     chunks = config.virtual_pipeline_model_parallel_size or 1
     in_flight = stages if chunks == 1 else (stages - 1) * 2 + (chunks - 1) * stages + 1
+    in_flight += config.overlap_moe_expert_parallel_comm
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         frequency = [i % frequency == 0 for i in range(config.num_layers)]
