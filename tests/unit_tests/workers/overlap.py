@@ -51,6 +51,7 @@ KINDS = ("hot", "random", "idle rank")
 OVERLAP = {
     "overlap_moe_expert_parallel_comm": True,
     "moe_token_dispatcher_type": "alltoall",
+    "transformer_impl": "local",
     "bf16": True,  # Megatron asks for it
 }
 WIRES = (
