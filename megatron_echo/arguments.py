@@ -43,7 +43,7 @@ def add_echo_arguments(parser: ArgumentParser) -> ArgumentParser:
         for action in parser._actions:
             if action.dest == "delay_wgrad_compute":
                 parser.set_defaults(delay_wgrad_compute=False)
-                action.dest = "echo_delay_wgrad_compute"
+                action.dest = "delay_wgrad_of_experts"
     return parser
 
 
@@ -92,7 +92,7 @@ def echo_config_from_args(
 
     refuse_heterogeneous_layers(args)
     config = core_transformer_config_from_args(args, EchoTransformerConfig)
-    is_delayed = getattr(args, "echo_delay_wgrad_compute", False)
+    is_delayed = getattr(args, "delay_wgrad_of_experts", False)
     if is_delayed and not args.moe_enable_echo:
         raise ValueError(
             "--delay-wgrad-compute needs Transformer Engine, but for the experts of this package. "
