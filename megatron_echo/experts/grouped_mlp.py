@@ -112,7 +112,8 @@ class GroupedLinear(torch.nn.Module):
         return self._product(rows, ends, clones), bias
 
     def _product(self, rows: Tensor, ends: Tensor, clones: Clones | None) -> Tensor:
-        keep, later, weight = self._keeps_clones, None, self.weight
+        keep, later = self._keeps_clones, None
+        weight: Tensor = self.weight
         if self._later is not None and (clones is not None or weight.requires_grad):
             # Not in the graph: hooks of a parameter run there, with a gradient or without.
             later, weight = self._later, weight.detach()
