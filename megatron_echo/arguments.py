@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from megatron.core.transformer import MLATransformerConfig
 
 from megatron_echo.config import EchoMLATransformerConfig, EchoTransformerConfig, echo_fields
+from megatron_echo.environment import HAVE_TRANSFORMER_ENGINE
 from megatron_echo.flags import add_flags, flag, flag_name
 
 
@@ -37,6 +38,12 @@ def add_echo_arguments(parser: ArgumentParser) -> ArgumentParser:
     Use it as ``extra_args_provider`` of ``megatron.training.parse_and_validate_args``.
     """
     add_flags(parser, (*echo_fields(), *dataclasses.fields(RunArguments)))
+    if not HAVE_TRANSFORMER_ENGINE:
+        # Megatron asks for it, for its own layers. Our experts do without.
+        for action in parser._actions:
+            if action.dest == "delay_wgrad_compute":
+                parser.set_defaults(delay_wgrad_compute=False)
+                action.dest = "delay_wgrad_of_experts"
     return parser
 
 
@@ -85,7 +92,15 @@ def echo_config_from_args(
 
     refuse_heterogeneous_layers(args)
     config = core_transformer_config_from_args(args, EchoTransformerConfig)
+    is_delayed = getattr(args, "delay_wgrad_of_experts", False)
+    if is_delayed and not args.moe_enable_echo:
+        raise ValueError(
+            "--delay-wgrad-compute needs Transformer Engine, but for the experts of this package. "
+            "Install it, or add --moe-enable-echo."
+        )
+    config.delay_wgrad_compute |= is_delayed
     if isinstance(config, EchoTransformerConfig):
+        config.validate_echo()
         return config
     if type(config) is not MLATransformerConfig:
         raise ValueError(

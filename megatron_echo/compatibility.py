@@ -58,13 +58,25 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "applies probabilities inside the activation. Leave --moe-apply-probs-on-input out.",
     ),
     (
-        lambda c: c.overlap_moe_expert_parallel_comm,
-        "keeps one dispatch in flight. Leave --overlap-moe-expert-parallel-comm out.",
+        lambda c: c.overlap_moe_expert_parallel_comm and c.cuda_graph_impl != "none",
+        "runs in stages of several microbatches with --overlap-moe-expert-parallel-comm, which "
+        "--cuda-graph-impl {config.cuda_graph_impl} does not capture. Leave one of the two out.",
     ),
     (
-        lambda c: c.delay_wgrad_compute or c.overlap_dispatch_backward_with_experts_wgrad,
-        "computes weight gradients with the other gradients. Leave --delay-wgrad-compute and "
-        "--overlap-dispatch-backward-with-experts-wgrad out.",
+        lambda c: c.overlap_moe_expert_parallel_comm and not _ends_with_experts(c),
+        "would lose the model's last norm behind a dense layer in Megatron's schedule of "
+        "--overlap-moe-expert-parallel-comm. Make the last one a MoE layer with --moe-layer-freq, "
+        "or leave the flag out.",
+    ),
+    (
+        lambda c: c.delay_wgrad_compute and not c.overlap_moe_expert_parallel_comm,
+        "computes weight gradients later in the schedule of --overlap-moe-expert-parallel-comm "
+        "only. Add that flag, or leave --delay-wgrad-compute out.",
+    ),
+    (
+        lambda c: c.overlap_dispatch_backward_with_experts_wgrad,
+        "computes weight gradients with the other gradients, or with --delay-wgrad-compute after "
+        "them. Leave --overlap-dispatch-backward-with-experts-wgrad out.",
     ),
     (
         lambda c: c.moe_mlp_glu_interleave_size is not None,
@@ -167,6 +179,11 @@ _TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "experts",
     ),
     (
+        lambda c: c.delay_wgrad_compute and c.transformer_impl == "local",
+        "--delay-wgrad-compute: of our experts; local modules compute theirs with the other "
+        "gradients",
+    ),
+    (
         lambda c: has_layer_graphs(c) and _recomputes(c, "moe"),
         "--recompute-modules moe: a layer in a graph keeps its activations",
     ),
@@ -199,8 +216,9 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "load that checkpoint.",
     ),
     (
-        lambda a: a.delay_wgrad_compute,
-        "computes weight gradients with the other gradients. Leave --delay-wgrad-compute out.",
+        lambda a: a.overlap_moe_expert_parallel_comm and a.hybrid_layer_pattern,
+        "follows Megatron's schedule of --overlap-moe-expert-parallel-comm, which knows no hybrid "
+        "models. Leave it out, or --hybrid-layer-pattern.",
     ),
     (
         # It takes matrices, one a parameter, and hands everything else to Adam.
@@ -263,6 +281,14 @@ def _replays_files(config: Any) -> bool:
 def _recomputes(config: Any, *modules: str) -> bool:
     is_selective = config.recompute_granularity == "selective"
     return is_selective and not set(modules).isdisjoint(config.recompute_modules)
+
+
+def _ends_with_experts(config: Any) -> bool:
+    """Whether the last layer of the decoder is a MoE layer."""
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return (config.num_layers - 1) % frequency == 0
+    return bool(frequency[-1])
 
 
 def _is_sinkhorn(config: Any) -> bool:

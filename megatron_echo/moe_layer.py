@@ -21,6 +21,7 @@ from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.dispatch.reroute import Homecoming
 from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.experts.grouped_mlp import FetchInBackward
+from megatron_echo.free_ticket import FreeQueue
 from megatron_echo.routing.router import router_class
 from megatron_echo.step.step_end import StepEnd
 
@@ -105,7 +106,12 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
     ``--moe-latent-size``, and plan the clones) -> ``dispatch`` (into a row on each rank that
     computes it) -> ``routed_experts_compute`` -> ``combine`` (home, and summed) -> ``postprocess``
     (plus the shared expert). Megatron's ``forward`` calls them in this order, as its recomputation
-    does.
+    does. With ``--overlap-moe-expert-parallel-comm`` its schedule calls them, each as a stage with
+    a graph of its own, and holds what passes between stages until backward. What nobody reads again
+    is freed through tickets.
+
+    Attributes:
+        frees: of those tickets.
     """
 
     token_dispatcher: EchoTokenDispatcher
@@ -143,6 +149,13 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         without_packages = copy.copy(config)  # flex would need DeepEP, for nothing
         without_packages.moe_token_dispatcher_type = "allgather"
         super().__init__(without_packages, submodules, layer_number, groups, is_mtp_layer, name)
+        self.frees = FreeQueue("off")
+        if config.overlap_moe_expert_parallel_comm:
+            self.frees = FreeQueue("free")
+            # The schedule frees what the dispatcher of these words needs no more, as ours.
+            config.moe_token_dispatcher_type = "flex"
+            config.moe_flex_dispatcher_backend = "hybridep"
+        self._made: dict[str, Tensor] = {}
         self._groups = groups
         self.token_dispatcher = EchoTokenDispatcher(config, groups)
         if self.shared_expert_overlap and self.shared_experts is not None:
@@ -235,12 +248,34 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         dispatcher = self.token_dispatcher
         rows, ends, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)
         output, _ = self.experts(rows, ends, row_probs, dispatcher.clones)
-        return dispatcher.combine_preprocess(output), None
+        self._made["rows"] = dispatcher.combine_preprocess(output)
+        return self._made["rows"], None
+
+    def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
+        """Megatron's, ``[s, b, H]``; None without, or where it overlaps."""
+        output: Tensor | None = super().shared_experts_compute(hidden_states)
+        if output is not None:
+            self._made["shared"] = output
+        return output
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """Megatron's: ``[T, H]`` in the wide dtype to ``[s, b, H]``, plus the shared expert."""
+        if shared_expert_output is None:
+            return super().postprocess(output, None)
+        made = self._made.pop("shared", shared_expert_output)
+        ticket = self.frees.ticket(shared_expert_output, made)
+        with ticket.consumer():
+            output = super().postprocess(output, shared_expert_output)
+        ticket.free()
+        return output
 
     def combine(self, output: Tensor) -> Tensor:
         """Bring the sums back to the tokens' own ranks; see ``--moe-echo-check-every``."""
         clones = self.token_dispatcher.clones
-        combined = super().combine(output)
+        ticket = self.frees.ticket(output, self._made.pop("rows", output))
+        with ticket.consumer():
+            combined = super().combine(output)
+        ticket.free()
         if self.token_dispatcher.hides_clones:
             combined = FetchInBackward.apply(combined, self.experts.linear_fc2, clones)
         if self._checked_call is not None:

@@ -1,6 +1,8 @@
 """Megatron's token dispatcher interface with static shapes and no host read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from megatron_echo.dispatch.transports import (
     Transports,
     WeightTransport,
 )
+from megatron_echo.environment import on_gpu
 from megatron_echo.plan_settings import domain_ranks, plan_tolerance, token_capacity
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
 from megatron_echo.step.step_end import StepEnd
@@ -88,9 +91,20 @@ def _millionths(part: Tensor, whole: int) -> Tensor:
     return (part * 10**6 + whole - 1) // max(whole, 1)
 
 
+def _used_here(tensors: Iterable[Tensor]) -> None:
+    """Let no other stream reuse their memory before the current one, which did not make them."""
+    for tensor in tensors:
+        if on_gpu(tensor):
+            tensor.record_stream(torch.cuda.current_stream())
+
+
 @dataclass(frozen=True)
 class _Call:
-    """What one forward pass hands from stage to stage; replaced, never changed."""
+    """What one forward pass hands from stage to stage; replaced, never changed.
+
+    The stages of a layer's forward passes come one pass after the other, in every schedule of
+    Megatron's. What backward needs is in autograd's graph, of as many passes as there are.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -118,6 +132,9 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     With ``--moe-shared-expert-overlap`` the layer hands its shared expert over
     (``set_shared_experts``): its stages run on a side stream beside dispatch and combine, in the
     places that Megatron's dispatchers give them.
+
+    With ``--overlap-moe-expert-parallel-comm`` dispatch and combine are on a stream of their own,
+    beside the backward pass of another microbatch.
 
     Attributes:
         num_groups: experts and clone slots of a rank.
@@ -182,8 +199,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
 
     def _make_weight_transport(self, way: str) -> WeightTransport:
         if way == "symmetric_memory" and self._slots > 0:
-            buffers = self._peer_buffers()
-            return SymmetricMemoryWeights(buffers, self._local)
+            is_hidden = not self.config.overlap_moe_expert_parallel_comm
+            return SymmetricMemoryWeights(self._peer_buffers(), self._local, is_hidden)
         if way == "p2p":
             return PeerToPeerWeights(self.ep_group, self._local)
         domain = domain_ranks(self.config, self.ep_size)
@@ -321,6 +338,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         hidden_states = all_gather(hidden_states, self.tp_group)
         probs = all_gather(probs, self.tp_group)
         call, tokens = self._current(), len(hidden_states)
+        _used_here((call.experts, *(vars(call.counts).values() if call.counts else ())))
         delivery = self._transport.dispatch(
             hidden_states, call.experts, probs, self.buffer_rows(tokens),
             self._is_training, call.counts,
@@ -355,7 +373,13 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """
         ends = self._current().ends
         assert ends is not None, "token_dispatch has not been called"
+        _used_here((hidden_states, ends, probs))
         return hidden_states, ends, probs
+
+    @property
+    def _comm_manager(self) -> SimpleNamespace:
+        """What Megatron's schedule tells, and asks, a dispatcher that keeps its tensors itself."""
+        return SimpleNamespace(get_number_of_tokens_per_expert=lambda: self._current().ends)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Nothing: the transport takes rows."""

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.copy_lanes import Errand
 from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.grouped_linear import GroupedGemm, kept_rows, rows_again
 from megatron_echo.per_model import PerModel
 
@@ -71,7 +72,8 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     """About what one rank keeps at most of clones with ``--no-moe-echo-recompute-expert-dispatch``.
 
     S x layers x microbatches in flight x the weights of an expert, on the first pipeline stage,
-    where the schedules 1F1B and interleaved 1F1B have the most in flight.
+    where the schedules 1F1B and interleaved 1F1B have the most in flight; one more where they
+    overlap expert communication.
 
     Args:
         config: the transformer's configuration.
@@ -80,6 +82,7 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     stages = config.pipeline_model_parallel_size
     chunks = config.virtual_pipeline_model_parallel_size or 1
     in_flight = stages if chunks == 1 else (stages - 1) * 2 + (chunks - 1) * stages + 1
+    in_flight += config.overlap_moe_expert_parallel_comm
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         frequency = [i % frequency == 0 for i in range(config.num_layers)]
@@ -96,13 +99,14 @@ class _ClonedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, target: Tensor, home: tuple[Tensor], ends: Tensor, clones: Clones,
-        pool: WeightPool, gemm: GroupedGemm, keep: bool,
+        pool: WeightPool, gemm: GroupedGemm, keep: bool, later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         (weight,) = home
         stack = clones.brought(id(weight), bringer(weight, clones, pool, gemm))
         kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(kept_rows(rows), weight, ends, clones.slot_expert, *kept)
         ctx.number, ctx.pool, ctx.gemm, ctx.clones = id(weight), pool, gemm, clones
+        ctx.later = later
         return gemm.product(rows, weight, stack, ends, transpose=True)
 
     @staticmethod
@@ -121,10 +125,15 @@ class _ClonedLinear(torch.autograd.Function):
         rows = rows_again(ctx, rows)
         # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
         # not be, and nobody here knows.
-        to_weight = _weight_gradient(grad, rows, weight, ends, clones, gemm)
         is_wanted = ctx.needs_input_grad[1]
-        to_weight = clones.homeward(*to_weight, is_wanted=is_wanted)
-        return to_rows, to_weight if is_wanted else None, None, None, None, None, None, None
+
+        def make() -> Tensor:
+            to_weight = _weight_gradient(grad, rows, weight, ends, clones, gemm)
+            return clones.homeward(*to_weight, is_wanted=is_wanted)
+
+        to_weight = now_or_later(ctx.later, make)
+        nothing = None, None, None, None, None, None, None
+        return to_rows, to_weight if is_wanted else None, *nothing
 
 
 def bringer(
@@ -191,7 +200,7 @@ def _weight_gradient(
 
 def cloned_linear(
     rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones, pool: WeightPool,
-    gemm: GroupedGemm, keep: bool = False,
+    gemm: GroupedGemm, keep: bool = False, later: DelayedGradients | None = None,
 ) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` for each group of rows: the home experts', then the slots'.
 
@@ -208,9 +217,10 @@ def cloned_linear(
         pool: where the weights are brought to.
         gemm: what computes the products.
         keep: keep a copy of the clones for backward in place of bringing them again.
+        later: where the gradient of ``weight`` waits; None computes it with the others.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
     target = clones.target(weight)
-    return _ClonedLinear.apply(rows, target, (weight,), ends, clones, pool, gemm, keep)
+    return _ClonedLinear.apply(rows, target, (weight,), ends, clones, pool, gemm, keep, later)

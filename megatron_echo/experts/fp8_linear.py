@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import is_capturing
+from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.fp8 import (
     FP8,
     Quantised,
@@ -150,6 +151,7 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, target: Tensor, home: tuple[Tensor], ends: Tensor,
         clones: Clones | None, weights: Fp8Weights, trains: bool, keep: bool,
+        later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         (weight,) = home
         operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
@@ -160,7 +162,7 @@ class _Fp8Linear(torch.autograd.Function):
             if keep and trains:
                 saved.append(weights.copy_of_clones(weight, clones))
         ctx.save_for_backward(*saved)
-        ctx.weights, ctx.clones = weights, clones
+        ctx.weights, ctx.clones, ctx.later = weights, clones, later
         return output
 
     @staticmethod
@@ -178,10 +180,15 @@ class _Fp8Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
         is_wanted = ctx.needs_input_grad[1]
-        if clones is not None or is_wanted:
-            parts = _weight_gradient(grad, rows_again(ctx, rows), weight, ends)
-            to_weight = _brought_home(parts, weight, clones, is_wanted)
-        nothing = None, None, None, None, None, None
+        if clones is not None or is_wanted or ctx.later is not None:
+            rows = rows_again(ctx, rows)
+
+            def make() -> Tensor:
+                parts = _weight_gradient(grad, rows, weight, ends)
+                return _brought_home(parts, weight, clones, is_wanted)
+
+            to_weight = now_or_later(ctx.later, make)
+        nothing = None, None, None, None, None, None, None
         return to_rows, to_weight if is_wanted else None, *nothing
 
 
@@ -207,7 +214,7 @@ def _brought_home(parts: Tensor, weight: Tensor, clones: Clones | None, is_wante
 
 def fp8_linear(
     rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None, weights: Fp8Weights,
-    *, trains: bool, keep: bool = False,
+    *, trains: bool, keep: bool = False, later: DelayedGradients | None = None,
 ) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` in FP8 for each group of rows: the home experts', then the slots'.
 
@@ -222,9 +229,10 @@ def fp8_linear(
         weights: of this projection.
         trains: the call is one of a training step; quantised weights are kept until it ends.
         keep: keep a copy of the clones for backward in place of bringing them again.
+        later: where the gradient of ``weight`` waits; None computes it with the others.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
     target = weight if clones is None else clones.target(weight)
-    return _Fp8Linear.apply(rows, target, (weight,), ends, clones, weights, trains, keep)
+    return _Fp8Linear.apply(rows, target, (weight,), ends, clones, weights, trains, keep, later)

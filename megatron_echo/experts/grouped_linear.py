@@ -1,5 +1,6 @@
 """Matrix products of grouped rows with a stack of weights, with offsets on the device."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, override
@@ -12,6 +13,7 @@ from torch.nn.functional import grouped_mm
 
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import on_gpu
+from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 
 _ROW_BYTES = 16
 _MOST_GROUPS = 1023  # of grouped_mm on CUDA
@@ -207,27 +209,33 @@ def rows_again(ctx: Any, kept: Tensor | None) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, gemm: GroupedGemm) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, gemm: GroupedGemm,
+        later: DelayedGradients | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(kept_rows(rows), weight, ends)
-        ctx.gemm = gemm
+        ctx.gemm, ctx.later = gemm, later
         return gemm.product(rows, weight, None, ends, transpose=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
         to_rows = to_weight = None
         if ctx.needs_input_grad[0]:
             to_rows = ctx.gemm.product(grad, weight, None, ends, transpose=False)
-        if ctx.needs_input_grad[1]:
-            to_weight = ctx.gemm.outer(grad, rows_again(ctx, rows), ends, weight.dtype)
-        return to_rows, to_weight, None, None
+        if ctx.needs_input_grad[1] or ctx.later is not None:
+            rows = rows_again(ctx, rows)
+            make = functools.partial(ctx.gemm.outer, grad, rows, ends, weight.dtype)
+            to_weight = now_or_later(ctx.later, make)
+        return to_rows, to_weight, None, None, None
 
 
 def grouped_linear(
-    rows: Tensor, weights: Tensor, ends: Tensor, gemm: GroupedGemm | None = None
-) -> Tensor:
+    rows: Tensor, weights: Tensor, ends: Tensor, gemm: GroupedGemm | None = None,
+    later: DelayedGradients | None = None,
+) -> Tensor:  # fmt: skip
     """``rows[g] @ weights[g].T`` for each group of rows.
 
     Rows beyond the last end are neither read nor, with a kernel, written: the output holds
@@ -239,8 +247,9 @@ def grouped_linear(
         weights: ``[G, o, i]``, the same dtype.
         ends: int32 ``[G]``, end offset of each group, not above B, on the device.
         gemm: what computes the products, by default torch's.
+        later: where the gradient of ``weights`` waits; None computes it with the others.
 
     Returns:
         ``[B, o]``.
     """
-    return _GroupedLinear.apply(rows, weights, ends, gemm or TorchGemm())
+    return _GroupedLinear.apply(rows, weights, ends, gemm or TorchGemm(), later)

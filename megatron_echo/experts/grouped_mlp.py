@@ -23,6 +23,7 @@ from megatron_echo.experts.activation import expert_activation, weighted_activat
 from megatron_echo.experts.biases import bias_stack, with_weighted_bias
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, bringer, cloned_linear
+from megatron_echo.experts.delayed import DelayedGradients
 from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear
 from megatron_echo.experts.grouped_linear import (
     GroupedGemm,
@@ -91,6 +92,7 @@ class GroupedLinear(torch.nn.Module):
         self._fp8 = Fp8Weights(config) if computes_in_fp8(config) else None
         self._pool = WeightPool.of(config)
         self._gemm = echo_setting(config, "moe_echo_grouped_gemm")
+        self._later = DelayedGradients() if config.delay_wgrad_compute else None
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
 
     def forward(
@@ -135,14 +137,31 @@ class GroupedLinear(torch.nn.Module):
         return self.training and role_of_call() is not Role.UNRECORDED
 
     def _product(self, rows: Tensor, ends: Tensor, clones: Clones | None) -> Tensor:
-        keep = self._keeps_clones
+        keep, later = self._keeps_clones, None
+        weight: Tensor = self.weight
+        if self._later is not None and (clones is not None or weight.requires_grad):
+            # Not in the graph: hooks of a parameter run there, with a gradient or without.
+            later, weight = self._later, weight.detach()
+            if torch.is_grad_enabled() and not rows.requires_grad:
+                rows = rows.detach().requires_grad_()
         if self._fp8 is not None:
             trains = self._trains()
-            return fp8_linear(rows, self.weight, ends, clones, self._fp8, trains=trains, keep=keep)
+            return fp8_linear(
+                rows, weight, ends, clones, self._fp8, trains=trains, keep=keep, later=later
+            )
         gemm = self._grouped_gemm(len(ends))
         if clones is None:
-            return grouped_linear(rows, self.weight, ends, gemm)
-        return cloned_linear(rows, self.weight, ends, clones, self._pool, gemm, keep)
+            return grouped_linear(rows, weight, ends, gemm, later)
+        return cloned_linear(rows, weight, ends, clones, self._pool, gemm, keep, later)
+
+    def backward_dw(self) -> None:
+        """Compute the weight gradient that the first call of those in flight left for later.
+
+        Clones' parts come home here: all ranks of the group call it together. Biases' gradients
+        are computed with the other gradients.
+        """
+        if self._later is not None:
+            self._later.compute(self.weight)
 
     def _grouped_gemm(self, groups: int) -> GroupedGemm:
         kind, weight = self._gemm, self.weight
@@ -308,7 +327,9 @@ class EchoGroupedMLP(MegatronModule):
         return output if bias is None else with_weighted_bias(output, bias, probs, ends), None
 
     def backward_dw(self) -> None:
-        """Nothing: weight gradients are computed with the others."""
+        """The weight gradients of a call, with ``--delay-wgrad-compute``; else nothing."""
+        self.linear_fc2.backward_dw()
+        self.linear_fc1.backward_dw()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

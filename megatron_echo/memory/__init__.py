@@ -3,7 +3,7 @@
 Nothing here knows what a mixture of experts is.
 """
 
-from megatron_echo.memory.free_ticket import FreeQueue, FreeTicket
+from megatron_echo.free_ticket import FreeQueue, FreeTicket
 from megatron_echo.memory.pipeline_layout import LayerCost, PipelineLayout, plan_layout
 from megatron_echo.record.ledger import SavedTensorLedger
 

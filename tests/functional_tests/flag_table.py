@@ -43,6 +43,12 @@ FULL = {
 }
 GRAPH = {"cuda_graph_impl": "full_iteration", "no_check_for_nan_in_loss_and_grad": True}
 OFFLOAD = {"fine_grained_activation_offloading": True, "offload_modules": "moe_act"}
+OVERLAP = {
+    "overlap_moe_expert_parallel_comm": True,
+    "delay_wgrad_compute": True,
+    "moe_token_dispatcher_type": "alltoall",
+    "bf16": True,
+}
 ROWS = (
     Row("tensor and sequence parallelism, whole experts",
         {"tensor_model_parallel_size": 2, "sequence_parallel": True,
@@ -154,10 +160,24 @@ ROWS = (
         {**SHARED, "moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "alltoall"},
         note="on a side stream, beside dispatch and combine", is_elsewhere=True),
     Row("EP-communication overlap",
-        {"overlap_moe_expert_parallel_comm": True, "moe_token_dispatcher_type": "alltoall",
-         "bf16": True}, "keeps one dispatch in flight."),
-    Row("delayed weight gradients", {"delay_wgrad_compute": True},
-        "computes weight gradients with the other gradients."),
+        {name: value for name, value in OVERLAP.items() if name != "delay_wgrad_compute"},
+        note="dispatch and combine beside the backward pass of another microbatch",
+        is_elsewhere=True),
+    Row("EP-communication overlap, delayed weight gradients", OVERLAP,
+        note="of experts and clones", is_elsewhere=True),
+    Row("EP-communication overlap in a CUDA graph",
+        {**OVERLAP, "cuda_graph_impl": "local"},
+        "runs in stages of several microbatches with --overlap-moe-expert-parallel-comm"),
+    Row("EP-communication overlap, last layer dense", {**OVERLAP, "moe_layer_freq": 2},
+        "would lose the model's last norm behind a dense layer"),
+    Row("EP-communication overlap of a hybrid model",
+        {**OVERLAP, "hybrid_layer_pattern": "*E*E", "num_layers": None},
+        "which knows no hybrid models."),
+    Row("EP-communication overlap, MoE layer recomputed",
+        {**OVERLAP, **SELECTIVE, "recompute_modules": "moe"},
+        "disable moe in recompute_modules", note="by Megatron itself"),
+    Row("delayed weight gradients alone", {"delay_wgrad_compute": True},
+        "computes weight gradients later in the schedule of --overlap-moe-expert-parallel-comm"),
     Row("Transformer Engine's op fuser", {"use_transformer_engine_op_fuser": True},
         note="for dense layers and the shared expert"),
     Row("activation recomputed alone",

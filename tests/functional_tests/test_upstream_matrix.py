@@ -18,6 +18,7 @@ from megatron_echo.preflight import check_flags
 from megatron_echo.record.metrics import read_metrics
 
 CONFIGS = upstream_matrix.load()
+IN_FP32 = Path(__file__).resolve().parent / "overlap_in_fp32.py"
 QUICK = ("moe/gpt3_mcore_te_tp2_pp1_te_8experts2parallel_top2router",)
 QUICK += ("gpt/gpt3_mcore_te_tp2_pp1_gdn",)
 
@@ -77,7 +78,9 @@ def test_it_follows_megatrons_layer(config: Config, tmp_path: Path) -> None:
     curves = []
     for ours in (True, False)[: 1 if config.build_refusal else 2]:
         run_dir = tmp_path / f"ours {ours}"
-        result = launch.run(config.argv(ours=ours, run_dir=run_dir), config.ranks)
+        overlaps = "--overlap-moe-expert-parallel-comm" in config.flags
+        script = IN_FP32 if overlaps else launch.SCRIPT
+        result = launch.run(config.argv(ours=ours, run_dir=run_dir), config.ranks, script)
         if config.build_refusal:
             assert config.build_refusal in result.output
             assert result.codes == (2,) * config.ranks

@@ -18,7 +18,7 @@ FLOORS = (
     ("experts",),
     ("dispatch", "routing"),
     ("step",),
-    ("offload",),
+    ("free_ticket", "offload"),
     ("record", "plan_settings"),
     ("config",),
     ("flag_checks",),

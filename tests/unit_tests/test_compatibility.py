@@ -29,7 +29,8 @@ PLAIN = SimpleNamespace(
     log_straggler=False, params_dtype=torch.bfloat16, moe_echo_check_every=0,
     moe_echo_row_alignment=16, moe_received_token_capacity=None, hidden_size=64,
     moe_ffn_hidden_size=64, moe_echo_grouped_gemm="auto",
-    moe_shared_expert_intermediate_size=None, optimizer="adam",
+    moe_shared_expert_intermediate_size=None, optimizer="adam", num_layers=4, moe_layer_freq=1,
+    hybrid_layer_pattern=None,
 )  # fmt: skip
 LAYERS = {"cuda_graph_impl": "local"}
 GRAPH = {"cuda_graph_impl": "full_iteration"}
@@ -39,7 +40,9 @@ OF_CONFIG = (
     {"moe_expert_rank_capacity_factor": 1.5},
     {"add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},
     {"moe_apply_probs_on_input": True},
-    {"overlap_moe_expert_parallel_comm": True},
+    {"overlap_moe_expert_parallel_comm": True, "cuda_graph_impl": "local"},
+    {"overlap_moe_expert_parallel_comm": True, "moe_layer_freq": 2},
+    {"overlap_moe_expert_parallel_comm": True, "moe_layer_freq": [1, 1, 1, 0]},
     {"delay_wgrad_compute": True}, {"overlap_dispatch_backward_with_experts_wgrad": True},
     {"moe_mlp_glu_interleave_size": 32},
     {"variable_seq_lengths": True},
@@ -59,13 +62,14 @@ TAKEN_OVER = (
     {"fp8": "hybrid"}, {"fp4": "e2m1"},
     {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     {"moe_router_padding_for_quantization": True}, {"use_transformer_engine_op_fuser": True},
-    {**LAYERS, "recompute_granularity": "selective"},
+    {"delay_wgrad_compute": True}, {**LAYERS, "recompute_granularity": "selective"},
     {**LAYERS, "cuda_graph_modules": [CudaGraphModule.moe]},
     {"moe_router_load_balancing_type": ["sinkhorn"]},
 )  # fmt: skip
 OF_ARGUMENTS = (
     {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True}, {"moe_use_upcycling": True},
-    {"delay_wgrad_compute": True}, {"fine_grained_activation_offloading": True},
+    {"overlap_moe_expert_parallel_comm": True, "hybrid_layer_pattern": "*E*E"},
+    {"fine_grained_activation_offloading": True},
     {**GRAPH, "rampup_batch_size": [2, 2, 8]}, {**LAYERS, "step_batch_size_schedule": "0:8"},
     {"optimizer": "muon"}, {"optimizer": "soap"},
 )  # fmt: skip

@@ -14,9 +14,9 @@ movement is safe on these terms:
    hold anything between movements. Only weights of clones are used where they lie, by products.
 
 Every rank makes the same movements in the same order, as with collectives. On CUDA rows are moved
-in compute's stream and matrices in one beside it, each with barriers of its own, which are waited
-for by the stream and not by the host. Nothing orders a movement of rows with one of matrices, so
-no barrier of the one counts for a buffer of the other. What compute reads of a matrix that came is
+in one stream and matrices in another, each with barriers of its own, which are waited for by the
+stream and not by the host. Nothing orders a movement of rows with one of matrices, so no barrier
+of the one counts for a buffer of the other. What compute reads of a matrix that came is
 over at a barrier of matrices only if it was launched before the movement of that barrier began:
 that is not so of the last ``unread`` pushes, which were begun early and wait to be used.
 """

@@ -253,17 +253,17 @@ class SymmetricMemoryWeights(WeightTransport):
     written or laid open, and only homes that have clones are touched.
     """
 
-    is_hidden = True
-
-    def __init__(self, buffers: PeerBuffers, experts_per_rank: int) -> None:
+    def __init__(self, buffers: PeerBuffers, experts_per_rank: int, is_hidden: bool = True) -> None:
         """Set the sizes.
 
         Args:
             buffers: the model's.
             experts_per_rank: m.
+            is_hidden: movements go beside compute; False where a schedule fills that time already.
         """
         super().__init__(buffers.group, experts_per_rank)
-        self._buffers, self.backend = buffers, buffers.backend
+        self._buffers, self.is_hidden = buffers, is_hidden
+        self.backend = buffers.backend if is_hidden else Backend()
 
     @override
     def run(self, movement: Callable[[], Any], unread: int) -> Errand:

@@ -13,8 +13,8 @@ from moe_cases import HIDDEN, layer_config, router_probs, routing_map
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from megatron_echo.free_ticket import storage_owners
 from megatron_echo.memory import FreeQueue, FreeTicket, SavedTensorLedger
-from megatron_echo.memory.free_ticket import storage_owners
 from megatron_echo.moe_layer import EchoMoELayer
 
 TOKENS = 24
