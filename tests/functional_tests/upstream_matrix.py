@@ -35,8 +35,8 @@ class Config:
         flags: of upstream, scaled.
         left_out: flags that need what is not here.
         refusal: words of a refusal that the flags alone bring.
-        build_refusal: of one that building the model brings.
         package: that Megatron needs.
+        kernels: a package whose CUDA kernels have a stand-in, for both layers.
         reason: of a refusal, in short.
     """
 
@@ -45,8 +45,8 @@ class Config:
     flags: str
     left_out: str = ""
     refusal: str = ""
-    build_refusal: str = ""
     package: str = ""
+    kernels: str = ""
     reason: str = ""
 
     def argv(self, *, ours: bool, run_dir: object = None) -> list[str]:
@@ -57,6 +57,11 @@ class Config:
         if "--cuda-graph-impl" in words:  # whose graphs of dropless layers are parts of them
             words[words.index("--cuda-graph-impl") + 1] = "none"
         return ["alltoall" if word == "flex" else word for word in words]  # flex needs DeepEP
+
+    @property
+    def script(self) -> Path:
+        """That starts it."""
+        return CONFIGS.parent / "kernel_stand_ins.py" if self.kernels else launch.SCRIPT
 
     @property
     def outcome(self) -> str:
@@ -93,5 +98,6 @@ def render() -> str:
     for config in configs:
         needs = [config.left_out] if config.left_out else []
         needs += [f"(needs {config.package})"] if config.package else []
+        needs += [f"(kernels of {config.kernels} by a stand-in)"] if config.kernels else []
         lines += [f"| `{name}` | {config.outcome} | {' '.join(needs)} |" for name in config.names]
     return "\n".join(lines) + "\n"
