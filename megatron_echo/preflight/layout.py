@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.arguments import refuse_heterogeneous_layers
-from megatron_echo.compatibility import argument_refusal
+from megatron_echo.compatibility import MUON, argument_refusal
 from megatron_echo.flags import flag_name, nearest_multiples, number_refusal
 
 _UNSUPPORTED = (
@@ -260,6 +260,7 @@ def _check_packages(args: Namespace) -> None:
         ("--experimental-attention-variant", has_delta_net and variant, "fla"),
         ("--num-distributed-optimizer-instances", instances if instances > 1 else None, "einops"),
         ("--wandb-project", args.wandb_project, "wandb"),
+        ("--optimizer", args.optimizer in MUON and args.optimizer, "emerging_optimizers"),
     ):
         if value and importlib.util.find_spec(package) is None:
             raise ValueError(

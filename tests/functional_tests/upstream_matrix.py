@@ -36,7 +36,7 @@ class Config:
         left_out: flags that need what is not here.
         refusal: words of a refusal that the flags alone bring.
         package: that Megatron needs.
-        kernels: a package whose CUDA kernels have a stand-in, for both layers.
+        stand_in: the same, in whose place there are functions of torch, for both layers.
         reason: of a refusal, in short.
     """
 
@@ -46,7 +46,7 @@ class Config:
     left_out: str = ""
     refusal: str = ""
     package: str = ""
-    kernels: str = ""
+    stand_in: str = ""
     reason: str = ""
 
     def argv(self, *, ours: bool, run_dir: object = None) -> list[str]:
@@ -61,7 +61,10 @@ class Config:
     @property
     def script(self) -> Path:
         """That starts it."""
-        return CONFIGS.parent / "kernel_stand_ins.py" if self.kernels else launch.SCRIPT
+        if not self.stand_in:
+            return launch.SCRIPT
+        is_muon = self.stand_in == "emerging_optimizers"
+        return CONFIGS.parent / ("muon_stand_in.py" if is_muon else "kernel_stand_ins.py")
 
     @property
     def outcome(self) -> str:
@@ -98,6 +101,6 @@ def render() -> str:
     for config in configs:
         needs = [config.left_out] if config.left_out else []
         needs += [f"(needs {config.package})"] if config.package else []
-        needs += [f"(kernels of {config.kernels} by a stand-in)"] if config.kernels else []
+        needs += [f"(a stand-in of {config.stand_in})"] if config.stand_in else []
         lines += [f"| `{name}` | {config.outcome} | {' '.join(needs)} |" for name in config.names]
     return "\n".join(lines) + "\n"
