@@ -75,6 +75,20 @@ class OrthogonalizedOptimizer(torch.optim.Optimizer):
                     p.sub_(self.orthogonalize(p, update), alpha=group["lr"])
 
 
+_all_gather = torch.distributed.all_gather
+
+
+def all_gather(parts: list[Tensor], own: Tensor, group: Any = None, **_: Any) -> None:
+    """Also of uneven parts, which NCCL takes and gloo does not."""
+    if len({part.numel() for part in parts}) == 1:
+        _all_gather(parts, own, group)
+        return
+    for rank, part in enumerate(parts):
+        if rank == torch.distributed.get_rank(group):
+            part.copy_(own)
+        torch.distributed.broadcast(part, group=group, group_src=rank)
+
+
 def install() -> None:
     """Put the package's names where Megatron looks for them, and read its part again."""
     package = "emerging_optimizers"
@@ -96,6 +110,7 @@ def install() -> None:
         module = sys.modules[name] = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         vars(module).update(names)
+    torch.distributed.all_gather = all_gather
     importlib.reload(emerging_optimizers)
     optimizer.HAVE_EMERGING_OPTIMIZERS = True
     optimizer._EMERGING_OPTIMIZERS = emerging_optimizers._EMERGING_OPTIMIZERS
