@@ -270,8 +270,8 @@ class EchoGroupedMLP(MegatronModule):
             for kind, parameter in getattr(self, name).named_parameters():
                 state[f"{prefix}{name}.{kind}"] = sharded_stack(
                     parameter, f"{key}{kind}", self._place, (0, 0, self._data_parallel_rank),
-                    sharded_offsets, shape=shapes.get(kind, parameter.shape), separate=separate, is_fc1=name == "linear_fc1",
-                    gated=self.config.gated_linear_unit,
+                    sharded_offsets, shape=shapes.get(kind, parameter.shape), separate=separate,
+                    is_fc1=name == "linear_fc1", gated=self.config.gated_linear_unit,
                 )  # fmt: skip
             state |= empty_extra_states(
                 f"{key}_extra_state", f"{prefix}{name}._extra_state", self.num_local_experts,
