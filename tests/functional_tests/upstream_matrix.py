@@ -91,7 +91,8 @@ def render() -> str:
         "## Megatron-Core's own test configurations",
         "",
         f"{total} of its functional tests of mixtures of experts, sizes and ranks scaled down and "
-        f"in fp32, three with Muon in bf16 (`tests/functional_tests/upstream_configs.yaml`): **{followed} follow Megatron's "
+        "in fp32, three with Muon in bf16 (`tests/functional_tests/upstream_configs.yaml`): "
+        f"**{followed} follow Megatron's "
         "layer**, loss and gradient norm within 1e-5 over two steps (measured: 2e-7). *Left out* "
         "needs a GPU or another package.",
         "",
