@@ -15,20 +15,20 @@ EXPERTS, HIDDEN, FFN = 3, 4, 5
 
 def test_they_compute_and_save_the_same() -> None:
     """Same results, gradients and checkpoint; each expert is a part that is taken by itself."""
-    model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, num_moe_experts=EXPERTS,
         moe_ffn_hidden_size=FFN, gated_linear_unit=True, activation_func=F.silu,
         add_bias_linear=False,
     )  # fmt: skip
-    mlp = EchoGroupedMLP(
-        EXPERTS, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
-    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     rows, probs = torch.randn(6, HIDDEN), torch.rand(6)
     ends = torch.tensor([1, 4, 6], dtype=torch.int32)
     found = []
     for is_matrix in (False, True):
-        mlp.zero_grad()
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        mlp = EchoGroupedMLP(EXPERTS, config, pg_collection=groups)
+        if is_matrix:
+            experts_as_matrices([mlp])
         output, _ = mlp(rows, ends, probs)
         output.sum().backward()
         state = mlp.sharded_state_dict(metadata={})
@@ -42,8 +42,6 @@ def test_they_compute_and_save_the_same() -> None:
             saved |= {(key, i): (p.key, p.global_shape, p.data) for i, p in enumerate(built)}
         grads = [p.grad.flatten() for p in mlp.parameters()]
         found.append((output.detach(), grads, saved))
-        if not is_matrix:
-            experts_as_matrices([mlp])
     torch.testing.assert_close(*found, rtol=0, atol=0)
     weights = mlp.linear_fc1.weight, mlp.linear_fc2.weight
     shapes = [(EXPERTS * 2 * FFN, HIDDEN), (EXPERTS * HIDDEN, FFN)]
