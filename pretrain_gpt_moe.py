@@ -71,8 +71,9 @@ from megatron_echo.arguments import (  # noqa: E402
     echo_config_from_args,
     repair_help,
 )
-from megatron_echo.compatibility import settings_taken_over  # noqa: E402
+from megatron_echo.compatibility import MUON, settings_taken_over  # noqa: E402
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
+from megatron_echo.experts.grouped_mlp import experts_as_matrices  # noqa: E402
 from megatron_echo.layer_specs import hybrid_stack_spec  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
 from megatron_echo.offload.config import OffloadConfig  # noqa: E402
@@ -318,6 +319,8 @@ def model_config_from_args(args: Any) -> GPTModelConfig | HybridModelConfig:
         config = gpt_config_from_args(args, echo_config_from_args(args), config_class)
     if args.freeze_all_layers:
         config.pre_wrap_hooks.append(freeze)
+    if args.optimizer in MUON:
+        config.pre_wrap_hooks.append(experts_as_matrices)
     return config
 
 

@@ -20,6 +20,10 @@ _PARTS_OF_MOE = (CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess)
 _MOE = (CudaGraphModule.moe, *_PARTS_OF_MOE)
 
 
+MUON = ("muon", "dist_muon")
+"""Words of ``--optimizer`` for Megatron's Muon, which takes matrices."""
+
+
 def has_layer_graphs(config: Any) -> bool:
     """Whether single layers are in CUDA graphs, and not the whole step."""
     return config.cuda_graph_impl in ("local", "transformer_engine")
@@ -221,10 +225,14 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "models. Leave it out, or --hybrid-layer-pattern.",
     ),
     (
-        # It takes matrices, one a parameter, and hands everything else to Adam.
-        lambda a: a.optimizer in ("muon", "dist_muon", "adaptive_muon", "soap"),
-        "keeps experts in stacks, which --optimizer {args.optimizer} would leave to Adam. Use "
-        "adam.",
+        # They take a parameter as one matrix, or leave it to Adam.
+        lambda a: a.optimizer in ("adaptive_muon", "soap"),
+        "keeps experts in stacks, which --optimizer {args.optimizer} cannot take apart. Use muon, "
+        "or adam.",
+    ),
+    (
+        lambda a: a.optimizer in MUON and not a.muon_split_qkv,
+        "keeps experts in stacks, which --muon-no-split-qkv leaves whole. Leave it out.",
     ),
     (
         lambda a: a.fine_grained_activation_offloading,

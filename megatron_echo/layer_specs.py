@@ -21,11 +21,20 @@ from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import (
     hybrid_stack_spec as megatron_hybrid_stack,
 )
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -185,8 +194,8 @@ def moe_module_spec(config: TransformerConfig) -> functools.partial:
 def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
     """The layers of a ``HybridModel``, for ``--hybrid-layer-pattern``, with our MoE layer.
 
-    With Transformer Engine they are Megatron's. Without it attention, MLA, MLP and MoE layers
-    (``*``, ``+``, ``-``, ``E``) are local ones; the others exist with it only.
+    With Transformer Engine they are Megatron's. Without it all but sparse attention (``D``) are
+    local ones; those of Mamba and of gated delta nets bring kernels of other packages.
     """
     if _uses_echo(config):
         StepEnd.of(config)  # on every rank, also where a pipeline stage has no MoE layer
@@ -198,11 +207,9 @@ def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
             qk_layernorm=config.qk_layernorm, normalization=config.normalization, **options
         )
 
-    def attention(parts: TransformerLayerSubmodules) -> ModuleSpec:
+    def attention(self_attention: Any) -> ModuleSpec:
         only = TransformerLayerSubmodules(
-            input_layernorm=parts.input_layernorm,
-            self_attention=parts.self_attention,
-            self_attn_bda=parts.self_attn_bda,
+            input_layernorm=norm, self_attention=self_attention, self_attn_bda=plain.self_attn_bda
         )
         return ModuleSpec(module=TransformerLayer, submodules=only)
 
@@ -213,12 +220,26 @@ def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
         return ModuleSpec(module=module, submodules=only)
 
     plain = local()
+    norm, linears = plain.input_layernorm, {"in_proj": ColumnParallelLinear}
+    linears["out_proj"] = RowParallelLinear
     moe = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+    gated_delta_net = GatedDeltaNetSubmodules(out_norm=norm, **linears)
+    mixer = ModuleSpec(module=MambaMixer, submodules=MambaMixerSubmodules(**linears))
+    mamba = MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=plain.self_attn_bda)
+    prediction = MultiTokenPredictionLayerSubmodules(
+        enorm=norm, hnorm=norm, eh_proj=ColumnParallelLinear, layer_norm=norm
+    )
+    predictions = MultiTokenPredictionBlockSubmodules(
+        layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=prediction)]
+    )
     layers = HybridStackSubmodules(
-        attention_layer=attention(plain),
-        mla_layer=attention(local(multi_latent_attention=True)),
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
+        gdn_layer=attention(ModuleSpec(module=GatedDeltaNet, submodules=gated_delta_net)),
+        attention_layer=attention(plain.self_attention),
+        mla_layer=attention(local(multi_latent_attention=True).self_attention),
         mlp_layer=feed_forward(MLPLayer, plain.mlp),
         moe_layer=feed_forward(MoETransformerLayer, moe),
+        mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=predictions),
     )
     return replace_modules(ModuleSpec(LocalHybridStack, submodules=layers), _replacements(config))
 

@@ -14,6 +14,11 @@ from megatron_echo.dispatch.transports.weights import WeightTransport
 from megatron_echo.planner import ClonePlan
 
 
+def weight_key(weight: Tensor) -> tuple[int, int]:
+    """Which parameter it is, also of views of one."""
+    return weight.untyped_storage()._cdata, int(weight.storage_offset())
+
+
 class _Homecoming(torch.autograd.Function):
     """The identity; in backward waits until everything is at home."""
 
@@ -44,7 +49,7 @@ class Homecoming:
 
     def __init__(self) -> None:
         self._errands: list[Errand] = []
-        self._edges: dict[int, Tensor] = {}
+        self._edges: dict[tuple[int, int], Tensor] = {}
 
     def attach(self, hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Make the node.
@@ -58,12 +63,12 @@ class Homecoming:
         """
         wanted = [weight for weight in weights if weight.requires_grad]
         hidden, *edges = _Homecoming.apply(self._errands, hidden, *wanted)
-        self._edges = {id(weight): edge for weight, edge in zip(wanted, edges, strict=True)}
+        self._edges = {weight_key(weight): edge for weight, edge in zip(wanted, edges, strict=True)}
         return hidden
 
     def edge(self, weight: Tensor) -> Tensor | None:
         """What gets the gradient in the parameter's place, None for a frozen one."""
-        return self._edges.get(id(weight))
+        return self._edges.get(weight_key(weight))
 
     def expect(self, errand: Errand) -> None:
         """Let the parameters wait for an errand."""
@@ -80,7 +85,7 @@ class Clones:
         transport: how weights get into the slots.
         announced: what the transport keeps of the plan.
         homecoming: what the gradients of the weights wait for; None if they wait for nothing.
-        begun: weights on their way, by the number of the parameter.
+        begun: weights on their way, by the key of the parameter.
     """
 
     slot_expert: Tensor
@@ -88,7 +93,7 @@ class Clones:
     transport: WeightTransport
     announced: Any = None
     homecoming: Homecoming | None = None
-    begun: dict[int, Errand] = field(default_factory=dict)
+    begun: dict[tuple[int, int], Errand] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
@@ -107,22 +112,22 @@ class Clones:
             weight: the parameter of their homes.
             bring: what :meth:`brought` will be called with.
         """
-        self.begun[id(weight)] = self.run(bring)
+        self.begun[weight_key(weight)] = self.run(bring)
 
-    def brought(self, weight: int, bring: Callable[[], Any]) -> Any:
+    def brought(self, key: tuple[int, int], bring: Callable[[], Any]) -> Any:
         """What ``bring`` returns, which was begun before or begins now; compute waits for it.
 
         Args:
-            weight: ``id`` of the parameter.
+            key: of the parameter.
             bring: brings the clones, on all ranks together.
         """
-        errand = self.begun.pop(weight, None) or self.run(bring)
+        errand = self.begun.pop(key, None) or self.run(bring)
         return errand.wait()
 
     def target(self, weight: Tensor) -> Tensor:
         """What the gradient of a parameter is given to."""
         edge = self.homecoming.edge(weight) if self.homecoming is not None else None
-        return weight if edge is None else edge
+        return weight if edge is None else edge.view(weight.shape)
 
     def homeward(self, grad: Tensor, errand: Errand, *, is_wanted: bool) -> Tensor:
         """A gradient that is on its way, for :meth:`target` only: others would not wait for it.

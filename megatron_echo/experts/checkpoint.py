@@ -35,22 +35,24 @@ class ShardPlace:
 
 def sharded_stack(
     weight: Tensor, key: str, place: ShardPlace, replica_id: ReplicaId,
-    sharded_offsets: Offsets = (), *, is_fc1: bool, gated: bool = False, separate: bool = False,
+    sharded_offsets: Offsets = (), *, shape: torch.Size, is_fc1: bool, gated: bool = False,
+    separate: bool = False,
 ) -> ShardedTensor | ShardedTensorFactory:  # fmt: skip
     """One object for the whole stack, so that the optimizer finds its moments by the parameter.
 
     Args:
-        weight: the parameter, ``[m, out, in]`` or a bias ``[m, out]``. Megatron has biases only
-            where there is one tensor rank.
+        weight: the parameter, or one of its moments.
         key: ``...experts.linear_fc1.weight``, or with ``separate`` a name with ``{expert}`` in it.
         place: what of the experts this rank holds.
         replica_id: which copy this rank holds.
         sharded_offsets: axes in front, those of the layers.
+        shape: ``[m, out, in]``, also of a parameter that is ``[m * out, in]``, or that of a bias,
+            ``[m, out]``. Megatron has biases only where there is one tensor rank.
         is_fc1: F is ``out``, else ``in``.
         gated: gate and up are two halves of fc1's ``out`` and are stored as two parts.
         separate: a key for each expert (``singleton_local_shards``) in place of one global tensor.
     """
-    axes, local = len(sharded_offsets), weight.shape[0]
+    axes, local = len(sharded_offsets), shape[0]
     rank, ranks = place.tensor_rank, place.tensor_ranks
     gated = gated and is_fc1
 
@@ -58,7 +60,7 @@ def sharded_stack(
         # The stack is one shard of the expert axis; a single expert has no such axis.
         experts = (axes, place.expert_rank, place.expert_ranks)
         front = (*sharded_offsets, experts) if is_stack else sharded_offsets
-        axis = axes + is_stack + (not is_fc1 and weight.dim() == 3)
+        axis = axes + is_stack + (not is_fc1 and len(shape) == 3)
         if not gated:
             named = [(name, (axis, rank, ranks))]
         elif is_stack:
@@ -75,6 +77,7 @@ def sharded_stack(
 
     @torch.no_grad()
     def build(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: Any) -> list:
+        tensor = tensor.view(shape)
         if not separate:
             return parts(key, tensor, True)
         first = place.expert_rank * local
@@ -88,12 +91,12 @@ def sharded_stack(
     def merge(loaded: list) -> Tensor:
         pieces = [torch.as_tensor(piece) for piece in loaded]
         if not separate:
-            return torch.cat(pieces, dim=1)
+            return torch.cat(pieces, dim=1).view(weight.shape)
         step = 2 if gated else 1
         experts = [torch.cat(pieces[i : i + step], dim=0) for i in range(0, len(pieces), step)]
-        return torch.stack(experts)
+        return torch.stack(experts).view(weight.shape)
 
-    if not gated and not separate:
+    if not gated and not separate and weight.shape == shape:
         return parts(key, weight, True)[0]
     return ShardedTensorFactory(key, weight, build, merge, replica_id)
 

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.copy_lanes import Errand
-from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.reroute import Clones, weight_key
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.grouped_linear import GroupedGemm, kept_rows, rows_again
 from megatron_echo.per_model import PerModel
@@ -102,10 +102,10 @@ class _ClonedLinear(torch.autograd.Function):
         pool: WeightPool, gemm: GroupedGemm, keep: bool, later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         (weight,) = home
-        stack = clones.brought(id(weight), bringer(weight, clones, pool, gemm))
+        stack = clones.brought(weight_key(weight), bringer(weight, clones, pool, gemm))
         kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(kept_rows(rows), weight, ends, clones.slot_expert, *kept)
-        ctx.number, ctx.pool, ctx.gemm, ctx.clones = id(weight), pool, gemm, clones
+        ctx.key, ctx.pool, ctx.gemm, ctx.clones = weight_key(weight), pool, gemm, clones
         ctx.later = later
         return gemm.product(rows, weight, stack, ends, transpose=True)
 
@@ -117,7 +117,7 @@ class _ClonedLinear(torch.autograd.Function):
         if kept:
             stack = _filled(pool, gemm, weight, clones, *kept)
         else:
-            stack = clones.brought(ctx.number, bringer(weight, clones, pool, gemm))
+            stack = clones.brought(ctx.key, bringer(weight, clones, pool, gemm))
         grad = grad.contiguous()
         to_rows = None
         if ctx.needs_input_grad[0]:

@@ -20,12 +20,12 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, make: Make) -> Tensor:
-        ctx.make = make
+        ctx.make, ctx.shape = make, weight.shape
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.make(), None
+        return ctx.make().view(ctx.shape), None
 
 
 class DelayedGradients:

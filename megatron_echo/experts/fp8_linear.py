@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.dispatch.layout import wide_dtype
-from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.reroute import Clones, weight_key
 from megatron_echo.environment import is_capturing
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.fp8 import (
@@ -117,7 +117,7 @@ class Fp8Weights:
         bring = self.bringer(weight, clones, is_transposed=is_transposed, trains=trains, kept=kept)
         if clones is None or kept is not None:
             return bring()
-        return clones.brought(id(weight), bring)
+        return clones.brought(weight_key(weight), bring)
 
     def bringer(
         self, weight: Tensor, clones: Clones | None, *, is_transposed: bool, trains: bool = True,

@@ -78,6 +78,7 @@ class GroupedLinear(torch.nn.Module):
                 dtype=config.params_dtype,
             )
         )
+        self._shape = self.weight.shape
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
         bias = self.weight.new_empty(experts, out_features) if config.add_bias_linear else None
         self.bias = None if bias is None else torch.nn.Parameter(bias)
@@ -94,6 +95,26 @@ class GroupedLinear(torch.nn.Module):
         self._gemm = echo_setting(config, "moe_echo_grouped_gemm")
         self._later = DelayedGradients() if config.delay_wgrad_compute else None
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
+
+    @property
+    def stack(self) -> Tensor:
+        """``weight``, ``[m, out, in]``."""
+        weight: Tensor = self.weight
+        return weight if weight.dim() == len(self._shape) else weight.view(self._shape)
+
+    def make_matrix(self, partition_dim: int) -> None:
+        """Turn ``weight`` into ``[m * out, in]``, for an optimizer that takes matrices only.
+
+        Megatron's Muon takes the parts of a fused projection one by one; here they are experts.
+
+        Args:
+            partition_dim: of an expert's matrix, where tensor ranks share it out.
+        """
+        experts, out_features, _ = self._shape
+        weight: Any = self.weight
+        weight.data = weight.data.flatten(0, 1)
+        weight.is_qkv, weight.qkv_split_shapes = True, [out_features] * experts
+        weight.partition_dim = partition_dim
 
     def forward(
         self, rows: Tensor, ends: Tensor, clones: Clones | None = None
@@ -126,11 +147,11 @@ class GroupedLinear(torch.nn.Module):
             return
         bring: Callable[[], Any]
         if self._fp8 is None:
-            gemm = self._grouped_gemm(len(self.weight) + clones.slots)
-            bring = bringer(self.weight, clones, self._pool, gemm)
+            gemm = self._grouped_gemm(len(self.stack) + clones.slots)
+            bring = bringer(self.stack, clones, self._pool, gemm)
         else:
             trains = in_backward or self._trains()
-            bring = self._fp8.bringer(self.weight, clones, is_transposed=in_backward, trains=trains)
+            bring = self._fp8.bringer(self.stack, clones, is_transposed=in_backward, trains=trains)
         clones.begin(self.weight, bring)
 
     def _trains(self) -> bool:
@@ -138,7 +159,7 @@ class GroupedLinear(torch.nn.Module):
 
     def _product(self, rows: Tensor, ends: Tensor, clones: Clones | None) -> Tensor:
         keep, later = self._keeps_clones, None
-        weight: Tensor = self.weight
+        weight = self.stack
         if self._later is not None and (clones is not None or weight.requires_grad):
             # Not in the graph: hooks of a parameter run there, with a gradient or without.
             later, weight = self._later, weight.detach()
@@ -164,7 +185,7 @@ class GroupedLinear(torch.nn.Module):
             self._later.compute(self.weight)
 
     def _grouped_gemm(self, groups: int) -> GroupedGemm:
-        kind, weight = self._gemm, self.weight
+        kind, weight = self._gemm, self.stack
         if kind == "auto":
             has_gpu = on_gpu(weight)
             capability = torch.cuda.get_device_capability(weight.device) if has_gpu else None
@@ -275,7 +296,7 @@ class EchoGroupedMLP(MegatronModule):
     @torch.no_grad()
     def _initialise(self) -> None:
         """Draw the weights expert by expert, fc1 before fc2, as SequentialMLP does; no bias."""
-        for fc1, fc2 in zip(self.linear_fc1.weight, self.linear_fc2.weight, strict=True):
+        for fc1, fc2 in zip(self.linear_fc1.stack, self.linear_fc2.stack, strict=True):
             self._draw(fc1, self.config.init_method)
             self._draw(fc2, self.config.output_layer_init_method)
         for bias in (self.linear_fc1.bias, self.linear_fc2.bias):
@@ -338,12 +359,13 @@ class EchoGroupedMLP(MegatronModule):
         separate = (metadata or {}).get("singleton_local_shards", False)
         state: dict[str, Any] = {}
         for name in ("linear_fc1", "linear_fc2"):
+            shapes = {"weight": getattr(self, name).stack.shape}
             key = f"{prefix}experts.{'{expert}.' if separate else ''}{name}."
             for kind, parameter in getattr(self, name).named_parameters():
                 state[f"{prefix}{name}.{kind}"] = sharded_stack(
                     parameter, f"{key}{kind}", self._place, (0, 0, self._data_parallel_rank),
-                    sharded_offsets, separate=separate, is_fc1=name == "linear_fc1",
-                    gated=self.config.gated_linear_unit,
+                    sharded_offsets, shape=shapes.get(kind, parameter.shape), separate=separate,
+                    is_fc1=name == "linear_fc1", gated=self.config.gated_linear_unit,
                 )  # fmt: skip
             state |= empty_extra_states(
                 f"{key}_extra_state", f"{prefix}{name}._extra_state", self.num_local_experts,
@@ -351,6 +373,16 @@ class EchoGroupedMLP(MegatronModule):
                 sharded_offsets, separate=separate,
             )  # fmt: skip
         return state
+
+
+def experts_as_matrices(models: list[MegatronModule]) -> list[MegatronModule]:
+    """``--optimizer muon``, as a pre-wrap hook: see :meth:`GroupedLinear.make_matrix`."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, EchoGroupedMLP):
+                module.linear_fc1.make_matrix(partition_dim=0)
+                module.linear_fc2.make_matrix(partition_dim=1)
+    return models
 
 
 def _forget_extra_states(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.arguments import refuse_heterogeneous_layers
-from megatron_echo.compatibility import argument_refusal
+from megatron_echo.compatibility import MUON, argument_refusal
 from megatron_echo.flags import flag_name, nearest_multiples, number_refusal
 
 _UNSUPPORTED = (
@@ -42,8 +42,6 @@ _SIZES = (
     "recompute_num_layers",
 )
 """Megatron divides by most of these, or builds empty modules, before it looks at them."""
-_LOCAL_LAYERS = set("*+-E|")
-"""Of a hybrid pattern: attention, MLA, MLP and MoE layers, and ends of pipeline stages."""
 _NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
 
 
@@ -205,11 +203,10 @@ def _check_unsupported(args: Namespace) -> None:
         )
     is_local = args.transformer_impl == "local"
     pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern or ""
-    others = "".join(sorted(set(pattern) - _LOCAL_LAYERS))
-    if others and is_local:
+    if "D" in pattern and is_local:
         raise ValueError(
-            f"--hybrid-layer-pattern {pattern} has layers ({others}) that need Transformer Engine. "
-            "Install it, or use *, +, - and E without multi-token prediction."
+            f"--hybrid-layer-pattern {pattern} has sparse attention (D), which needs Transformer "
+            "Engine. Install it, or use other layers."
         )
     if args.reset_attention_mask and args.context_parallel_size > 1 and is_local:
         raise ValueError(
@@ -243,9 +240,17 @@ def _check_packages(args: Namespace) -> None:
             "--wandb-save-dir."
         )
     instances = args.num_distributed_optimizer_instances
+    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern or ""
+    variant = args.experimental_attention_variant
+    has_delta_net = variant == "gated_delta_net"
     for flag, value, package in (
+        ("--hybrid-layer-pattern", "M" in pattern and pattern, "mamba_ssm"),
+        ("--hybrid-layer-pattern", "M" in pattern and pattern, "einops"),
+        ("--hybrid-layer-pattern", "G" in pattern and pattern, "fla"),
+        ("--experimental-attention-variant", has_delta_net and variant, "fla"),
         ("--num-distributed-optimizer-instances", instances if instances > 1 else None, "einops"),
         ("--wandb-project", args.wandb_project, "wandb"),
+        ("--optimizer", args.optimizer in MUON and args.optimizer, "emerging_optimizers"),
     ):
         if value and importlib.util.find_spec(package) is None:
             raise ValueError(

@@ -34,7 +34,8 @@ def train(
     if changes["save_interval"] is not None:
         changes["save"] = folder / "ckpt"
     argv = launch.tiny_model(**changes, run_dir=folder)
-    launch.run(argv, ranks).check()
+    script = MUON_SCRIPT if changes.get("optimizer") == "muon" else launch.SCRIPT
+    launch.run(argv, ranks, script).check()
     return read_metrics(folder)
 
 
@@ -81,6 +82,10 @@ GPT_OSS = {
 """Experts with biases."""
 
 
+MUON_SCRIPT = Path(__file__).resolve().parent / "muon_stand_in.py"
+MUON = {"expert_model_parallel_size": 2, "optimizer": "muon", "ckpt_format": "torch_dist"}
+"""Momentum of experts as matrices."""
+
 HYBRID = {"expert_model_parallel_size": 2, "num_layers": None, "hybrid_layer_pattern": "*E-E"}
 
 
@@ -91,6 +96,8 @@ HYBRID = {"expert_model_parallel_size": 2, "num_layers": None, "hybrid_layer_pat
         pytest.param(HYBRID, "stock", id="hybrid model", marks=pytest.mark.slow),
         pytest.param(GPT_OSS, "stock", id="biases"),
         pytest.param(GPT_OSS, "ours", id="biases, and back", marks=pytest.mark.slow),
+        pytest.param(MUON, "stock", id="Muon", marks=pytest.mark.slow),
+        pytest.param(MUON, "ours", id="Muon, and back", marks=pytest.mark.slow),
     ],
 )
 def test_other_models(layout: dict, first: str, tmp_path: Path, text_flags: dict) -> None:

@@ -35,8 +35,9 @@ class Config:
         flags: of upstream, scaled.
         left_out: flags that need what is not here.
         refusal: words of a refusal that the flags alone bring.
-        build_refusal: of one that building the model brings.
+        build_refusal: of one that comes when the model is built.
         package: that Megatron needs.
+        stand_in: the same, in whose place there are functions of torch, for both layers.
         reason: of a refusal, in short.
     """
 
@@ -47,6 +48,7 @@ class Config:
     refusal: str = ""
     build_refusal: str = ""
     package: str = ""
+    stand_in: str = ""
     reason: str = ""
 
     def argv(self, *, ours: bool, run_dir: object = None) -> list[str]:
@@ -57,6 +59,16 @@ class Config:
         if "--cuda-graph-impl" in words:  # whose graphs of dropless layers are parts of them
             words[words.index("--cuda-graph-impl") + 1] = "none"
         return ["alltoall" if word == "flex" else word for word in words]  # flex needs DeepEP
+
+    @property
+    def script(self) -> Path:
+        """That starts it."""
+        if "--overlap-moe-expert-parallel-comm" in self.flags:
+            return CONFIGS.parent / "overlap_in_fp32.py"
+        if not self.stand_in:
+            return launch.SCRIPT
+        is_muon = self.stand_in == "emerging_optimizers"
+        return CONFIGS.parent / ("muon_stand_in.py" if is_muon else "kernel_stand_ins.py")
 
     @property
     def outcome(self) -> str:
@@ -83,7 +95,8 @@ def render() -> str:
         "## Megatron-Core's own test configurations",
         "",
         f"{total} of its functional tests of mixtures of experts, sizes and ranks scaled down and "
-        f"in fp32 (`tests/functional_tests/upstream_configs.yaml`): **{followed} follow Megatron's "
+        "in fp32, three with Muon in bf16 (`tests/functional_tests/upstream_configs.yaml`): "
+        f"**{followed} follow Megatron's "
         "layer**, loss and gradient norm within 1e-5 over two steps (measured: 2e-7). *Left out* "
         "needs a GPU or another package.",
         "",
@@ -93,5 +106,6 @@ def render() -> str:
     for config in configs:
         needs = [config.left_out] if config.left_out else []
         needs += [f"(needs {config.package})"] if config.package else []
+        needs += [f"(a stand-in of {config.stand_in})"] if config.stand_in else []
         lines += [f"| `{name}` | {config.outcome} | {' '.join(needs)} |" for name in config.names]
     return "\n".join(lines) + "\n"

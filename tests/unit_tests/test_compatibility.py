@@ -71,7 +71,8 @@ OF_ARGUMENTS = (
     {"overlap_moe_expert_parallel_comm": True, "hybrid_layer_pattern": "*E*E"},
     {"fine_grained_activation_offloading": True},
     {**GRAPH, "rampup_batch_size": [2, 2, 8]}, {**LAYERS, "step_batch_size_schedule": "0:8"},
-    {"optimizer": "muon"}, {"optimizer": "soap"},
+    {"optimizer": "muon", "muon_split_qkv": False}, {"optimizer": "adaptive_muon"},
+    {"optimizer": "soap"},
 )  # fmt: skip
 OF_GRAPHS = (
     {"optimizer_cuda_graph": True}, {"overlap_param_gather_with_optimizer_step": True},

@@ -100,7 +100,7 @@ def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Pa
             2,
             r"--reset-attention-mask with --context-parallel-size 2 needs Transformer Engine",
         ),
-        ("--hybrid-layer-pattern M*E", 1, r"M\*E has layers \(M\) that need Transformer Engine"),
+        ("--hybrid-layer-pattern DE", 1, r"DE has sparse attention \(D\), which needs Trans"),
         ("--sft", 1, r"--sft is not supported by pretrain_gpt_moe.py"),
         ("--create-all-gather-group", 1, r"--create-all-gather-group has no effect"),
         ("--distributed-backend nccl", 1, r"--distributed-backend nccl needs a CUDA device"),

@@ -76,6 +76,13 @@ def test_packages_that_are_missing(parsed, monkeypatch: pytest.MonkeyPatch) -> N
     for flags, message in (
         ("--num-distributed-optimizer-instances 2", "instances 2 needs the package einops"),
         ("--wandb-project x --wandb-save-dir y --wandb-exp-name z", "x needs the package wandb"),
+        ("--hybrid-layer-pattern M*E", r"M\*E needs the package mamba_ssm"),
+        ("--hybrid-layer-pattern *E/GE", r"\*E/GE needs the package fla"),
+        (
+            "--experimental-attention-variant gated_delta_net",
+            "gated_delta_net needs the package fl",
+        ),
+        ("--optimizer muon", "--optimizer muon needs the package emerging_optimizers"),
     ):
         with pytest.raises(ValueError, match=message):
             preflight.check_flags(parsed("--mock-data", *flags.split()))
