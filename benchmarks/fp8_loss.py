@@ -1,21 +1,22 @@
-"""The main job with experts in FP8 beside the same without: the loss of each step.
+"""The main job with experts in FP8 beside the same in bf16 and in fp32: the loss of each step.
 
     python benchmarks/fp8_loss.py [--steps 200] [--output benchmarks/results/fp8_loss]
 
-Both have clones and two microbatches a step, and parameters in bf16 where there are GPUs. On a CPU
-they are in fp32, and FP8 is its reference: operands are rounded as on a GPU and multiplied in fp32.
-Writes ``.json`` and ``.png``.
+FP8 and bf16 differ in what experts compute in. How far bf16 is from fp32 says what difference means
+nothing: curves that begin alike part by themselves. On a CPU FP8 is its reference: operands are
+rounded as on a GPU and multiplied in fp32. A run that was stopped goes on where it saved last, in
+``runs/fp8_loss``; ``--minutes`` stops each by itself. Writes ``.json`` and ``.png``.
 """
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+from main_job import GLOBAL_BATCH_SIZE  # noqa: E402
 from processes import (  # noqa: E402
     lean_main_job,
     main_job_corpus,
@@ -25,19 +26,32 @@ from processes import (  # noqa: E402
 
 from megatron_echo.record.metrics import read_metrics  # noqa: E402
 
-COMMON = "--moe-enable-echo --moe-echo-force-skew 1.0 --micro-batch-size 4"
-PRECISIONS = ("params-dtype", "fp8-rowwise")
+COMMON = "--moe-enable-echo --moe-echo-force-skew 1.0"
+RUNS = {"bf16": "--bf16", "fp32": "", "FP8": "--bf16 --moe-echo-expert-precision fp8-rowwise"}
 WINDOW = 10
-RANKS = 2
+SAVE_INTERVAL = 10
 
 
-def train(corpus: Path, precision: str, steps: int) -> list[float]:
-    """The loss at each step of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = lean_main_job(corpus, Path(folder), steps) + COMMON.split()
-        words += ["--moe-echo-expert-precision", precision]
-        torchrun(ROOT / "pretrain_gpt_moe.py", RANKS, words)
-        return [line["lm loss"] for line in read_metrics(folder)]
+def train(corpus: Path, name: str, args: argparse.Namespace) -> list[float]:
+    """The loss at each step of one run, as far as it came."""
+    folder = ROOT / "runs" / "fp8_loss" / f"{name}-{args.steps}-ranks{args.ranks}"
+    saved = folder / "checkpoints"
+    words = lean_main_job(corpus, folder, args.steps) + COMMON.split() + RUNS[name].split()
+    share = str(GLOBAL_BATCH_SIZE // args.ranks)
+    words += ["--expert-model-parallel-size", str(args.ranks), "--micro-batch-size", share]
+    words += ["--save", str(saved), "--save-interval", str(SAVE_INTERVAL)]
+    words += ["--exit-duration-in-mins", str(args.minutes)] if args.minutes else []
+    if (saved / "latest_checkpointed_iteration.txt").exists():
+        words += ["--load", str(saved)]
+    if len(_losses(folder)) < args.steps:
+        torchrun(ROOT / "pretrain_gpt_moe.py", args.ranks, words)
+    return _losses(folder)
+
+
+def _losses(folder: Path) -> list[float]:
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    return [line["lm loss"] for line in read_metrics(folder) if "lm loss" in line]
 
 
 def smooth(curve: list[float]) -> np.ndarray:
@@ -45,7 +59,14 @@ def smooth(curve: list[float]) -> np.ndarray:
     return np.convolve(curve, np.ones(WINDOW) / WINDOW, "valid")
 
 
-def plot(curves: dict[str, list[float]], path: Path) -> None:
+def differences(curves: dict[str, list[float]]) -> dict[str, np.ndarray]:
+    """Of means of ``WINDOW`` steps to those of bf16, in percent."""
+    reference = smooth(curves["bf16"])
+    others = {name: curve for name, curve in curves.items() if name != "bf16"}
+    return {name: 100 * (smooth(curve) / reference - 1) for name, curve in others.items()}
+
+
+def plot(curves: dict[str, list[float]], title: str, path: Path) -> None:
     """The curves, and by how much they differ."""
     import matplotlib
 
@@ -54,18 +75,15 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
 
     figure, (losses, ratio) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for name, curve in curves.items():
-        losses.plot(range(1, len(curve) + 1), curve, label=f"experts: {name}", linewidth=1.2)
-    losses.set(xlabel="step", ylabel="lm loss (nats per byte)", title="Main job, EP=2, clones")
-    losses.legend()
-    reference, ours = (np.asarray(curves[name]) for name in PRECISIONS)
-    ratio.plot(range(1, len(ours) + 1), 100 * (ours / reference - 1), linewidth=0.8, label="a step")
-    means = 100 * (smooth(ours) / smooth(reference) - 1)
-    at = range(WINDOW, WINDOW + len(means))
-    ratio.plot(at, means, linewidth=1.8, label=f"mean of {WINDOW} steps")
-    ratio.set(xlabel="step", ylabel="FP8 over params-dtype, %", title="Difference")
-    ratio.legend()
+        losses.plot(range(1, len(curve) + 1), curve, label=name, linewidth=1.2)
+    losses.set(xlabel="step", ylabel="lm loss (nats per byte)", title=title)
+    for (name, percent), colour in zip(differences(curves).items(), ("C1", "C2"), strict=True):
+        at = range(WINDOW, WINDOW + len(percent))
+        ratio.plot(at, percent, linewidth=1.5, color=colour, label=f"{name} over bf16")
+    ratio.set(xlabel="step", ylabel="%", title=f"Difference of means of {WINDOW} steps")
     for axis in (losses, ratio):
         axis.grid(alpha=0.3)
+        axis.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -76,16 +94,21 @@ def main() -> None:
     default = ROOT / "benchmarks" / "results" / "fp8_loss"
     parser.add_argument("--output", type=Path, default=default)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=2, help="2 with clones, 1 without")
+    parser.add_argument("--minutes", type=int, help="after which each run saves and stops")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
-    curves = {precision: train(corpus, precision, args.steps) for precision in PRECISIONS}
+    curves = {}
+    for name in RUNS:
+        curves[name] = train(corpus, name, args)
+        if len(curves[name]) < args.steps:
+            sys.exit(f"{name} is at step {len(curves[name])}; run the same again to go on.")
     write_results(args.output, curves)
-    plot(curves, args.output.with_suffix(".png"))
-    reference, ours = (smooth(curves[name]) for name in PRECISIONS)
-    worst = abs(ours / reference - 1).max()
-    print(f"{args.steps} steps: loss at the end {reference[-1]:.4f}, in FP8 {ours[-1]:.4f}")
-    print(f"worst difference of means of {WINDOW} steps: {100 * worst:.2f} %")
+    plot(curves, f"Main job, {args.ranks} ranks, skewed routing", args.output.with_suffix(".png"))
+    for name, percent in differences(curves).items():
+        print(f"{args.steps} steps: means of {WINDOW} of {name} over bf16: ", end="")
+        print(f"{abs(percent).max():.2f} % at most, {percent[-1]:+.2f} % at the end")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import config_refusal
+from megatron_echo.config import computes_in_fp8
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.experts import EchoGroupedMLP
+from megatron_echo.experts.fp8 import pack_rows
 from megatron_echo.routing.router import router_class
 from megatron_echo.step.step_end import StepEnd
 
@@ -130,13 +132,17 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         without_packages.moe_token_dispatcher_type = "allgather"
         super().__init__(without_packages, submodules, layer_number, groups, is_mtp_layer, name)
         self._groups = groups
-        self.token_dispatcher = EchoTokenDispatcher(config, groups)
+        self.token_dispatcher = self._dispatcher()
         if self.shared_expert_overlap and self.shared_experts is not None:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._step_end = StepEnd.of(config)
         self._self_check = self._step_end.self_check
         self._place = self._self_check.register()
         self._doubted: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _dispatcher(self, num_slots: int | None = None) -> EchoTokenDispatcher:
+        pack = pack_rows if computes_in_fp8(self.config) else None
+        return EchoTokenDispatcher(self.config, self._groups, num_slots, pack)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's number of this layer, from 1; MTP layers come after the others."""
@@ -191,7 +197,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         """
         dispatcher = self.token_dispatcher
         rows, ends, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)
-        output, _ = self.experts(rows, ends, row_probs, dispatcher.clones)
+        experts = self.experts
+        output, _ = experts(rows, ends, row_probs, dispatcher.clones, dispatcher.packed)
         return dispatcher.combine_preprocess(output), None
 
     def combine(self, output: Tensor) -> Tensor:
@@ -207,9 +214,9 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
 
     @torch.no_grad()
     def _without_clones(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        dispatcher = EchoTokenDispatcher(self.config, self._groups, num_slots=0)
+        dispatcher = self._dispatcher(num_slots=0)
         dispatcher.role = Role.UNRECORDED  # the largest buffer, and no record
         tokens = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
         rows, ends, row_probs = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*tokens))
-        output, _ = self.experts(rows, ends, row_probs)
+        output, _ = self.experts(rows, ends, row_probs, None, dispatcher.packed)
         return dispatcher.token_combine(dispatcher.combine_preprocess(output))

@@ -1,5 +1,6 @@
 """Megatron's token dispatcher interface with static shapes and no host read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_echo.collectives import all_gather, gather, reduce_scatter
 from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import echo_setting, num_clone_slots, row_alignment
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
+from megatron_echo.dispatch.permute import stand_for_rows
 from megatron_echo.dispatch.reroute import Clones, pair_counts, physical_experts
 from megatron_echo.dispatch.transports import (
     AllGatherTransport,
@@ -100,6 +102,7 @@ class _Call:
     counts: PairCounts | None = None
     receipt: Any = None
     ends: Tensor | None = None
+    packed: Tensor | None = None
 
 
 class EchoTokenDispatcher(MoETokenDispatcher):
@@ -130,6 +133,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         num_slots: int | None = None,
+        pack: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Set up for one layer.
 
@@ -137,6 +141,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             config: with the fields of this package, or a plain one for their defaults.
             pg_collection: ``ep``, ``expt_dp``, ``pp`` and ``expt_tp`` are used.
             num_slots: S, by default that of the configuration.
+            pack: makes of tokens ``[T, H]`` what travels in their place, integers ``[T, X]``, where
+                the transport moves any bits; None for the tokens themselves.
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self._topk = config.moe_router_topk
@@ -155,6 +161,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._ways = Transports.of(config, config, self.ep_group)
         self._transport = self._make_transport(self._ways.tokens)
         self._weights = self._make_weight_transport(self._ways.weights)
+        self._pack = pack if self._transport.moves_any_bits else None
         self._step_end = StepEnd.of(config)
         places = (self.ep_rank, self.tp_rank, get_pg_rank(pg_collection.expt_dp))
         self._is_traced = places == (0, 0, 0)
@@ -303,23 +310,46 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """The clones of the call in progress, None if the layer makes none."""
         return self._current().clones
 
+    @property
+    def packed(self) -> Tensor | None:
+        """The rows of the call in progress as ``pack`` made them, ``[B, X]``, if it did."""
+        return self._current().packed
+
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert."""
+        """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert.
+
+        Packed rows are in :attr:`packed`; then a stand-in of NaN has the place of the rows, for
+        their gradients.
+        """
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        hidden_states = all_gather(hidden_states, self.tp_group)
         probs = all_gather(probs, self.tp_group)
-        call, tokens = self._current(), len(hidden_states)
+        if self._pack is None:
+            moved = all_gather(hidden_states, self.tp_group)
+        else:
+            moved = gather(self._pack(hidden_states.detach()), self.tp_group)
+        call, tokens = self._current(), len(moved)
         delivery = self._transport.dispatch(
-            hidden_states, call.experts, probs, self.buffer_rows(tokens),
-            self._is_training, call.counts,
-        )  # fmt: skip
-        self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends)
+            moved, call.experts, probs, self.buffer_rows(tokens), self._is_training, call.counts
+        )
+        rows, packed = delivery.rows, None
+        if self._pack is not None:
+            rows, packed = self._stand_for(hidden_states, delivery), rows
+        self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends, packed=packed)
         if self._is_training:
             self._record(delivery, tokens)
         if self.shared_experts is not None:
-            self.shared_experts.linear_fc1_forward_and_act(delivery.rows)
-        return delivery.rows, delivery.probs
+            self.shared_experts.linear_fc1_forward_and_act(rows)
+        return rows, delivery.probs
+
+    def _stand_for(self, tokens: Tensor, delivery: Delivery) -> Tensor:
+        """The gradients of rows go home as results do."""
+
+        def back(grad: Tensor) -> Tensor:
+            total = self._transport.combine(grad, delivery.receipt).to(grad.dtype)
+            return reduce_scatter(total, self.tp_group)
+
+        return stand_for_rows(tokens, len(delivery.rows), back)
 
     def _record(self, delivery: Delivery, tokens: int) -> None:
         """Note on the device what would have sufficed; nothing is read."""

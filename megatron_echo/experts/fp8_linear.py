@@ -2,7 +2,7 @@
 
 Parameters and gradients stay as they are, in bf16 as a rule, so checkpoints and optimizers know
 nothing of FP8. Input, weights and the gradient of the output are quantised before each product; see
-``fp8``.
+``fp8``. The input often is already: tokens travel so, and the activation's kernel gives it so.
 """
 
 from typing import Any
@@ -18,11 +18,13 @@ from megatron_echo.environment import is_capturing
 from megatron_echo.experts.fp8 import (
     FP8,
     Quantised,
+    pack_rows,
     quantise_columns,
     quantise_matrices,
     quantise_rows,
     scaled_outer,
     scaled_product,
+    unpacked,
 )
 from megatron_echo.step.step_end import StepEnd
 
@@ -132,12 +134,13 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None,
-        weights: Fp8Weights, trains: bool, keep: bool,
+        ctx: Any, rows: Tensor, packed: Tensor | None, weight: Tensor, ends: Tensor,
+        clones: Clones | None, weights: Fp8Weights, trains: bool, keep: bool,
     ) -> Tensor:  # fmt: skip
+        packed = pack_rows(rows, ends) if packed is None else packed
         operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
-        output = scaled_product(quantise_rows(rows, ends), operand, ends, rows.dtype)
-        saved = [rows, weight, ends]
+        output = scaled_product(unpacked(packed), operand, ends, rows.dtype)
+        saved = [packed, weight, ends]
         ctx.weights, ctx.of_clones = weights, None
         if clones is not None:
             saved.append(clones.slot_expert)
@@ -150,7 +153,7 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, ends, *of_clones = ctx.saved_tensors
+        packed, weight, ends, *of_clones = ctx.saved_tensors
         clones, kept = None, None
         if of_clones:
             clones = Clones(of_clones[0], *ctx.of_clones)
@@ -161,14 +164,14 @@ class _Fp8Linear(torch.autograd.Function):
             operand = ctx.weights.operand(weight, clones, is_transposed=True, kept=kept)
             if ctx.needs_input_grad[0]:
                 to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
-        if clones is not None or ctx.needs_input_grad[1]:
-            to_weight = _weight_gradient(grad, rows, weight, ends, clones)
+        if clones is not None or ctx.needs_input_grad[2]:
+            to_weight = _weight_gradient(grad, unpacked(packed), weight, ends, clones)
         nothing = None, None, None, None, None
-        return to_rows, to_weight if ctx.needs_input_grad[1] else None, *nothing
+        return to_rows, None, to_weight if ctx.needs_input_grad[2] else None, *nothing
 
 
 def _weight_gradient(
-    grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None
+    grad: Tensor, rows: Quantised, weight: Tensor, ends: Tensor, clones: Clones | None
 ) -> Tensor:
     """``[m, out, in]``; the parts of clones in the dtype of the product, summed wide."""
     left, right = quantise_columns(grad, ends), quantise_columns(rows, ends)
@@ -181,7 +184,7 @@ def _weight_gradient(
 
 def fp8_linear(
     rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None, weights: Fp8Weights,
-    *, trains: bool, keep: bool = False,
+    *, trains: bool, keep: bool = False, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` in FP8 for each group of rows: the home experts', then the slots'.
 
@@ -196,9 +199,11 @@ def fp8_linear(
         weights: of this projection.
         trains: the module is in training; quantised weights are kept until the step ends.
         keep: keep a copy of the clones for backward in place of bringing them again.
+        packed: the rows quantised, of :func:`~megatron_echo.experts.fp8.pack_rows`; ``rows`` are
+            then not read, and only their gradient is. It is what is kept for backward.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
     trains = trains and role_of_call() is not Role.UNRECORDED
-    return _Fp8Linear.apply(rows, weight, ends, clones, weights, trains, keep)
+    return _Fp8Linear.apply(rows, packed, weight, ends, clones, weights, trains, keep)

@@ -17,7 +17,11 @@ from torch import Tensor
 from megatron_echo.config import computes_in_fp8, echo_setting, expert_width
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
-from megatron_echo.experts.activation import expert_activation, weighted_activation
+from megatron_echo.experts.activation import (
+    expert_activation,
+    packed_activation,
+    weighted_activation,
+)
 from megatron_echo.experts.biases import bias_stack, with_weighted_bias
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, cloned_linear
@@ -92,12 +96,14 @@ class GroupedLinear(torch.nn.Module):
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
 
     def forward(
-        self, rows: Tensor, ends: Tensor, clones: Clones | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, rows: Tensor, ends: Tensor, clones: Clones | None = None,
+        packed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """``[B, in]`` to ``[B, out]``; see :func:`grouped_linear` and :func:`cloned_linear`.
 
-        The clones are brought here, in the forward pass of the module that owns the weights:
-        Megatron's parameter all-gather is waited for before it.
+        ``packed`` are the rows in FP8, where they come so; see :func:`fp8_linear`. The clones are
+        brought here, in the forward pass of the module that owns the weights: Megatron's parameter
+        all-gather is waited for before it.
 
         Returns:
             The products, and the biases to add to them, of :func:`bias_stack`, if there are any.
@@ -107,13 +113,17 @@ class GroupedLinear(torch.nn.Module):
             if clones is not None and rows.requires_grad and not bias.requires_grad:
                 bias = bias.detach().requires_grad_()  # backward has exchanges: see EchoGroupedMLP
             bias = bias_stack(bias, clones)
-        return self._product(rows, ends, clones), bias
+        return self._product(rows, ends, clones, packed), bias
 
-    def _product(self, rows: Tensor, ends: Tensor, clones: Clones | None) -> Tensor:
+    def _product(
+        self, rows: Tensor, ends: Tensor, clones: Clones | None, packed: Tensor | None
+    ) -> Tensor:
         keep = self._keeps_clones
         if self._fp8 is not None:
-            trains = self.training
-            return fp8_linear(rows, self.weight, ends, clones, self._fp8, trains=trains, keep=keep)
+            return fp8_linear(
+                rows, self.weight, ends, clones, self._fp8, trains=self.training, keep=keep,
+                packed=packed,
+            )  # fmt: skip
         gemm = self._grouped_gemm(len(ends))
         if clones is None:
             return grouped_linear(rows, self.weight, ends, gemm)
@@ -134,12 +144,18 @@ class WeightedActivation(torch.nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self._activation = expert_activation(config)
+        self._is_packed = computes_in_fp8(config)
 
     def forward(
         self, hidden: Tensor, probs: Tensor, ends: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``; see :func:`weighted_activation`."""
-        return weighted_activation(hidden, probs, ends, self._activation, bias)
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``, and in FP8 that packed.
+
+        See :func:`weighted_activation` and :func:`packed_activation`.
+        """
+        if self._is_packed:
+            return packed_activation(hidden, probs, ends, self._activation, bias)
+        return weighted_activation(hidden, probs, ends, self._activation, bias), None
 
 
 class EchoGroupedMLP(MegatronModule):
@@ -212,6 +228,7 @@ class EchoGroupedMLP(MegatronModule):
         ends: Tensor,
         probs: Tensor,
         clones: Clones | None = None,
+        packed: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Compute all experts, and the clones of other ranks' experts.
 
@@ -222,6 +239,7 @@ class EchoGroupedMLP(MegatronModule):
                 rows.
             probs: ``[B]``, the router's probability of each row.
             clones: which experts sit in the slots.
+            packed: the rows in FP8, where they come so; ``hidden_states`` is a stand-in then.
 
         Returns:
             ``[B, H]``, anything in the rows beyond the last expert's; and no bias: that of the
@@ -230,9 +248,9 @@ class EchoGroupedMLP(MegatronModule):
         if clones is not None and probs.requires_grad and not hidden_states.requires_grad:
             # fc1's backward pass has exchanges: it must not depend on whether its weight is frozen.
             hidden_states = hidden_states.detach().requires_grad_()
-        hidden, bias = self.linear_fc1(hidden_states, ends, clones)
-        hidden = self.activation(hidden, probs, ends, bias)
-        output, bias = self.linear_fc2(hidden, ends, clones)
+        hidden, bias = self.linear_fc1(hidden_states, ends, clones, packed)
+        hidden, packed = self.activation(hidden, probs, ends, bias)
+        output, bias = self.linear_fc2(hidden, ends, clones, packed)
         return output if bias is None else with_weighted_bias(output, bias, probs, ends), None
 
     def backward_dw(self) -> None:
