@@ -334,6 +334,12 @@ def row_alignment(config: Any) -> int:
     return math.lcm(given, FP8_ALIGNMENT) if computes_in_fp8(config) else given
 
 
+def dispatched_row_bytes(config: Any, is_packed: bool) -> int:
+    """Bytes of a token on its way to an expert; packed it is in FP8, with its scale."""
+    width = expert_width(config)
+    return width + FP8_ALIGNMENT if is_packed else width * config.params_dtype.itemsize
+
+
 def clone_itemsize(config: Any) -> int:
     """Bytes of an element of a clone's weights; scales are left out."""
     return 1 if computes_in_fp8(config) else config.params_dtype.itemsize

@@ -20,7 +20,7 @@ from megatron_echo.compatibility import config_refusal
 from megatron_echo.config import computes_in_fp8
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.experts import EchoGroupedMLP
-from megatron_echo.experts.fp8 import pack_rows
+from megatron_echo.experts.fp8 import FP8, pack_rows
 from megatron_echo.routing.router import router_class
 from megatron_echo.step.step_end import StepEnd
 
@@ -208,7 +208,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             expected = self._without_clones(*self._doubted)
             plan, self._doubted = self.token_dispatcher.plan, None
             assert plan is not None
-            dtype = self.config.params_dtype
+            dtype = FP8 if computes_in_fp8(self.config) else self.config.params_dtype
             self._self_check.record(combined, expected, plan, self.ep_group, dtype)
         return combined
 

@@ -56,16 +56,23 @@ def test_rows(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_columns(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """Groups of several blocks, small and empty ones; the last end is before the last row."""
+    """Groups of several blocks, small and empty ones; the last end is before the last row.
+
+    Of rows, and of rows that are quantised.
+    """
     rows, last = drawn(dtype, *shape), shape[0] - shape[0] // 8
     for ends in ([last // 3, last // 3, last], [0, last], [0, 0], [last, last]):
-        given = rows, torch.tensor(ends, dtype=torch.int32)
-        found, expected = fp8.quantise_columns(*given), fp8.quantise_columns_reference(*given)
-        part = slice(ends[-1])
-        same(
-            Quantised(found.values[:, part], found.scales),
-            Quantised(expected.values[:, part], expected.scales),
-        )
+        on_device = torch.tensor(ends, dtype=torch.int32)
+        packed = fp8.quantise_rows_reference(rows)
+        packed.scales[last:] = torch.nan
+        for given in (rows, packed):
+            found = fp8.quantise_columns(given, on_device)
+            expected = fp8.quantise_columns_reference(given, on_device)
+            part = slice(ends[-1])
+            same(
+                Quantised(found.values[:, part], found.scales),
+                Quantised(expected.values[:, part], expected.scales),
+            )
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
