@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role, role_of_call
+from megatron_echo.config import echo_setting
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import is_capturing
@@ -21,7 +22,6 @@ from megatron_echo.experts.fp8 import (
     pack_rows,
     quantise_columns,
     quantise_matrices,
-    quantise_rows,
     scaled_outer,
     scaled_product,
     unpacked,
@@ -35,6 +35,10 @@ class _Stack:
     """Home experts in FP8, and room for clones behind them: an expert is one block of bytes.
 
     Its values come first, then its scales, so that a clone travels in one piece.
+
+    Attributes:
+        home: words ``[m, 1, n]`` of the home experts.
+        clones: words ``[S, 1, n]`` of the slots.
     """
 
     def __init__(self, is_transposed: bool) -> None:
@@ -59,20 +63,30 @@ class _Stack:
                 self._buffer = weight.new_empty(matrices, 1, words, dtype=_WORD)
             self._is_of = None
         self._words = self._buffer[:matrices]
+        self.home, self.clones = self._words.split((self._home, slots))
         if state is not None and state == self._is_of:
             return
         self._is_of = state
         quantise_matrices(weight.detach(), self.operand, is_transposed=self._is_transposed)
 
-    def bring(self, clones: Clones) -> None:
-        """Put the clones behind the home experts."""
-        home, plan = self._words[: self._home], (clones.slot_expert, clones.announced)
-        clones.transport.push(home, *plan, self.clones)
+    def bring(self, clones: Clones, kept: Tensor | None, in_place: bool) -> None:
+        """Put the clones behind the home experts; or, in place, where they may be instead.
 
-    @property
-    def clones(self) -> Tensor:
-        """Words ``[S, 1, n]`` of the slots."""
-        return self._words[self._home :]
+        Args:
+            clones: which experts to bring.
+            kept: words of the clones, in place of bringing them.
+            in_place: they need not be in the stack.
+        """
+        plan = clones.slot_expert, clones.announced
+        if in_place:
+            there = clones.transport.push_in_place(self.home, *plan) if kept is None else kept
+            if there is not None:
+                self.clones = there
+                return
+        if kept is not None:
+            self.clones.copy_(kept)
+        else:
+            clones.transport.push(self.home, *plan, self.clones)
 
     @property
     def operand(self) -> Quantised:
@@ -99,34 +113,57 @@ class Fp8Weights:
         """
         self._step_end = StepEnd.of(config)
         self._stacks = _Stack(is_transposed=False), _Stack(is_transposed=True)
+        self.by_kernel = echo_setting(config, "moe_echo_grouped_gemm") == "triton"
 
-    def operand(
-        self, weight: Tensor, clones: Clones | None, *, is_transposed: bool, trains: bool = True,
-        kept: Tensor | None = None,
-    ) -> Quantised:  # fmt: skip
-        """Home experts and clones; good until the next call.
+    def product(
+        self, packed: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None,
+        dtype: torch.dtype, *, is_transposed: bool, trains: bool = True, kept: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``rows[g] @ w[g].T`` of home experts and clones, or ``rows[g] @ w[g]``.
 
         Args:
+            packed: the rows.
             weight: ``[m, out, in]``, as it is now.
+            ends: int32 ``[m + S]``.
             clones: which experts to bring; None for no slots.
-            is_transposed: for the input's gradient.
+            dtype: of the result.
+            is_transposed: for the input's gradient, the latter product.
             trains: False where somebody may exchange weights at any time: nothing is kept then.
             kept: what :meth:`copy_of_clones` gave, in place of bringing them.
         """
+        stack = self._filled(weight, clones, is_transposed, trains)
+        if clones is not None:
+            stack.bring(clones, kept, in_place=self.by_kernel)
+        if not self.by_kernel:
+            return scaled_product(unpacked(packed), stack.operand, ends, dtype)
+        from megatron_echo.experts import kernels
+
+        width = weight.shape[2 if is_transposed else 1]
+        return kernels.scaled_product(packed, stack.home, stack.clones, ends, width, dtype)
+
+    def outer(self, left: Quantised, right: Quantised, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :func:`~megatron_echo.experts.fp8.scaled_outer`."""
+        if not self.by_kernel:
+            return scaled_outer(left, right, ends, dtype)
+        from megatron_echo.experts import kernels
+
+        both = (left.values, left.scales), (right.values, right.scales)
+        return kernels.scaled_outer(*both, ends, dtype)
+
+    def _filled(
+        self, weight: Tensor, clones: Clones | None, is_transposed: bool, trains: bool
+    ) -> _Stack:
         stack = self._stacks[is_transposed]
         # A replay quantises what its capture did, whatever was quantised before.
         state = self._step_end.steps, is_capturing(), weight.data_ptr(), weight._version
         stack.fill(weight, clones.slots if clones else 0, state if trains else None)
-        if kept is not None:
-            stack.clones.copy_(kept)
-        elif clones is not None:
-            stack.bring(clones)
-        return stack.operand
+        return stack
 
     def copy_of_clones(self, weight: Tensor, clones: Clones) -> Tensor:
         """The clones as the input's gradient wants them, for a later backward pass."""
-        self.operand(weight, clones, is_transposed=True)
-        return self._stacks[True].clones.clone()
+        stack = self._filled(weight, clones, is_transposed=True, trains=True)
+        stack.bring(clones, None, in_place=self.by_kernel)
+        return stack.clones.clone()
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -138,8 +175,9 @@ class _Fp8Linear(torch.autograd.Function):
         clones: Clones | None, weights: Fp8Weights, trains: bool, keep: bool,
     ) -> Tensor:  # fmt: skip
         packed = pack_rows(rows, ends) if packed is None else packed
-        operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
-        output = scaled_product(unpacked(packed), operand, ends, rows.dtype)
+        output = weights.product(
+            packed, weight, ends, clones, rows.dtype, is_transposed=False, trains=trains
+        )
         saved = [packed, weight, ends]
         ctx.weights, ctx.of_clones = weights, None
         if clones is not None:
@@ -161,25 +199,19 @@ class _Fp8Linear(torch.autograd.Function):
         grad, to_rows, to_weight = grad.contiguous(), None, None
         if clones is not None or ctx.needs_input_grad[0]:
             # With clones every rank brings them, whoever wants the gradient.
-            operand = ctx.weights.operand(weight, clones, is_transposed=True, kept=kept)
-            if ctx.needs_input_grad[0]:
-                to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
+            to_rows = ctx.weights.product(
+                pack_rows(grad, ends), weight, ends, clones, grad.dtype, is_transposed=True,
+                kept=kept,
+            )  # fmt: skip
         if clones is not None or ctx.needs_input_grad[2]:
-            to_weight = _weight_gradient(grad, unpacked(packed), weight, ends, clones)
+            left, right = quantise_columns(grad, ends), quantise_columns(unpacked(packed), ends)
+            dtype = wide_dtype(weight.dtype) if grad.is_cpu else weight.dtype
+            parts = ctx.weights.outer(left, right, ends, dtype)
+            if clones is not None:
+                parts = clones.transport.bring_home(parts, clones.slot_expert, clones.announced)
+            to_weight = parts.to(weight.dtype)
         nothing = None, None, None, None, None
         return to_rows, None, to_weight if ctx.needs_input_grad[2] else None, *nothing
-
-
-def _weight_gradient(
-    grad: Tensor, rows: Quantised, weight: Tensor, ends: Tensor, clones: Clones | None
-) -> Tensor:
-    """``[m, out, in]``; the parts of clones in the dtype of the product, summed wide."""
-    left, right = quantise_columns(grad, ends), quantise_columns(rows, ends)
-    dtype = wide_dtype(weight.dtype) if grad.is_cpu else weight.dtype
-    parts = scaled_outer(left, right, ends, dtype)
-    if clones is not None:
-        parts = clones.transport.bring_home(parts, clones.slot_expert, clones.announced)
-    return parts.to(weight.dtype)
 
 
 def fp8_linear(

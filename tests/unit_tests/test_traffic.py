@@ -70,7 +70,6 @@ def test_tokens_travel_in_half_the_bytes_to_experts_in_fp8(wire: str) -> None:
         saved = before["link"] - after["link"]
         assert saved == pytest.approx(copies * (ROW - SHAPE.hidden - 16), rel=1e-6)
         assert after["host_reads"] == 0
-    assert packed[1]["memory"] < plain[1]["memory"]
 
 
 def test_slots_that_are_not_used_cost_nothing() -> None:

@@ -136,7 +136,7 @@ def test_columns_of_packed_rows(ends: list[int]) -> None:
         part = rows[group].t().double().abs()
         small = part < 2.0**-14 * torch.maximum(part.amax(0), part.amax(1, keepdim=True))
         assert torch.equal(first[~small], second[~small])
-        assert (first - second).norm() <= 1e-6 * first.norm()
+        assert (first - second).norm() <= 1e-5 * first.norm()
     assert (twice.values[:, ends[-1] :].float() == 0).all()
     assert twice.scales.isfinite().all()
 

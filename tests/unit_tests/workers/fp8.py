@@ -117,7 +117,8 @@ def check_biases_and_doubt() -> None:
     exact = dense(layer, case)
     assert set(exact) > set(RESULTS)
     sizes = sizes_of_errors(found, exact, tuple(exact))
-    assert all(0.001 < size < 0.12 for size in sizes.values()), sizes
+    assert 0.03 < sizes["output"] < 0.1, sizes
+    assert max(sizes.values()) < 0.3, sizes  # the clamp lets another gradient through
     record = SelfCheck.record
 
     def doubled(self: Any, actual: Tensor, *rest: Any) -> None:
