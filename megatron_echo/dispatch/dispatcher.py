@@ -334,7 +334,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         )
         rows, packed = delivery.rows, None
         if self._pack is not None:
-            rows, packed = self._stand_for(hidden_states, delivery), rows
+            rows, packed = self._stand_for(hidden_states, len(rows), delivery.receipt), rows
         self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends, packed=packed)
         if self._is_training:
             self._record(delivery, tokens)
@@ -342,14 +342,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, delivery.probs
 
-    def _stand_for(self, tokens: Tensor, delivery: Delivery) -> Tensor:
+    def _stand_for(self, tokens: Tensor, num_rows: int, receipt: Any) -> Tensor:
         """The gradients of rows go home as results do."""
 
         def back(grad: Tensor) -> Tensor:
-            total = self._transport.combine(grad, delivery.receipt).to(grad.dtype)
+            total = self._transport.combine(grad, receipt).to(grad.dtype)
             return reduce_scatter(total, self.tp_group)
 
-        return stand_for_rows(tokens, len(delivery.rows), back)
+        return stand_for_rows(tokens, num_rows, back)
 
     def _record(self, delivery: Delivery, tokens: int) -> None:
         """Note on the device what would have sufficed; nothing is read."""

@@ -27,8 +27,9 @@ from megatron_echo.environment import on_gpu
 from megatron_echo.experts.grouped_linear import grouped_outer, grouped_product
 
 FP8 = torch.float8_e4m3fn
+WORD = torch.int32
+"""What transports carry: any bits, and faster to copy than bytes."""
 
-_WORD = torch.int32  # any bits, which nothing computes with
 _BEHIND = 4  # words, so that each row begins at a multiple of 16 bytes; the first is the scale
 _WITHOUT_SIGN, _INFINITY = 0x7FFFFFFF, 0x7F800000
 _UP_FROM_448 = 0x1FFFFF  # 448 is 1.75 x 2^8: a larger fraction than .75 carries into the exponent
@@ -110,12 +111,12 @@ def pack_rows(rows: Tensor, ends: Tensor | None = None) -> Tensor:
 
 def new_words(like: Tensor, width: int) -> Tensor:
     """Uninitialised packed rows of a width, as many as ``like`` has."""
-    return like.new_empty(len(like), width // _WORD.itemsize + _BEHIND, dtype=_WORD)
+    return like.new_empty(len(like), width // WORD.itemsize + _BEHIND, dtype=WORD)
 
 
 def unpacked(words: Tensor) -> Quantised:
     """Values ``[B, i]`` and scales ``[B]`` of packed rows; views."""
-    values = words.view(FP8)[:, : -_BEHIND * _WORD.itemsize]
+    values = words.view(FP8)[:, : -_BEHIND * WORD.itemsize]
     return Quantised(values, words.view(torch.float32)[:, -_BEHIND])
 
 

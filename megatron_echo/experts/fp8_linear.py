@@ -18,6 +18,7 @@ from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import is_capturing
 from megatron_echo.experts.fp8 import (
     FP8,
+    WORD,
     Quantised,
     pack_rows,
     quantise_columns,
@@ -27,8 +28,6 @@ from megatron_echo.experts.fp8 import (
     unpacked,
 )
 from megatron_echo.step.step_end import StepEnd
-
-_WORD = torch.int32  # what transports carry: any bits, and faster to copy than bytes
 
 
 class _Stack:
@@ -57,10 +56,10 @@ class _Stack:
         self._home, *self._shape = weight.mT.shape if self._is_transposed else weight.shape
         matrices = self._home + slots
         lines, width = self._shape
-        words = lines * (width + torch.float32.itemsize) // _WORD.itemsize
+        words = lines * (width + torch.float32.itemsize) // WORD.itemsize
         if self._buffer is None or len(self._buffer) < matrices:
             with torch.inference_mode(False):  # evaluation may come first
-                self._buffer = weight.new_empty(matrices, 1, words, dtype=_WORD)
+                self._buffer = weight.new_empty(matrices, 1, words, dtype=WORD)
             self._is_of = None
         self._words = self._buffer[:matrices]
         self.home, self.clones = self._words.split((self._home, slots))
@@ -92,7 +91,7 @@ class _Stack:
     def operand(self) -> Quantised:
         """Values ``[m + S, out, in]``, transposed ``[m + S, in, out]``, and their scales."""
         lines, width = self._shape
-        words = self._words.squeeze(1).split((lines * width // _WORD.itemsize, lines), dim=1)
+        words = self._words.squeeze(1).split((lines * width // WORD.itemsize, lines), dim=1)
         values = words[0].view(FP8).unflatten(1, (lines, width))
         return Quantised(values, words[1].view(torch.float32))
 
