@@ -141,8 +141,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             config: with the fields of this package, or a plain one for their defaults.
             pg_collection: ``ep``, ``expt_dp``, ``pp`` and ``expt_tp`` are used.
             num_slots: S, by default that of the configuration.
-            pack: makes of tokens ``[T, H]`` what travels in their place, integers ``[T, X]``, where
-                the transport moves any bits; None for the tokens themselves.
+            pack: makes of tokens ``[T, H]`` what travels in their place, integers ``[T, X]``, by
+                the transports that take them.
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self._topk = config.moe_router_topk
@@ -318,38 +318,27 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert.
 
-        Packed rows are in :attr:`packed`; then a stand-in of NaN has the place of the rows, for
-        their gradients.
+        Where rows are :attr:`packed`, NaN stands for them, and gets their gradients.
         """
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
         probs = all_gather(probs, self.tp_group)
-        if self._pack is None:
-            moved = all_gather(hidden_states, self.tp_group)
-        else:
-            moved = gather(self._pack(hidden_states.detach()), self.tp_group)
+        moved = hidden_states if self._pack is None else self._pack(hidden_states.detach())
+        moved = all_gather(moved, self.tp_group)
         call, tokens = self._current(), len(moved)
         delivery = self._transport.dispatch(
             moved, call.experts, probs, self.buffer_rows(tokens), self._is_training, call.counts
         )
         rows, packed = delivery.rows, None
-        if self._pack is not None:
-            rows, packed = self._stand_for(hidden_states, len(rows), delivery.receipt), rows
+        if self._pack is not None:  # gradients of rows go home as results do
+            receipt, packed = delivery.receipt, rows
+            rows = stand_for_rows(hidden_states, len(rows), lambda grad: self._home(grad, receipt))
         self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends, packed=packed)
         if self._is_training:
             self._record(delivery, tokens)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, delivery.probs
-
-    def _stand_for(self, tokens: Tensor, num_rows: int, receipt: Any) -> Tensor:
-        """The gradients of rows go home as results do."""
-
-        def back(grad: Tensor) -> Tensor:
-            total = self._transport.combine(grad, receipt).to(grad.dtype)
-            return reduce_scatter(total, self.tp_group)
-
-        return stand_for_rows(tokens, num_rows, back)
 
     def _record(self, delivery: Delivery, tokens: int) -> None:
         """Note on the device what would have sufficed; nothing is read."""
@@ -384,12 +373,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """Bring the experts' outputs ``[B, H]`` home and sum them: ``[T, H]``, wide dtype."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        total = self._transport.combine(hidden_states, self._current().receipt)
-        total = reduce_scatter(total, self.tp_group)
+        total = self._home(hidden_states, self._current().receipt)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(total)
             self.shared_experts.post_forward_comm()
         return total
+
+    def _home(self, rows: Tensor, receipt: Any) -> Tensor:
+        return reduce_scatter(self._transport.combine(rows, receipt), self.tp_group)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """The layer's output in the dtype and shape of its input."""

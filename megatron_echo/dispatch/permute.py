@@ -155,7 +155,7 @@ class _Stand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(grad), None, None
+        return ctx.back(grad).to(grad.dtype), None, None
 
 
 def stand_in(like: Tensor, num_rows: int, width: int) -> Tensor:
@@ -169,6 +169,6 @@ def stand_for_rows(tokens: Tensor, num_rows: int, back: Callable[[Tensor], Tenso
     Args:
         tokens: get the gradient.
         num_rows: B.
-        back: brings gradients of rows ``[B, H]`` to the tokens, ``[T, H]``.
+        back: brings gradients of rows ``[B, H]`` to the tokens, ``[T, H]``, and sums them.
     """
     return _Stand.apply(tokens, num_rows, back)
