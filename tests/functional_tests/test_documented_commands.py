@@ -112,7 +112,7 @@ WAYS = (
     Way(r"python benchmarks/router_losses\.py",
         run="python benchmarks/router_losses.py --steps 11 --output {tmp}/losses"),
     Way(r"python benchmarks/fp8_loss\.py.*",
-        run="python benchmarks/fp8_loss.py --steps 11 --output {tmp}/fp8_loss"),
+        run="python benchmarks/fp8_loss.py --steps 11 --ranks 1 --output {tmp}/fp8_loss"),
     Way(r"python benchmarks/aux_loss\.py",
         run="python benchmarks/aux_loss.py --output {tmp}/aux.json"),
     Way(r"python benchmarks/offload_simulator\.py",
