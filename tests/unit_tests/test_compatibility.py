@@ -82,8 +82,7 @@ OF_NCCL_EP = (
 )  # fmt: skip
 OF_FP8 = (
     {"hidden_size": 56}, {"moe_latent_size": 24}, {"moe_ffn_hidden_size": 72},
-    {"expert_tensor_parallel_size": 8}, {"moe_echo_grouped_gemm": "triton"},
-    {"params_dtype": torch.float16},
+    {"expert_tensor_parallel_size": 8}, {"params_dtype": torch.float16},
 )  # fmt: skip
 
 

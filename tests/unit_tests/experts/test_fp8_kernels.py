@@ -6,10 +6,12 @@ from unittest import mock
 import pytest
 import torch
 import triton_interpreter
+from moe_cases import layer_config
 from torch import Tensor
 
 from megatron_echo.experts import fp8, kernels
 from megatron_echo.experts.fp8 import FP8, Quantised
+from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = ((1, 16), (37, 48), (130, 80), (16, 528))
@@ -150,3 +152,19 @@ def near(found: Tensor, expected: Tensor, limit: float) -> None:
     assert found.shape == expected.shape
     if expected.numel():
         assert (found - expected).abs().max() <= limit * expected.abs().max()
+
+
+def test_the_linear_by_kernels() -> None:
+    """Output and both gradients of torch's way."""
+    config = layer_config(1, 2, torch.float32)
+    ends, generator = torch.tensor([16, 48]).int(), torch.Generator().manual_seed(1)
+    given = [torch.randn(shape, generator=generator) for shape in ((48, 32), (2, 16, 32))]
+    grad = torch.randn(48, 16, generator=generator)
+    results = []
+    for by_kernel in (False, True):
+        weights, leaves = Fp8Weights(config), [t.clone().requires_grad_() for t in given]
+        weights.by_kernel = by_kernel
+        output = fp8_linear(*leaves, ends, None, weights, trains=True)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
+    for expected, found in zip(*results, strict=True):
+        near(found, expected, 1e-6)
