@@ -6,7 +6,8 @@ The real layer runs on fake tensors, one rank of a pretended group; see ``traffi
 Routing is drawn (experts wanted by a lognormal of spread 1.0) and planned by the real planner. Each
 figure is of a mean rank. *Necessary*: each token once to each rank that computes it, in bf16, there
 and back in both passes; each clone's weights twice, its gradient once, in bf16. Megatron's own
-dispatchers have this package's experts, so that the dispatchers compare.
+dispatchers have this package's experts, so that the dispatchers compare. *FP8*: experts compute in
+it, in a microbatch that finds its weights quantised.
 """
 
 import argparse
@@ -170,6 +171,8 @@ def build(
 ) -> torch.nn.Module:
     """Our layer; with one of Megatron's dispatchers as ``wire``, its layer.
 
+    With ``, FP8`` behind ``wire`` the experts compute in it.
+
     Args:
         shape: its sizes.
         ranks: of the expert-parallel group.
@@ -184,6 +187,7 @@ def build(
     from megatron_echo.experts import EchoGroupedMLP
     from megatron_echo.moe_layer import EchoMoELayer
 
+    wire, _, precision = wire.partition(", ")
     stock = wire.removeprefix("Megatron ")
     fields: dict[str, Any] = (
         {"moe_token_dispatcher_type": stock, "bias_activation_fusion": True}
@@ -193,6 +197,7 @@ def build(
             "moe_num_echo_experts": slots * ranks,
             "moe_echo_token_transport": wire,
             "moe_echo_expert_dispatcher_type": weights,
+            "moe_echo_expert_precision": "fp8-rowwise" if precision else "params-dtype",
         }
     )
     config = EchoTransformerConfig(
@@ -280,6 +285,7 @@ def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str
     ours = [(wire, 0, "-") for wire in wires]
     slots = dict.fromkeys((auto_slots(ranks, shape.experts), home))
     ours += itertools.product(wires, slots, WEIGHTS)
+    ours += [(f"{wire}, FP8", min(slots), WEIGHTS[-1]) for wire in wires]
     stock = [("Megatron alltoall", 0, "-"), ("Megatron allgather", 0, "-")]
     for wire, number, weights in [*stock, *ours]:
         drawn = routing(shape, ranks, number)

@@ -32,6 +32,7 @@ _ON_GPU = (
     "dispatch.permute",
     "dispatch.transports.weights",
     "experts.activation",
+    "experts.fp8",
     "experts.grouped_linear",
 )
 _COPIES_SENT = {
@@ -212,6 +213,7 @@ def kernels(counter: Counter) -> Iterator[None]:
         ),
         **_row_kernels(counter),
         **_activation_kernels(counter),
+        **_fp8_kernels(counter),
         **_peer_kernels(counter),
     }
     with contextlib.ExitStack() as stack:
@@ -294,6 +296,9 @@ def _activation_kernels(counter: Counter) -> dict[str, Any]:
         counter.kernel(moved(hidden, probs, output))
         return output
 
+    def packed(hidden: Tensor, probs: Tensor, ends: Tensor, values: Tensor, *_: Any) -> None:
+        counter.kernel(moved(hidden, probs, values))
+
     def backward(
         hidden: Tensor, probs: Tensor, ends: Tensor, grad: Tensor, settings: dict
     ) -> tuple[Tensor, Tensor]:
@@ -302,7 +307,42 @@ def _activation_kernels(counter: Counter) -> dict[str, Any]:
         return result
 
     place = "megatron_echo.experts.activation_kernels."
-    return {f"{place}forward": forward, f"{place}backward": backward}
+    both = {f"{place}forward": forward, f"{place}backward": backward}
+    return both | {f"{place}packed": packed}
+
+
+def _fp8_kernels(counter: Counter) -> dict[str, Any]:
+    """``experts/fp8_kernels.py``, rows in use read and written once; and torch's products."""
+
+    def quantised(source: Tensor, is_bounded: bool) -> None:
+        elements = source.numel()
+        if is_bounded:
+            elements = min(len(source), counter.facts.pairs) * source[0].numel()
+        counter.kernel(elements * (source.itemsize + 1))
+
+    def rows(source: Tensor, used: Tensor | None, values: Tensor, scales: Tensor) -> None:
+        quantised(source, used is not None)
+
+    def columns(source: Tensor, *_: Tensor, is_stack: bool, row_scales: Any = None) -> None:
+        quantised(source, not is_stack)
+
+    def product(rows: Any, weights: Any, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        counter.kernel(0)
+        shape = len(rows.values), weights.values.shape[1]
+        return rows.values.new_empty(shape, dtype=dtype)
+
+    def outer(left: Any, right: Any, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        counter.kernel(0)
+        shape = len(ends), len(left.values), len(right.values)
+        return left.values.new_empty(shape, dtype=dtype)
+
+    place = "megatron_echo.experts.fp8"
+    return {
+        f"{place}_kernels.rows": rows,
+        f"{place}_kernels.columns": columns,
+        f"{place}_linear.scaled_product": product,
+        f"{place}_linear.scaled_outer": outer,
+    }
 
 
 def _peer_kernels(counter: Counter) -> dict[str, Any]:

@@ -169,8 +169,9 @@ class EchoConfigMixin:
         "params-dtype",
         "What experts compute in. params-dtype: as their parameters, bf16 as a rule, beside "
         "--fp8-format too. fp8-rowwise: operands in e4m3 with a scale for each row, for compute "
-        "capability 9.0 and, as a reference, a CPU; parameters and gradients stay as they are. "
-        "The others are names of what is not built: the refusal says what would do.",
+        "capability 9.0 (from 8.9 on with --moe-echo-grouped-gemm triton) and, as a reference, a "
+        "CPU; tokens and clones travel so, parameters and gradients stay as they are. The others "
+        "are names of what is not built: the refusal says what would do.",
         group="echo",
         check=checks.expert_precision,
         choices=("params-dtype", "fp8-rowwise", "mxfp8", "fp8-blockwise", "nvfp4"),
@@ -332,6 +333,12 @@ def row_alignment(config: Any) -> int:
     """To what each expert's rows are padded: ``--moe-echo-row-alignment``, 16 in FP8."""
     given = echo_setting(config, "moe_echo_row_alignment")
     return math.lcm(given, FP8_ALIGNMENT) if computes_in_fp8(config) else given
+
+
+def dispatched_row_bytes(config: Any, is_packed: bool) -> int:
+    """Bytes of a token on its way to an expert; packed it is in FP8, with its scale."""
+    width = expert_width(config)
+    return width + FP8_ALIGNMENT if is_packed else width * config.params_dtype.itemsize
 
 
 def clone_itemsize(config: Any) -> int:

@@ -42,18 +42,22 @@ _FP8_ROWWISE: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "--moe-ffn-hidden-size is {config.moe_ffn_hidden_size}. Use another one, or params-dtype.",
     ),
     (
-        lambda c: c.moe_echo_grouped_gemm == "triton",
-        "multiplies by torch alone. Use --moe-echo-grouped-gemm auto.",
-    ),
-    (
         lambda c: torch.accelerator.is_available() and c.params_dtype != torch.bfloat16,
         "gives bf16 on a GPU, not {config.params_dtype}. Use --bf16.",
     ),
     (
-        lambda c: torch.accelerator.is_available() and torch.cuda.get_device_capability() != (9, 0),
-        "needs a GPU of compute capability 9.0 (H100, H200). Use params-dtype.",
+        lambda c: not _multiplies_fp8(c.moe_echo_grouped_gemm),
+        "needs a GPU of compute capability 9.0 (H100, H200), or from 8.9 on with "
+        "--moe-echo-grouped-gemm triton. Use params-dtype.",
     ),
 )
+
+
+def _multiplies_fp8(gemm: str) -> bool:
+    if not torch.accelerator.is_available():
+        return True
+    capability = torch.cuda.get_device_capability()
+    return capability == (9, 0) or (gemm == "triton" and capability >= (8, 9))
 
 
 def precision_refusal(precision: str, config: Any) -> str | None:

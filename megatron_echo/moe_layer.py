@@ -17,9 +17,11 @@ from torch import Tensor
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import config_refusal
+from megatron_echo.config import computes_in_fp8
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.dispatch.reroute import Homecoming
 from megatron_echo.experts import EchoGroupedMLP
+from megatron_echo.experts.fp8 import FP8, pack_rows
 from megatron_echo.experts.grouped_mlp import FetchInBackward
 from megatron_echo.free_ticket import FreeQueue
 from megatron_echo.routing.router import router_class
@@ -157,7 +159,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             config.moe_flex_dispatcher_backend = "hybridep"
         self._made: dict[str, Tensor] = {}
         self._groups = groups
-        self.token_dispatcher = EchoTokenDispatcher(config, groups)
+        self.token_dispatcher = self._dispatcher()
         if self.shared_expert_overlap and self.shared_experts is not None:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._step_end = StepEnd.of(config)
@@ -165,6 +167,10 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         self._build_number = self._self_check.register()
         self._checked_call: tuple[Tensor, Tensor, Tensor] | None = None
         self._homecoming: Homecoming | None = None
+
+    def _dispatcher(self, num_slots: int | None = None) -> EchoTokenDispatcher:
+        pack = pack_rows if computes_in_fp8(self.config) else None
+        return EchoTokenDispatcher(self.config, self._groups, num_slots, pack)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's number of this layer, from 1; MTP layers come after the others."""
@@ -247,7 +253,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         """
         dispatcher = self.token_dispatcher
         rows, ends, row_probs = dispatcher.dispatch_postprocess(hidden_states, probs)
-        output, _ = self.experts(rows, ends, row_probs, dispatcher.clones)
+        experts = self.experts
+        output, _ = experts(rows, ends, row_probs, dispatcher.clones, dispatcher.packed)
         self._made["rows"] = dispatcher.combine_preprocess(output)
         return self._made["rows"], None
 
@@ -282,15 +289,15 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             expected = self._without_clones(*self._checked_call)
             plan, self._checked_call = self.token_dispatcher.plan, None
             assert plan is not None
-            dtype = self.config.params_dtype
+            dtype = FP8 if computes_in_fp8(self.config) else self.config.params_dtype
             self._self_check.record(combined, expected, plan, self.ep_group, dtype)
         return combined
 
     @torch.no_grad()
     def _without_clones(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        dispatcher = EchoTokenDispatcher(self.config, self._groups, num_slots=0)
+        dispatcher = self._dispatcher(num_slots=0)
         dispatcher.role = Role.UNRECORDED  # the largest buffer, and no record
         tokens = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
         rows, ends, row_probs = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*tokens))
-        output, _ = self.experts(rows, ends, row_probs)
+        output, _ = self.experts(rows, ends, row_probs, None, dispatcher.packed)
         return dispatcher.token_combine(dispatcher.combine_preprocess(output))

@@ -28,9 +28,9 @@ _unmended_patch = interpreter._patch_lang_tensor
 
 
 def dot(builder: object, a, b, *args: object):
-    """Not the product of the bit patterns of bf16."""
-    if a.dtype == tl.bfloat16:
-        a, b = (builder.cast_impl(t, tl.float32) for t in (a, b))
+    """Not the product of the bit patterns of bf16, nor of e4m3 rounded to fp16's exponents."""
+    if a.dtype in (tl.bfloat16, tl.float8e4nv):
+        a, b = (builder.create_fp_to_fp(t, tl.float32, None) for t in (a, b))
     return _unmended_dot(builder, a, b, *args)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from capture_safety import cuda_reports_waits, same_bits
+from fp8_checks import FP8_CHECKS
 from megatron.core.activations import quick_gelu, squared_relu
 from record import Case, Figures, SkippedError
 from timing import device, on_gpu, release_memory
@@ -19,7 +20,6 @@ from torch import Tensor
 from megatron_echo.dispatch import permute
 from megatron_echo.dispatch.layout import RowMap, build_layout, round_rows
 from megatron_echo.dispatch.transports.peer_memory import PeerRows
-from megatron_echo.experts import fp8
 from megatron_echo.experts.activation import ExpertActivation, weighted_activation
 from megatron_echo.experts.biases import with_weighted_bias
 from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
@@ -264,40 +264,6 @@ def multiply_reference(
     )
 
 
-# ------------------------------------------------------------------------- FP8
-
-
-def fp8_inputs(
-    dtype: torch.dtype, experts: int, out: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in groups of any size, which fill the buffer, and weights, of many magnitudes."""
-
-    def draw(*shape: int) -> Tensor:
-        size = torch.randn(shape, device=device()).mul_(2).exp_()
-        return size.mul_(torch.randn(shape, device=device())).to(dtype)
-
-    rows = 3 * out // 2
-    ends = torch.tensor([rows // 7, rows // 7, rows], dtype=torch.int32, device=device())
-    return draw(rows, width), ends, draw(experts, out, width)
-
-
-def quantise(rows: Tensor, ends: Tensor, weights: Tensor) -> Sequence[Tensor]:
-    """Operands of all products, as bytes and scales."""
-    operands = [fp8.quantise_rows(rows, ends), fp8.quantise_columns(rows, ends)]
-    for is_transposed in (False, True):
-        shape = weights.mT.shape if is_transposed else weights.shape
-        values = torch.empty(shape, dtype=fp8.FP8, device=weights.device)
-        stack = fp8.Quantised(values, torch.empty(shape[:2], device=weights.device))
-        fp8.quantise_matrices(weights, stack, is_transposed=is_transposed)
-        operands.append(stack)
-    return [t for o in operands for t in (o.values.view(torch.uint8), o.scales)]
-
-
-def quantise_reference(rows: Tensor, ends: Tensor, weights: Tensor) -> Sequence[Tensor]:
-    """Of :func:`quantise`, on the CPU."""
-    return quantise(rows.cpu(), ends.cpu(), weights.cpu())
-
-
 # ------------------------------------------------------------------------- plans
 
 PLANS: tuple[tuple[Any, ...], ...] = (
@@ -382,11 +348,9 @@ def kernel_checks(dry: bool = False) -> list[KernelCheck]:
         checks.append(KernelCheck(f"products, {name}", partial(product_inputs, *given),
                                   multiply, multiply_reference, LIMITS[dtype]))  # fmt: skip
     checks += [
-        KernelCheck(f"FP8 operands, {str(dtype)[6:]}",
-                    partial(fp8_inputs, dtype, experts, out // size, width // size),
-                    quantise, quantise_reference)
-        for dtype, experts, out, width in ((BF16, 4, 4096, 7168), (FP32, 2, 1040, 528))
-    ]  # fmt: skip
+        KernelCheck(f"FP8 {name}", partial(inputs, *(n // size for n in sizes), dtype), *both)
+        for name, inputs, sizes, dtype, *both in FP8_CHECKS
+    ]
     for sizes in PLANS[: 3 if dry else None]:
         ranks, experts, slots, tolerance, _, node, *rest = sizes
         name = f"plan, R={ranks}, E={experts}, S={slots}, tolerance {tolerance}, node {node}"

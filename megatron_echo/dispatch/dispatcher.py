@@ -1,6 +1,6 @@
 """Megatron's token dispatcher interface with static shapes and no host read."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_echo.collectives import all_gather, gather, reduce_scatter
 from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import echo_setting, num_clone_slots, row_alignment
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
+from megatron_echo.dispatch.permute import stand_for_rows
 from megatron_echo.dispatch.reroute import Clones, Homecoming, pair_counts, physical_experts
 from megatron_echo.dispatch.transports import (
     AllGatherTransport,
@@ -114,6 +115,7 @@ class _Call:
     counts: PairCounts | None = None
     receipt: Any = None
     ends: Tensor | None = None
+    packed: Tensor | None = None
 
 
 class EchoTokenDispatcher(MoETokenDispatcher):
@@ -147,6 +149,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         num_slots: int | None = None,
+        pack: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Set up for one layer.
 
@@ -154,6 +157,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             config: with the fields of this package, or a plain one for their defaults.
             pg_collection: ``ep``, ``expt_dp``, ``pp`` and ``expt_tp`` are used.
             num_slots: S, by default that of the configuration.
+            pack: makes of tokens ``[T, H]`` what travels in their place, integers ``[T, X]``, by
+                the transports that take them.
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self._topk = config.moe_router_topk
@@ -172,6 +177,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._ways = Transports.of(config, config, self.ep_group)
         self._transport = self._make_transport(self._ways.tokens)
         self._weights = self._make_weight_transport(self._ways.weights)
+        self._pack = pack if self._transport.moves_any_bits else None
         self._step_end = StepEnd.of(config)
         places = (self.ep_rank, self.tp_rank, get_pg_rank(pg_collection.expt_dp))
         self._is_traced = places == (0, 0, 0)
@@ -331,24 +337,36 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """The clones of the call in progress, None if the layer makes none."""
         return self._current().clones
 
+    @property
+    def packed(self) -> Tensor | None:
+        """The rows of the call in progress as ``pack`` made them, ``[B, X]``, if it did."""
+        return self._current().packed
+
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert."""
+        """Bring each token-expert pair into its row: ``[B, H]`` and ``[B]``, grouped by expert.
+
+        Where rows are :attr:`packed`, NaN stands for them, and gets their gradients.
+        """
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        hidden_states = all_gather(hidden_states, self.tp_group)
         probs = all_gather(probs, self.tp_group)
-        call, tokens = self._current(), len(hidden_states)
+        moved = hidden_states if self._pack is None else self._pack(hidden_states.detach())
+        moved = all_gather(moved, self.tp_group)
+        call, tokens = self._current(), len(moved)
         _used_here((call.experts, *(vars(call.counts).values() if call.counts else ())))
         delivery = self._transport.dispatch(
-            hidden_states, call.experts, probs, self.buffer_rows(tokens),
-            self._is_training, call.counts,
-        )  # fmt: skip
-        self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends)
+            moved, call.experts, probs, self.buffer_rows(tokens), self._is_training, call.counts
+        )
+        rows, packed = delivery.rows, None
+        if self._pack is not None:  # gradients of rows go home as results do
+            receipt, packed = delivery.receipt, rows
+            rows = stand_for_rows(hidden_states, len(rows), lambda grad: self._home(grad, receipt))
+        self._call = replace(call, receipt=delivery.receipt, ends=delivery.ends, packed=packed)
         if self._is_training:
             self._record(delivery, tokens)
         if self.shared_experts is not None:
-            self.shared_experts.linear_fc1_forward_and_act(delivery.rows)
-        return delivery.rows, delivery.probs
+            self.shared_experts.linear_fc1_forward_and_act(rows)
+        return rows, delivery.probs
 
     def _record(self, delivery: Delivery, tokens: int) -> None:
         """Note on the device what would have sufficed; nothing is read."""
@@ -389,12 +407,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """Bring the experts' outputs ``[B, H]`` home and sum them: ``[T, H]``, wide dtype."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        total = self._transport.combine(hidden_states, self._current().receipt)
-        total = reduce_scatter(total, self.tp_group)
+        total = self._home(hidden_states, self._current().receipt)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(total)
             self.shared_experts.post_forward_comm()
         return total
+
+    def _home(self, rows: Tensor, receipt: Any) -> Tensor:
+        return reduce_scatter(self._transport.combine(rows, receipt), self.tp_group)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """The layer's output in the dtype and shape of its input."""

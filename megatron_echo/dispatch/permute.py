@@ -6,6 +6,7 @@ names are never read: what a grouped GEMM leaves in them does not matter. Backwa
 maps only.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,3 +142,33 @@ def pairs_to_rows(pairs: Tensor, rows: RowMap) -> Tensor:
     Rows behind those in use hold anything.
     """
     return _PairsToRows.apply(pairs, rows)
+
+
+class _Stand(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, num_rows: int, back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.back = back
+        return stand_in(tokens, num_rows, tokens.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad).to(grad.dtype), None, None
+
+
+def stand_in(like: Tensor, num_rows: int, width: int) -> Tensor:
+    """What autograd sees of rows that are elsewhere, packed: NaN ``[B, i]``, without memory."""
+    return like.new_full((1, 1), torch.nan).expand(num_rows, width)
+
+
+def stand_for_rows(tokens: Tensor, num_rows: int, back: Callable[[Tensor], Tensor]) -> Tensor:
+    """The :func:`stand_in` of rows that tokens ``[T, H]`` were copied to.
+
+    Args:
+        tokens: get the gradient.
+        num_rows: B.
+        back: brings gradients of rows ``[B, H]`` to the tokens, ``[T, H]``, and sums them.
+    """
+    return _Stand.apply(tokens, num_rows, back)

@@ -10,8 +10,10 @@ from megatron.core.activations import quick_gelu, squared_relu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.dispatch.permute import stand_in
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.biases import bias_of_rows, group_sums, row_groups
+from megatron_echo.experts.fp8 import new_words, pack_rows, unpacked
 
 _KERNELS: dict[Callable[[Tensor], Tensor], str] = {
     F.silu: "silu",
@@ -80,21 +82,28 @@ class _WeightedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation,
-        bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        bias: Tensor | None, is_packed: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(hidden, probs, ends, *([] if bias is None else [bias]))
         ctx.activation, ctx.again, ctx.output_again = activation, None, _output_again
         given = [] if bias is None else [bias, row_groups(ends, len(hidden))]
         settings = activation.kernel_settings(hidden, probs)
         if settings is None:
-            return _weighted(_biased(hidden, *given), probs, activation)
-        from megatron_echo.experts import activation_kernels
-
-        return activation_kernels.forward(hidden, probs, ends, settings, *given)
+            output = _weighted(_biased(hidden, *given), probs, activation)
+            output = pack_rows(output, ends) if is_packed else output
+        else:
+            output = _by_kernel(hidden, probs, ends, settings, given, is_packed)
+        if not is_packed:
+            return output
+        ctx.mark_non_differentiable(output)
+        ctx.set_materialize_grads(False)
+        return stand_in(
+            hidden, len(hidden), hidden.shape[1] // (2 if activation.is_gated else 1)
+        ), output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         again, ctx.again = ctx.again or _computed_again(ctx), None
         (hidden, probs, ends, *given), output = again
         if output is not None:
@@ -107,7 +116,21 @@ class _WeightedActivation(torch.autograd.Function):
                 hidden, probs, ends, grad, settings, *given
             )
         to_bias = group_sums(to_hidden, given[1], ends, given[0]) if given else None
-        return to_hidden, to_probs, None, None, to_bias
+        return to_hidden, to_probs, None, None, to_bias, None
+
+
+def _by_kernel(
+    hidden: Tensor, probs: Tensor, ends: Tensor, settings: dict[str, Any], given: list[Tensor],
+    is_packed: bool,
+) -> Tensor:  # fmt: skip
+    from megatron_echo.experts import activation_kernels
+
+    if not is_packed:
+        return activation_kernels.forward(hidden, probs, ends, settings, *given)
+    words = new_words(hidden, hidden.shape[1] // (2 if settings["IS_GATED"] else 1))
+    into = unpacked(words)
+    activation_kernels.packed(hidden, probs, ends, into.values, into.scales, settings, *given)
+    return words
 
 
 def _computed_again(ctx: Any) -> tuple[list[Tensor], Tensor | None]:
@@ -172,4 +195,16 @@ def weighted_activation(
     Returns:
         ``[B, F]`` in ``hidden``'s dtype; anything in the rows beyond the last end.
     """
-    return _WeightedActivation.apply(hidden, probs, ends, activation, bias)
+    return _WeightedActivation.apply(hidden, probs, ends, activation, bias, False)
+
+
+def packed_activation(
+    hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`weighted_activation` in FP8: a stand-in for its gradient, and the packed rows.
+
+    They are those of ``pack_rows`` of its output. On a GPU one kernel makes both, and the output
+    itself never is in memory.
+    """
+    return _WeightedActivation.apply(hidden, probs, ends, activation, bias, True)

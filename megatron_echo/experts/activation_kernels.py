@@ -1,5 +1,7 @@
 """The activation times the router's probability in Triton: one kernel forward, one backward.
 
+Another one forward gives rows in FP8, packed.
+
 Computed in fp32 and rounded once, where the reference of ``activation.py`` rounds after each of its
 operators. The number of rows in use is read on the device: a program behind them exits at once, so
 that the work is that of the rows and not of the buffer, and the rows behind are not written.
@@ -14,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron_echo.experts.fp8_kernels import _magnitude, _rounded, _scale_and_inverse
 
 _COLUMNS = 256
 _FORWARD_ROWS, _BACKWARD_ROWS = 16, 8  # a thread has 16 or 8 elements of each tensor in flight
@@ -63,6 +67,25 @@ def _gate_and_up(
     return gate, up + OFFSET, passes_gate, passes_up
 
 
+@triton.jit
+def _activated(
+    hidden, bias, group, row, column, mask,
+    F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Columns of the activation in fp32, before the probability."""
+    if IS_GATED:
+        gate, up, _, _ = _gate_and_up(
+            hidden, bias, group, row, column, mask, F, LIMIT, OFFSET, HAS_BIAS
+        )
+        value, _ = _value_and_slope(gate, KIND)
+        value *= up
+    else:
+        x = _biased(hidden, bias, group, row, column, mask, F, HAS_BIAS)
+        value, _ = _value_and_slope(x, KIND)
+    return value
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     hidden, probs, used, bias, groups, output, num_rows,
@@ -78,16 +101,47 @@ def _forward_kernel(
     mask = (row < end)[:, None] & (column < F)[None, :]
     prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
     group = tl.load(groups + row, mask=row < end, other=0) if HAS_BIAS else 0
-    if IS_GATED:
-        gate, up, _, _ = _gate_and_up(
-            hidden, bias, group, row, column, mask, F, LIMIT, OFFSET, HAS_BIAS
-        )
-        value, _ = _value_and_slope(gate, KIND)
-        value *= up
-    else:
-        x = _biased(hidden, bias, group, row, column, mask, F, HAS_BIAS)
-        value, _ = _value_and_slope(x, KIND)
+    value = _activated(
+        hidden, bias, group, row, column, mask, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
+    )
     tl.store(output + row[:, None] * F + column[None, :], value * prob, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _packed_kernel(
+    hidden, probs, used, bias, groups, values, scales, num_rows, value_stride, scale_stride,
+    F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each row is computed twice, for its largest magnitude and to be stored; never kept."""
+    end = tl.minimum(tl.load(used), num_rows)
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    if row >= end:
+        return
+    row += tl.arange(0, ROWS)
+    prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
+    group = tl.load(groups + row, mask=row < end, other=0) if HAS_BIAS else 0
+    narrow = hidden.dtype.element_ty  # what is quantised has been rounded to it
+    largest = tl.zeros((ROWS,), dtype=tl.int32)
+    for first in range(0, F, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = (row < end)[:, None] & (column < F)[None, :]
+        value = _activated(
+            hidden, bias, group, row, column, mask, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
+        )
+        value = (value * prob).to(narrow).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.where(mask, _magnitude(value), 0), axis=1))
+    scale, inverse = _scale_and_inverse(largest)
+    tl.store(scales + row * scale_stride, scale, mask=row < end)
+    for first in range(0, F, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = (row < end)[:, None] & (column < F)[None, :]
+        value = _activated(
+            hidden, bias, group, row, column, mask, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
+        )
+        value = (value * prob).to(narrow).to(tl.float32)
+        to = values + row[:, None] * value_stride + column[None, :]
+        tl.store(to, _rounded(value, inverse[:, None]), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -138,7 +192,7 @@ def constants(
         width: F.
         settings: ``KIND``, ``IS_GATED``, ``LIMIT`` and ``OFFSET``, from
             :meth:`~megatron_echo.experts.activation.ExpertActivation.kernel_settings`.
-        is_backward: for the backward kernel.
+        is_backward: for the backward kernel, or that of :func:`packed`, which take all columns.
         has_bias: the rows get one.
     """
     rows = _BACKWARD_ROWS if is_backward else _FORWARD_ROWS
@@ -172,6 +226,33 @@ def forward(
             hidden.contiguous(), probs.contiguous(), ends[-1:], bias, groups, output, rows, **chosen
         )
     return output
+
+
+def packed(
+    hidden: Tensor, probs: Tensor, ends: Tensor, values: Tensor, scales: Tensor,
+    settings: dict[str, Any], bias: Tensor | None = None, groups: Tensor | None = None,
+) -> None:  # fmt: skip
+    """:func:`forward`, rounded to the dtype of ``hidden`` and then quantised by row.
+
+    Args:
+        hidden: as the others in :func:`forward`.
+        probs: likewise.
+        ends: likewise.
+        values: e4m3 ``[B, F]``, each row contiguous; is written.
+        scales: fp32 ``[B]``, likewise.
+        settings: as in :func:`constants`.
+        bias: as in :func:`forward`.
+        groups: likewise.
+    """
+    rows, width = values.shape
+    if values.numel() == 0:
+        return
+    chosen = constants(width, settings, is_backward=True, has_bias=bias is not None)
+    with torch.cuda.device_of(hidden):
+        _packed_kernel[(triton.cdiv(rows, chosen["ROWS"]),)](
+            hidden.contiguous(), probs.contiguous(), ends[-1:], bias, groups, values, scales, rows,
+            values.stride(0), scales.stride(0), **chosen,
+        )  # fmt: skip
 
 
 def backward(

@@ -11,7 +11,11 @@ summed in fp32, scaled, and rounded once. On a GPU kernels quantise, and the pro
 ``torch._scaled_grouped_mm``, with offsets on the device.
 
 As scales are powers of two, a value is rounded to the same number whatever its scale, unless it is
-below 2^-15 of the largest beside it. So it hardly matters which rows a clone takes.
+below 2^-15 of the largest beside it. So it hardly matters which rows a clone takes, and rows that
+are quantised already can be quantised again by column, for a weight gradient.
+
+Rows are packed: 16 bytes behind the values of each hold its scale. So a row travels in one piece,
+and is where torch's products want it.
 """
 
 from dataclasses import dataclass
@@ -23,7 +27,10 @@ from megatron_echo.environment import on_gpu
 from megatron_echo.experts.grouped_linear import grouped_outer, grouped_product
 
 FP8 = torch.float8_e4m3fn
+WORD = torch.int32
+"""What transports carry: any bits, and faster to copy than bytes."""
 
+_BEHIND = 4  # words, so that each row begins at a multiple of 16 bytes; the first is the scale
 _WITHOUT_SIGN, _INFINITY = 0x7FFFFFFF, 0x7F800000
 _UP_FROM_448 = 0x1FFFFF  # 448 is 1.75 x 2^8: a larger fraction than .75 carries into the exponent
 _EXPONENT_OF_448 = 8
@@ -40,6 +47,10 @@ class Quantised:
 
     values: Tensor
     scales: Tensor
+
+    def dequantised(self) -> Tensor:
+        """In fp32."""
+        return self.values.float() * self.scales.unsqueeze(-1)
 
 
 def scales_for(largest: Tensor) -> Tensor:
@@ -60,56 +71,80 @@ def quantise_rows_reference(tensor: Tensor) -> Quantised:
     return Quantised((wide * scales.reciprocal().unsqueeze(-1)).to(FP8), scales)
 
 
-def quantise_columns_reference(rows: Tensor, ends: Tensor) -> Quantised:
+def quantise_columns_reference(rows: Tensor | Quantised, ends: Tensor) -> Quantised:
     """Of :func:`quantise_columns`; zero behind the last end."""
-    row = torch.arange(rows.shape[0], device=rows.device)
+    wide = rows.float() if isinstance(rows, Tensor) else rows.dequantised()
+    row = torch.arange(len(wide), device=ends.device)
     group = torch.searchsorted(ends, row, right=True)
-    wide = rows.float().masked_fill((group == len(ends))[:, None], 0)
-    largest = wide.new_zeros(len(ends) + 1, rows.shape[1])
+    wide = wide.masked_fill((group == len(ends))[:, None], 0)
+    largest = wide.new_zeros(len(ends) + 1, wide.shape[1])
     index = group[:, None].expand_as(wide)
     scales = scales_for(largest.scatter_reduce_(0, index, wide.abs(), "amax"))
     values = wide * scales.reciprocal().index_select(0, group)
     return Quantised(values.to(FP8).t().contiguous(), scales[:-1])
 
 
-def quantise_rows(rows: Tensor, ends: Tensor) -> Quantised:
-    """A scale for each row: what a product takes on its left. A kernel on a GPU.
+def pack_rows(rows: Tensor, ends: Tensor | None = None) -> Tensor:
+    """Quantise rows, a scale for each, into what travels and :func:`unpacked` takes.
 
     Args:
         rows: ``[B, i]``, any floating dtype; those behind the last end may hold anything.
-        ends: int32 ``[G]``, end offset of each group.
+        ends: int32 ``[G]``, end offset of each group; None quantises all.
 
     Returns:
-        Values ``[B, i]`` and scales ``[B]``; anything behind the last end.
+        int32 ``[B, i / 4 + 4]``; anything behind the last end.
     """
+    words = new_words(rows, rows.shape[1])
+    into = unpacked(words)
     if not on_gpu(rows):
-        return quantise_rows_reference(rows)
-    from megatron_echo.experts import fp8_kernels
+        quantised = quantise_rows_reference(rows)
+        into.values.copy_(quantised.values)
+        into.scales.copy_(quantised.scales)
+    elif rows.numel():
+        from megatron_echo.experts import fp8_kernels
 
-    result = Quantised(_new(rows, *rows.shape), rows.new_empty(len(rows), dtype=torch.float32))
-    stack = rows.contiguous()[None], ends[-1:]
-    fp8_kernels.rows(*stack, result.values[None], result.scales[None])
-    return result
+        used = None if ends is None else ends[-1:]
+        lines = rows.contiguous().unsqueeze(1)  # a stack of rows, as their memory has gaps
+        fp8_kernels.rows(lines, used, into.values.unsqueeze(1), into.scales.unsqueeze(1))
+    return words
 
 
-def quantise_columns(rows: Tensor, ends: Tensor) -> Quantised:
+def new_words(like: Tensor, width: int) -> Tensor:
+    """Uninitialised packed rows of a width, as many as ``like`` has."""
+    return like.new_empty(len(like), width // WORD.itemsize + _BEHIND, dtype=WORD)
+
+
+def unpacked(words: Tensor) -> Quantised:
+    """Values ``[B, i]`` and scales ``[B]`` of packed rows; views."""
+    values = words.view(FP8)[:, : -_BEHIND * WORD.itemsize]
+    return Quantised(values, words.view(torch.float32)[:, -_BEHIND])
+
+
+def quantise_rows(rows: Tensor, ends: Tensor) -> Quantised:
+    """A scale for each row: what a product takes on its left. See :func:`pack_rows`."""
+    return unpacked(pack_rows(rows, ends))
+
+
+def quantise_columns(rows: Tensor | Quantised, ends: Tensor) -> Quantised:
     """A scale for each column of each group of rows: an operand of a weight gradient.
 
     Args:
-        rows: as in :func:`quantise_rows`, ``[B, o]``.
-        ends: int32 ``[G]``.
+        rows: ``[B, o]``, any floating dtype, or quantised by row; those behind the last end may
+            hold anything.
+        ends: int32 ``[G]``, end offset of each group.
 
     Returns:
         Values ``[o, B]`` and scales ``[G, o]``; anything behind the last end.
     """
-    if not on_gpu(rows):
+    given, scales = (rows, None) if isinstance(rows, Tensor) else (rows.values, rows.scales)
+    if not on_gpu(given):
         return quantise_columns_reference(rows, ends)
     from megatron_echo.experts import fp8_kernels
 
-    shape = len(ends), rows.shape[1]
-    result = Quantised(_new(rows, *rows.mT.shape), rows.new_empty(shape, dtype=torch.float32))
-    fp8_kernels.columns(rows.contiguous(), ends, result.values, result.scales, is_stack=False)
-    return result
+    shape = len(ends), given.shape[1]
+    into = Quantised(_new(given, *given.mT.shape), given.new_empty(shape, dtype=torch.float32))
+    fp8_kernels.columns(given, ends, into.values, into.scales, is_stack=False, row_scales=scales)
+    return into
 
 
 def quantise_matrices(weights: Tensor, into: Quantised, *, is_transposed: bool) -> None:
@@ -152,7 +187,7 @@ def scaled_product(rows: Quantised, weights: Quantised, ends: Tensor, dtype: tor
     """
     if not rows.values.is_cpu:
         product = torch._scaled_grouped_mm(
-            rows.values, weights.values.mT, rows.scales, weights.scales, offs=ends
+            rows.values, weights.values.mT, rows.scales.contiguous(), weights.scales, offs=ends
         )
         return product.to(dtype)
     row = torch.arange(len(rows.scales), device=ends.device)

@@ -64,9 +64,21 @@ def _rows_kernel(
         tl.store(to + column[None, :], _rounded(x.to(tl.float32), inverse[:, None]), mask=mask)
 
 
+@triton.jit
+def _wide(source, row_scales, row, column, mask, row_stride, row_scale_stride):
+    """Columns of rows in fp32; times the scale of each row, if they have any."""
+    x = tl.load(source + row[:, None] * row_stride + column[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if row_scales is not None:
+        inside = tl.max(mask.to(tl.int32), axis=1) > 0
+        x *= tl.load(row_scales + row * row_scale_stride, mask=inside, other=0.0)[:, None]
+    return x
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _columns_kernel(
-    source, ends, values, scales, num_rows, line_stride, value_stride, scale_stride,
+    source, row_scales, ends, values, scales, num_rows, row_stride, row_scale_stride, line_stride,
+    value_stride, scale_stride,
     WIDTH: tl.constexpr, IS_STACK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
@@ -78,8 +90,8 @@ def _columns_kernel(
     for first in range(start, end, BLOCK):
         row = (first + tl.arange(0, BLOCK)).to(tl.int64)
         mask = (row < end)[:, None] & within[None, :]
-        x = tl.load(source + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-        largest = tl.maximum(largest, tl.max(_magnitude(x.to(tl.float32)), axis=0))
+        x = _wide(source, row_scales, row, column, mask, row_stride, row_scale_stride)
+        largest = tl.maximum(largest, tl.max(_magnitude(x), axis=0))
     scale, inverse = _scale_and_inverse(largest)
     wide_group = group.to(tl.int64)
     tl.store(scales + wide_group * scale_stride + column, scale, mask=within)
@@ -90,8 +102,8 @@ def _columns_kernel(
     for first in range(start, end, BLOCK):
         row = (first + tl.arange(0, BLOCK)).to(tl.int64)
         mask = (row < end)[:, None] & within[None, :]
-        x = tl.load(source + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-        turned = tl.trans(_rounded(x.to(tl.float32), inverse[None, :]))
+        x = _wide(source, row_scales, row, column, mask, row_stride, row_scale_stride)
+        turned = tl.trans(_rounded(x, inverse[None, :]))
         tl.store(to + row[None, :], turned, mask=tl.trans(mask))
 
 
@@ -115,23 +127,28 @@ def rows(source: Tensor, used: Tensor | None, values: Tensor, scales: Tensor) ->
 
 
 def columns(
-    source: Tensor, ends: Tensor, values: Tensor, scales: Tensor, *, is_stack: bool
-) -> None:
+    source: Tensor, ends: Tensor, values: Tensor, scales: Tensor, *, is_stack: bool,
+    row_scales: Tensor | None = None,
+) -> None:  # fmt: skip
     """Quantise columns of each group of rows, turned.
 
     Args:
-        source: ``[B, o]``, contiguous, bf16, fp16 or fp32.
+        source: ``[B, o]``, bf16, fp16, fp32 or e4m3; each row is contiguous.
         ends: int32 ``[G]``, end offset of each group.
         values: e4m3, is written: ``[o, B]``, or with ``is_stack`` ``[G, o, n]``, each matrix
             contiguous, for groups of n rows.
         scales: fp32 ``[G, o]``, likewise.
         is_stack: the groups are matrices of a stack.
+        row_scales: fp32 ``[B]``, what to multiply each row by first.
     """
+    if source.stride(1) != 1:
+        source = source.contiguous()
     width = source.shape[1]
     grid = triton.cdiv(width, _COLUMNS), len(ends)
     with torch.cuda.device_of(source):
         _columns_kernel[grid](
-            source, ends, values, scales, len(source), values.shape[-1],
+            source, row_scales, ends, values, scales, len(source), source.stride(0),
+            0 if row_scales is None else row_scales.stride(0), values.shape[-1],
             values.stride(0) if is_stack else 0, scales.stride(0),
             WIDTH=width, IS_STACK=is_stack, COLUMNS=_COLUMNS, BLOCK=_COLUMN_BLOCK,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Parameters and gradients stay as they are, in bf16 as a rule, so checkpoints and optimizers know
 nothing of FP8. Input, weights and the gradient of the output are quantised before each product; see
-``fp8``.
+``fp8``. The input often is already: tokens travel so, and the activation's kernel gives it so.
 """
 
 from collections.abc import Callable
@@ -13,29 +13,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.config import echo_setting
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.reroute import Clones, weight_key
 from megatron_echo.environment import is_capturing
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.fp8 import (
     FP8,
+    WORD,
     Quantised,
+    pack_rows,
     quantise_columns,
     quantise_matrices,
-    quantise_rows,
     scaled_outer,
     scaled_product,
+    unpacked,
 )
-from megatron_echo.experts.grouped_linear import kept_rows, rows_again
 from megatron_echo.step.step_end import StepEnd
-
-_WORD = torch.int32  # what transports carry: any bits, and faster to copy than bytes
 
 
 class _Stack:
     """Home experts in FP8, and room for clones behind them: an expert is one block of bytes.
 
     Its values come first, then its scales, so that a clone travels in one piece.
+
+    Attributes:
+        home: words ``[m, 1, n]`` of the home experts.
+        clones: words ``[S, 1, n]`` of the slots.
     """
 
     def __init__(self, is_transposed: bool) -> None:
@@ -54,32 +58,42 @@ class _Stack:
         self._home, *self._shape = weight.mT.shape if self._is_transposed else weight.shape
         matrices = self._home + slots
         lines, width = self._shape
-        words = lines * (width + torch.float32.itemsize) // _WORD.itemsize
+        words = lines * (width + torch.float32.itemsize) // WORD.itemsize
         if self._buffer is None or len(self._buffer) < matrices:
             with torch.inference_mode(False):  # evaluation may come first
-                self._buffer = weight.new_empty(matrices, 1, words, dtype=_WORD)
+                self._buffer = weight.new_empty(matrices, 1, words, dtype=WORD)
             self._is_of = None
         self._words = self._buffer[:matrices]
+        self.home, self.clones = self._words.split((self._home, slots))
         if state is not None and state == self._is_of:
             return
         self._is_of = state
         quantise_matrices(weight.detach(), self.operand, is_transposed=self._is_transposed)
 
-    def bring(self, clones: Clones) -> None:
-        """Put the clones behind the home experts."""
-        home, plan = self._words[: self._home], (clones.slot_expert, clones.announced)
-        clones.transport.push(home, *plan, self.clones)
+    def bring(self, clones: Clones, kept: Tensor | None, in_place: bool) -> None:
+        """Put the clones behind the home experts; or, in place, where they may be instead.
 
-    @property
-    def clones(self) -> Tensor:
-        """Words ``[S, 1, n]`` of the slots."""
-        return self._words[self._home :]
+        Args:
+            clones: which experts to bring.
+            kept: words of the clones, in place of bringing them.
+            in_place: they need not be in the stack.
+        """
+        plan = clones.slot_expert, clones.announced
+        if in_place:
+            there = clones.transport.push_in_place(self.home, *plan) if kept is None else kept
+            if there is not None:
+                self.clones = there
+                return
+        if kept is not None:
+            self.clones.copy_(kept)
+        else:
+            clones.transport.push(self.home, *plan, self.clones)
 
     @property
     def operand(self) -> Quantised:
         """Values ``[m + S, out, in]``, transposed ``[m + S, in, out]``, and their scales."""
         lines, width = self._shape
-        words = self._words.squeeze(1).split((lines * width // _WORD.itemsize, lines), dim=1)
+        words = self._words.squeeze(1).split((lines * width // WORD.itemsize, lines), dim=1)
         values = words[0].view(FP8).unflatten(1, (lines, width))
         return Quantised(values, words[1].view(torch.float32))
 
@@ -100,48 +114,67 @@ class Fp8Weights:
         """
         self._step_end = StepEnd.of(config)
         self._stacks = _Stack(is_transposed=False), _Stack(is_transposed=True)
+        self.by_kernel = echo_setting(config, "moe_echo_grouped_gemm") == "triton"
 
-    def operand(
-        self, weight: Tensor, clones: Clones | None, *, is_transposed: bool, trains: bool = True,
-        kept: Tensor | None = None,
-    ) -> Quantised:  # fmt: skip
-        """Home experts and clones; good until the next call.
+    def product(
+        self, packed: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None,
+        dtype: torch.dtype, *, is_transposed: bool, trains: bool = True, kept: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``rows[g] @ w[g].T`` of home experts and clones, or ``rows[g] @ w[g]``.
 
         Args:
+            packed: the rows.
             weight: ``[m, out, in]``, as it is now.
+            ends: int32 ``[m + S]``.
             clones: which experts to bring; None for no slots.
-            is_transposed: for the input's gradient.
+            dtype: of the result.
+            is_transposed: for the input's gradient, the latter product.
             trains: False where somebody may exchange weights at any time: nothing is kept then.
             kept: what :meth:`copy_of_clones` gave, in place of bringing them.
         """
         bring = self.bringer(weight, clones, is_transposed=is_transposed, trains=trains, kept=kept)
         if clones is None or kept is not None:
-            return bring()
-        return clones.brought(weight_key(weight), bring)
+            stack = bring()
+        else:
+            stack = clones.brought(weight_key(weight), bring)
+        if not self.by_kernel:
+            return scaled_product(unpacked(packed), stack.operand, ends, dtype)
+        from megatron_echo.experts import kernels
+
+        width = weight.shape[2 if is_transposed else 1]
+        return kernels.scaled_product(packed, stack.home, stack.clones, ends, width, dtype)
+
+    def outer(self, left: Quantised, right: Quantised, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :func:`~megatron_echo.experts.fp8.scaled_outer`."""
+        if not self.by_kernel:
+            return scaled_outer(left, right, ends, dtype)
+        from megatron_echo.experts import kernels
+
+        both = (left.values, left.scales), (right.values, right.scales)
+        return kernels.scaled_outer(*both, ends, dtype)
 
     def bringer(
         self, weight: Tensor, clones: Clones | None, *, is_transposed: bool, trains: bool = True,
         kept: Tensor | None = None,
-    ) -> Callable[[], Quantised]:  # fmt: skip
-        """What makes an :meth:`operand`, also before it is needed."""
+    ) -> Callable[[], _Stack]:  # fmt: skip
+        """What makes home experts and clones ready for a :meth:`product`, also before it."""
         stack = self._stacks[is_transposed]
 
-        def bring() -> Quantised:
+        def bring() -> _Stack:
             # A replay quantises what its capture did, whatever was quantised before.
             state = self._step_end.steps, is_capturing(), weight.data_ptr(), weight._version
             stack.fill(weight, clones.slots if clones else 0, state if trains else None)
-            if kept is not None:
-                stack.clones.copy_(kept)
-            elif clones is not None:
-                stack.bring(clones)
-            return stack.operand
+            if clones is not None:
+                stack.bring(clones, kept, in_place=self.by_kernel)
+            return stack
 
         return bring
 
     def copy_of_clones(self, weight: Tensor, clones: Clones) -> Tensor:
         """The clones as the input's gradient wants them, for a later backward pass."""
-        self.operand(weight, clones, is_transposed=True)
-        return self._stacks[True].clones.clone()
+        bring = self.bringer(weight, clones, is_transposed=True)
+        stack: _Stack = clones.brought(weight_key(weight), bring)
+        return stack.clones.clone()
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -149,14 +182,16 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, target: Tensor, home: tuple[Tensor], ends: Tensor,
-        clones: Clones | None, weights: Fp8Weights, trains: bool, keep: bool,
+        ctx: Any, rows: Tensor, packed: Tensor | None, target: Tensor, home: tuple[Tensor],
+        ends: Tensor, clones: Clones | None, weights: Fp8Weights, trains: bool, keep: bool,
         later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         (weight,) = home
-        operand = weights.operand(weight, clones, is_transposed=False, trains=trains)
-        output = scaled_product(quantise_rows(rows, ends), operand, ends, rows.dtype)
-        saved = [kept_rows(rows), weight, ends]
+        packed = pack_rows(rows, ends) if packed is None else packed
+        output = weights.product(
+            packed, weight, ends, clones, rows.dtype, is_transposed=False, trains=trains
+        )
+        saved = [packed, weight, ends]
         if clones is not None:
             saved.append(clones.slot_expert)
             if keep and trains:
@@ -168,7 +203,7 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, ends, *of_clones = ctx.saved_tensors
+        packed, weight, ends, *of_clones = ctx.saved_tensors
         clones, kept = ctx.clones, None
         if of_clones:
             clones = replace(clones, slot_expert=of_clones[0])
@@ -176,27 +211,29 @@ class _Fp8Linear(torch.autograd.Function):
         grad, to_rows, to_weight = grad.contiguous(), None, None
         if clones is not None or ctx.needs_input_grad[0]:
             # With clones every rank brings them, whoever wants the gradient.
-            operand = ctx.weights.operand(weight, clones, is_transposed=True, kept=kept)
-            if ctx.needs_input_grad[0]:
-                to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
-        is_wanted = ctx.needs_input_grad[1]
+            to_rows = ctx.weights.product(
+                pack_rows(grad, ends), weight, ends, clones, grad.dtype, is_transposed=True,
+                kept=kept,
+            )  # fmt: skip
+        is_wanted = ctx.needs_input_grad[2]
         if clones is not None or is_wanted or ctx.later is not None:
-            rows = rows_again(ctx, rows)
 
             def make() -> Tensor:
-                parts = _weight_gradient(grad, rows, weight, ends)
+                parts = _weight_gradient(ctx.weights, grad, packed, weight, ends)
                 return _brought_home(parts, weight, clones, is_wanted)
 
             to_weight = now_or_later(ctx.later, make)
         nothing = None, None, None, None, None, None, None
-        return to_rows, to_weight if is_wanted else None, *nothing
+        return to_rows, None, to_weight if is_wanted else None, *nothing
 
 
-def _weight_gradient(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _weight_gradient(
+    weights: Fp8Weights, grad: Tensor, packed: Tensor, weight: Tensor, ends: Tensor
+) -> Tensor:
     """``[G, out, in]``, in the dtype of the product."""
-    left, right = quantise_columns(grad, ends), quantise_columns(rows, ends)
+    left, right = quantise_columns(grad, ends), quantise_columns(unpacked(packed), ends)
     dtype = wide_dtype(weight.dtype) if grad.is_cpu else weight.dtype
-    return scaled_outer(left, right, ends, dtype)
+    return weights.outer(left, right, ends, dtype)
 
 
 def _brought_home(parts: Tensor, weight: Tensor, clones: Clones | None, is_wanted: bool) -> Tensor:
@@ -214,7 +251,8 @@ def _brought_home(parts: Tensor, weight: Tensor, clones: Clones | None, is_wante
 
 def fp8_linear(
     rows: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None, weights: Fp8Weights,
-    *, trains: bool, keep: bool = False, later: DelayedGradients | None = None,
+    *, trains: bool, keep: bool = False, packed: Tensor | None = None,
+    later: DelayedGradients | None = None,
 ) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` in FP8 for each group of rows: the home experts', then the slots'.
 
@@ -229,10 +267,14 @@ def fp8_linear(
         weights: of this projection.
         trains: the call is one of a training step; quantised weights are kept until it ends.
         keep: keep a copy of the clones for backward in place of bringing them again.
+        packed: the rows quantised, of :func:`~megatron_echo.experts.fp8.pack_rows`; ``rows`` are
+            then not read, and only their gradient is. It is what is kept for backward.
         later: where the gradient of ``weight`` waits; None computes it with the others.
 
     Returns:
         ``[B, out]``; anything in the rows beyond the last end.
     """
     target = weight if clones is None else clones.target(weight)
-    return _Fp8Linear.apply(rows, target, (weight,), ends, clones, weights, trains, keep, later)
+    return _Fp8Linear.apply(
+        rows, packed, target, (weight,), ends, clones, weights, trains, keep, later
+    )

@@ -19,7 +19,11 @@ from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import computes_in_fp8, echo_setting, expert_width
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
-from megatron_echo.experts.activation import expert_activation, weighted_activation
+from megatron_echo.experts.activation import (
+    expert_activation,
+    packed_activation,
+    weighted_activation,
+)
 from megatron_echo.experts.biases import bias_stack, with_weighted_bias
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, bringer, cloned_linear
@@ -117,12 +121,14 @@ class GroupedLinear(torch.nn.Module):
         weight.partition_dim = partition_dim
 
     def forward(
-        self, rows: Tensor, ends: Tensor, clones: Clones | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, rows: Tensor, ends: Tensor, clones: Clones | None = None,
+        packed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """``[B, in]`` to ``[B, out]``; see :func:`grouped_linear` and :func:`cloned_linear`.
 
-        The clones are brought here, in the forward pass of the module that owns the weights:
-        Megatron's parameter all-gather is waited for before it.
+        ``packed`` are the rows in FP8, where they come so; see :func:`fp8_linear`. The clones are
+        brought here, in the forward pass of the module that owns the weights: Megatron's parameter
+        all-gather is waited for before it.
 
         Returns:
             The products, and the biases to add to them, of :func:`bias_stack`, if there are any.
@@ -132,7 +138,7 @@ class GroupedLinear(torch.nn.Module):
             if clones is not None and rows.requires_grad and not bias.requires_grad:
                 bias = bias.detach().requires_grad_()  # backward has exchanges: see EchoGroupedMLP
             bias = bias_stack(bias, clones)
-        return self._product(rows, ends, clones), bias
+        return self._product(rows, ends, clones, packed), bias
 
     def fetch(self, clones: Clones | None, *, in_backward: bool = False) -> None:
         """Begin to bring the clones, where the transport is hidden, before they are needed.
@@ -157,7 +163,9 @@ class GroupedLinear(torch.nn.Module):
     def _trains(self) -> bool:
         return self.training and role_of_call() is not Role.UNRECORDED
 
-    def _product(self, rows: Tensor, ends: Tensor, clones: Clones | None) -> Tensor:
+    def _product(
+        self, rows: Tensor, ends: Tensor, clones: Clones | None, packed: Tensor | None
+    ) -> Tensor:
         keep, later = self._keeps_clones, None
         weight = self.stack
         if self._later is not None and (clones is not None or weight.requires_grad):
@@ -166,10 +174,10 @@ class GroupedLinear(torch.nn.Module):
             if torch.is_grad_enabled() and not rows.requires_grad:
                 rows = rows.detach().requires_grad_()
         if self._fp8 is not None:
-            trains = self._trains()
             return fp8_linear(
-                rows, weight, ends, clones, self._fp8, trains=trains, keep=keep, later=later
-            )
+                rows, weight, ends, clones, self._fp8, trains=self._trains(), keep=keep,
+                packed=packed, later=later,
+            )  # fmt: skip
         gemm = self._grouped_gemm(len(ends))
         if clones is None:
             return grouped_linear(rows, weight, ends, gemm, later)
@@ -236,12 +244,18 @@ class WeightedActivation(torch.nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self._activation = expert_activation(config)
+        self._is_packed = computes_in_fp8(config)
 
     def forward(
         self, hidden: Tensor, probs: Tensor, ends: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``; see :func:`weighted_activation`."""
-        return weighted_activation(hidden, probs, ends, self._activation, bias)
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, 2F]`` or ``[B, F]`` and ``[B]`` to ``[B, F]``, and in FP8 that packed.
+
+        See :func:`weighted_activation` and :func:`packed_activation`.
+        """
+        if self._is_packed:
+            return packed_activation(hidden, probs, ends, self._activation, bias)
+        return weighted_activation(hidden, probs, ends, self._activation, bias), None
 
 
 class EchoGroupedMLP(MegatronModule):
@@ -318,6 +332,7 @@ class EchoGroupedMLP(MegatronModule):
         ends: Tensor,
         probs: Tensor,
         clones: Clones | None = None,
+        packed: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Compute all experts, and the clones of other ranks' experts.
 
@@ -328,6 +343,7 @@ class EchoGroupedMLP(MegatronModule):
                 rows.
             probs: ``[B]``, the router's probability of each row.
             clones: which experts sit in the slots.
+            packed: the rows in FP8, where they come so; ``hidden_states`` is a stand-in then.
 
         Returns:
             ``[B, H]``, anything in the rows beyond the last expert's; and no bias: that of the
@@ -340,9 +356,9 @@ class EchoGroupedMLP(MegatronModule):
         is_ahead = is_hidden and self._fetches_ahead
         if is_ahead:
             self.fetch_fc2(clones)
-        hidden, bias = self.linear_fc1(hidden_states, ends, clones)
-        hidden = self.activation(hidden, probs, ends, bias)
-        output, bias = self.linear_fc2(hidden, ends, clones)
+        hidden, bias = self.linear_fc1(hidden_states, ends, clones, packed)
+        hidden, packed = self.activation(hidden, probs, ends, bias)
+        output, bias = self.linear_fc2(hidden, ends, clones, packed)
         if is_ahead:
             output = FetchInBackward.apply(output, self.linear_fc1, clones)
         return output if bias is None else with_weighted_bias(output, bias, probs, ends), None

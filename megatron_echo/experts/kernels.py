@@ -6,6 +6,9 @@ function of the buffer's size; a program whose tile holds no rows exits at once,
 is that of the rows and not of the buffer. Sums are in fp32, in a fixed order and without atomics.
 Pointers are int64. Factors of fp32 are rounded to tf32 only where torch's own products do so.
 Nothing is autotuned, as that would wait for the device.
+
+Factors in e4m3 bring their scales: 16 bytes behind each row hold its one, and those of a matrix's
+outputs are behind its values (``fp8.py``, ``fp8_linear.py``).
 """
 
 # (Triton's functions have no Python types.)
@@ -30,7 +33,7 @@ def _end(ends, group, num_rows):
 
 @triton.jit
 def _stack_of(home, slots, group, HOME: tl.constexpr, SIZE: tl.constexpr):
-    """Where a group's matrix of ``SIZE`` elements begins."""
+    """Where a group's matrix begins, each ``SIZE`` elements behind the one before."""
     clone = group - HOME
     return tl.where(clone < 0, home + group.to(tl.int64) * SIZE, slots + clone.to(tl.int64) * SIZE)
 
@@ -53,6 +56,7 @@ def _product_kernel(
     HOME: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, IN: tl.constexpr,
     OUT: tl.constexpr, IS_TRANSPOSED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
+    IMPRECISE: tl.constexpr,
 ):  # fmt: skip
     tile, column_tile = _swizzled(tl.program_id(0), (OUT + BLOCK_N - 1) // BLOCK_N, SUPER)
     # The tiles of group g begin with number start // BLOCK_M + g: enough for any start.
@@ -68,9 +72,12 @@ def _product_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    is_fp8: tl.constexpr = rows.dtype.element_ty == tl.float8e4nv
+    pitch: tl.constexpr = IN + 16 if is_fp8 else IN
     # Rows behind the group's are computed from its last one and not stored.
-    left = rows + tl.minimum(row, end - 1).to(tl.int64)[:, None] * IN + k[None, :]
-    weight = _stack_of(home, slots, group, HOME, IN * OUT)
+    begin = rows + tl.minimum(row, end - 1).to(tl.int64) * pitch
+    left = begin[:, None] + k[None, :]
+    weight = _stack_of(home, slots, group, HOME, OUT * (IN + 4) if is_fp8 else IN * OUT)
     if IS_TRANSPOSED:  # weights are [OUT, IN]
         right = weight + column[None, :] * IN + k[:, None]
     else:
@@ -82,18 +89,24 @@ def _product_kernel(
         inside = first + k < IN
         a = _load(left, inside[None, :], is_full)
         b = _load(right, inside[:, None] & (column < OUT)[None, :], is_full_column)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
         left += BLOCK_K
         right += BLOCK_K if IS_TRANSPOSED else BLOCK_K * OUT
+    if is_fp8:
+        to_scale: tl.constexpr = tl.pointer_type(tl.float32)
+        total *= tl.load((begin + IN).to(to_scale))[:, None]
+        of_columns = (weight + IN * OUT).to(to_scale) + column
+        total *= tl.load(of_columns, mask=column < OUT, other=0.0)[None, :]
     pointers = output + row.to(tl.int64)[:, None] * OUT + column[None, :]
     tl.store(pointers, total, mask=(row < end)[:, None] & (column < OUT)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _outer_kernel(
-    left, right, ends, home, slots, num_rows,
+    left, right, ends, home, slots, left_scales, right_scales, num_rows,
     HOME: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
+    IMPRECISE: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     row_tile, column_tile = _swizzled(tl.program_id(0), (IN + BLOCK_N - 1) // BLOCK_N, SUPER)
@@ -104,17 +117,31 @@ def _outer_kernel(
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     within = tl.arange(0, BLOCK_K)
     in_row, in_column = (row < OUT)[None, :], (column < IN)[None, :]
-    lefts = left + (start + within).to(tl.int64)[:, None] * OUT + row[None, :]
-    rights = right + (start + within).to(tl.int64)[:, None] * IN + column[None, :]
+    if left_scales is not None:  # groups of FP8 are padded
+        start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
+    first_rows = (start + within).to(tl.int64)[:, None]
+    if left_scales is not None:  # turned: [OUT, rows]
+        lefts = left + row.to(tl.int64)[None, :] * num_rows + first_rows
+        rights = right + column.to(tl.int64)[None, :] * num_rows + first_rows
+    else:
+        lefts = left + first_rows * OUT + row[None, :]
+        rights = right + first_rows * IN + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(start, end, BLOCK_K):
         # Both are masked: a row of another group may hold NaN.
         inside = (first + within < end)[:, None]
         a = tl.load(lefts, mask=inside & in_row, other=0.0)
         b = tl.load(rights, mask=inside & in_column, other=0.0)
-        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-        lefts += BLOCK_K * OUT
-        rights += BLOCK_K * IN
+        total = tl.dot(
+            tl.trans(a), b, total, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE
+        )
+        lefts += BLOCK_K if left_scales is not None else BLOCK_K * OUT
+        rights += BLOCK_K if left_scales is not None else BLOCK_K * IN
+    if left_scales is not None:
+        of_row = left_scales + group.to(tl.int64) * OUT + row
+        of_column = right_scales + group.to(tl.int64) * IN + column
+        total *= tl.load(of_row, mask=row < OUT, other=0.0)[:, None]
+        total *= tl.load(of_column, mask=column < IN, other=0.0)[None, :]
     # The two stacks may differ in dtype.
     offset = row[:, None] * IN + column[None, :]
     mask = (row < OUT)[:, None] & in_column
@@ -173,9 +200,13 @@ def outer_constants(
 def _tile(height: int, itemsize: int, shared_memory: int) -> tuple[dict[str, Any], dict[str, int]]:
     """Two bytes: warp-group products from 144 KB of shared memory, or what fits into 99 KB.
 
-    Four bytes: on CUDA's cores, or on tensor cores where torch rounds to tf32 too.
+    Four bytes: on CUDA's cores, or on tensor cores where torch rounds to tf32 too. One byte: tensor
+    cores keep 14 bits of a sum, so that the sum of each tile of rows is added in fp32.
     """
-    if itemsize == 4:
+    if itemsize == 1:
+        rows = 128 if height > 64 and shared_memory >= _LARGE_TILES else 64
+        sizes, options = (rows, 128, 128), {"num_warps": rows // 16, "num_stages": 3}
+    elif itemsize == 4:
         sizes, options = (64, 64, 32), {"num_warps": 4, "num_stages": 3}
     elif shared_memory < _LARGE_TILES:
         sizes, options = (64, 128, 64), {"num_warps": 4, "num_stages": 3}
@@ -184,7 +215,9 @@ def _tile(height: int, itemsize: int, shared_memory: int) -> tuple[dict[str, Any
     else:
         sizes, options = (64, 256, 64), {"num_warps": 4, "num_stages": 3}
     is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    others = {"SUPER": _SUPER, "PRECISION": "tf32" if is_tf32 else "ieee"}
+    imprecise = sizes[2] if itemsize == 1 else None
+    precision = "tf32" if is_tf32 else "ieee"
+    others = {"SUPER": _SUPER, "PRECISION": precision, "IMPRECISE": imprecise}
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes)) | others, options
 
 
@@ -206,24 +239,79 @@ def product(
     """
     width = home.shape[1 if is_transposed else 2]
     output = rows.new_empty(rows.shape[0], width) if clones_into is None else clones_into
+    first = 0 if clones_into is None else len(home)
+    _product(rows.contiguous(), home, slots, ends, output, rows.shape[1], is_transposed, first)
+    return output
+
+
+def scaled_product(
+    rows: Tensor, home: Tensor, slots: Tensor, ends: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    """``rows[g] @ w[g].T`` in FP8, ``[B, o]``; rows beyond the last end as in :func:`product`.
+
+    Args:
+        rows: int32 ``[B, i / 4 + 4]``, packed.
+        home: int32 ``[m, 1, n]``, each expert its values ``[o, i]`` and then its scales ``[o]``.
+        slots: int32 ``[S, 1, n]``, likewise; where they lie does not matter.
+        ends: int32 ``[m + S]``, end offset of each group.
+        width: o.
+        dtype: of the result.
+    """
+    given = (tensor.view(torch.float8_e4m3fn) for tensor in (rows, home, slots))
+    output = rows.new_empty(len(rows), width, dtype=dtype)
+    taken = (rows.shape[1] - 4) * 4
+    rows, home, slots = given
+    _product(rows, home, slots, ends, output, taken, is_transposed=True, first=0)
+    return output
+
+
+def _product(
+    rows: Tensor, home: Tensor, slots: Tensor | None, ends: Tensor, output: Tensor, taken: int,
+    is_transposed: bool, first: int,
+) -> None:  # fmt: skip
     if output.numel() == 0:
-        return output
+        return
+    width = output.shape[1]
     constants, options = product_constants(
-        rows.shape[0], len(home), len(ends), (rows.shape[1], width), rows.element_size(),
-        is_transposed, _shared_memory(rows), 0 if clones_into is None else len(home),
+        rows.shape[0], len(home), len(ends), (taken, width), rows.element_size(), is_transposed,
+        _shared_memory(rows), first,
     )  # fmt: skip
     tiles = rows.shape[0] // constants["BLOCK_M"] + len(ends)
     columns = triton.cdiv(width, constants["BLOCK_N"])
     with torch.cuda.device_of(rows):
         _product_kernel[(_round_up(tiles) * columns,)](
-            rows.contiguous(), home, home if slots is None else slots, ends.contiguous(), output,
+            rows, home, home if slots is None else slots, ends.contiguous(), output,
             rows.shape[0], **constants, **options,
         )  # fmt: skip
-    return output
 
 
 def outer(left: Tensor, right: Tensor, ends: Tensor, home: Tensor, slots: Tensor | None) -> None:
     """Writes ``left[g].T @ right[g]``; see ``pointer_gemm`` for the arguments."""
+    _outer(left.contiguous(), right.contiguous(), ends, home, slots, None, None, len(left))
+
+
+def scaled_outer(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``left[:, g] @ right[:, g].T`` in FP8: ``[G, o, i]``; zeros for a group without rows.
+
+    Args:
+        left: values e4m3 ``[o, B]`` and scales fp32 ``[G, o]``, contiguous.
+        right: ``[i, B]`` and ``[G, i]``, likewise.
+        ends: int32 ``[G]``.
+        dtype: of the result.
+    """
+    (lefts, left_scales), (rights, right_scales) = left, right
+    result = lefts.new_empty(len(ends), len(lefts), len(rights), dtype=dtype)
+    scales = left_scales.contiguous(), right_scales.contiguous()
+    _outer(lefts, rights, ends, result, None, *scales, lefts.shape[1])
+    return result
+
+
+def _outer(
+    left: Tensor, right: Tensor, ends: Tensor, home: Tensor, slots: Tensor | None,
+    left_scales: Tensor | None, right_scales: Tensor | None, num_rows: int,
+) -> None:  # fmt: skip
     if home[0].numel() == 0:
         return
     constants, options = outer_constants(
@@ -233,8 +321,8 @@ def outer(left: Tensor, right: Tensor, ends: Tensor, home: Tensor, slots: Tensor
     columns = triton.cdiv(home.shape[2], constants["BLOCK_N"])
     with torch.cuda.device_of(left):
         _outer_kernel[(_round_up(tiles) * columns, len(ends))](
-            left.contiguous(), right.contiguous(), ends.contiguous(), home,
-            home if slots is None else slots, left.shape[0], **constants, **options,
+            left, right, ends.contiguous(), home, home if slots is None else slots, left_scales,
+            right_scales, num_rows, **constants, **options,
         )  # fmt: skip
 
 

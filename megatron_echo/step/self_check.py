@@ -9,7 +9,8 @@ from torch import Tensor
 from megatron_echo.collectives import all_gather
 from megatron_echo.planner import ClonePlan
 
-_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float8_e4m3fn: 2**-4}
+"""In FP8 a value may be rounded to the other side: a sixteenth of it, among many."""
 _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407  # Knuth's MMIX
 
 

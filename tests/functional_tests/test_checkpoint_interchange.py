@@ -115,6 +115,37 @@ def test_other_models(layout: dict, first: str, tmp_path: Path, text_flags: dict
     assert stock_keys == our_keys
 
 
+CLONES = {
+    "expert_model_parallel_size": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_enable_echo": True,
+    "moe_echo_force_skew": 1.0,
+}
+
+
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_goes_on_in_fp8_and_back(bf16: bool, tmp_path: Path, text_flags: dict) -> None:
+    """With clones: the same keys and dtypes; curves of the other precision to 2 %."""
+    flags = {**text_flags, **CLONES, "bf16": True if bf16 else None, "save_interval": 2}
+    fp8 = {"moe_echo_expert_precision": "fp8-rowwise"}
+    flags = {**flags, "train_iters": 6}
+    saved = train(flags, 2, tmp_path / "plain", exit_interval=4)
+    load = tmp_path / "plain" / "ckpt"
+    there = train(flags, 2, tmp_path / "fp8", load, ckpt_step=2, exit_interval=4, **fp8)
+    load = tmp_path / "fp8" / "ckpt"
+    back = train(flags, 2, tmp_path / "back", load)
+    assert [line["iteration"] for line in (*there, *back)] == [3, 4, 5, 6]
+    for found, expected in zip(there, saved[2:], strict=True):
+        assert found["lm loss"] != expected["lm loss"]
+        assert found["lm loss"] == pytest.approx(expected["lm loss"], rel=0.02)
+    assert all(line["lm loss"] < 1.1 * saved[-1]["lm loss"] for line in back)
+    kinds = []
+    for name in ("plain", "fp8"):
+        items = load_sharded_metadata(str(tmp_path / name / "ckpt" / "iter_0000004")).items()
+        kinds.append({key: (getattr(item, "dtype", None), item.key) for key, item in items})
+    assert kinds[0] == kinds[1]
+
+
 @pytest.mark.parametrize(
     "layout",
     [

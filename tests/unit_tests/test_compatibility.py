@@ -87,8 +87,7 @@ OF_NCCL_EP = (
 )  # fmt: skip
 OF_FP8 = (
     {"hidden_size": 56}, {"moe_latent_size": 24}, {"moe_ffn_hidden_size": 72},
-    {"expert_tensor_parallel_size": 8}, {"moe_echo_grouped_gemm": "triton"},
-    {"params_dtype": torch.float16},
+    {"expert_tensor_parallel_size": 8}, {"params_dtype": torch.float16},
 )  # fmt: skip
 
 
@@ -151,6 +150,10 @@ def test_precisions_that_cannot_be_had_here(monkeypatch: pytest.MonkeyPatch) -> 
         assert str(refusal(name, PLAIN)).endswith(words)
     assert refusal("fp8-rowwise", PLAIN) is None
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    for capability, is_refused in (((9, 0), False), ((8, 9), True), ((10, 0), True)):
+    by_kernel = SimpleNamespace(**vars(PLAIN) | {"moe_echo_grouped_gemm": "triton"})
+    for capability, by_torch, by_triton in (
+        ((9, 0), False, False), ((8, 9), True, False), ((10, 0), True, False), ((8, 0), True, True),
+    ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda it=capability: it)
-        assert ("H100" in str(refusal("fp8-rowwise", PLAIN))) == is_refused
+        for config, is_refused in ((PLAIN, by_torch), (by_kernel, by_triton)):
+            assert ("H100" in str(refusal("fp8-rowwise", config))) == is_refused

@@ -5,7 +5,6 @@ can never be over-full, and the wire carries what the all-gather carries; a smal
 less, and tokens beyond it are cut off and counted.
 """
 
-from dataclasses import dataclass
 from typing import override
 
 import torch
@@ -16,12 +15,6 @@ from megatron_echo.collectives import all_to_all
 from megatron_echo.dispatch.layout import RowMap, share_of
 from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
 from megatron_echo.dispatch.transports.base import Arrival, WholeTokenTransport
-
-
-@dataclass(frozen=True)
-class _Receipt:
-    sent: RowMap
-    dtype: torch.dtype
 
 
 class AllToAllTransport(WholeTokenTransport):
@@ -68,11 +61,10 @@ class AllToAllTransport(WholeTokenTransport):
             hidden=all_to_all(tokens_to_rows(hidden, send), self._group),
             experts=all_to_all(sent_experts, self._group),
             probs=all_to_all(tokens_to_rows(probs, send), self._group),
-            receipt=_Receipt(send, hidden.dtype),
+            receipt=send,
             limit=(wanted.sum(0).max(), (at == ranks * places).sum()),
         )
 
     @override
-    def send_back(self, partial: Tensor, receipt: _Receipt) -> Tensor:
-        back = all_to_all(partial.to(receipt.dtype), self._group)
-        return rows_to_tokens(back, receipt.sent)
+    def send_back(self, partial: Tensor, receipt: RowMap) -> Tensor:
+        return rows_to_tokens(all_to_all(partial, self._group), receipt)

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_echo.compatibility import engine_refusal
-from megatron_echo.config import clone_itemsize, echo_setting, expert_elements, expert_width
+from megatron_echo.config import (
+    clone_itemsize,
+    computes_in_fp8,
+    dispatched_row_bytes,
+    echo_setting,
+    expert_elements,
+    expert_width,
+)
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
 from megatron_echo.environment import device_speeds, has_peer_memory, machine_number
@@ -95,12 +102,17 @@ def choose(topology: Topology, has_graph: bool) -> tuple[str, str]:
     return tokens, "collective" if has_graph else "p2p"
 
 
-def token_bytes(way: str, config: Any, ranks: int, tokens: int) -> int:
-    """Bytes of rows that a rank sends to others at most, there and back; backward is the same.
+def _travels_in_fp8(way: str, config: Any) -> bool:
+    return computes_in_fp8(config) and way not in ENGINES
 
-    With H the width and b bytes an element: ``all_gather`` ``(R - 1) T H 2 b``, or with fp32 sums
-    on the wire ``(R - 1) T H (b + w)``; ``all_to_all`` ``(R - 1) C H 2 b``; the others, which send
-    a token once to a rank, ``min(K, R - 1) T H 2 b``.
+
+def token_bytes(way: str, config: Any, ranks: int, tokens: int) -> int:
+    """Bytes of rows that a rank sends to others at most, there and back in both passes.
+
+    A row travels four times, in b bytes an element; there in FP8 in one, where experts compute in
+    it; sums back in fp32, if they are to. ``all_gather`` sends ``(R - 1) T`` rows each time,
+    ``all_to_all`` ``(R - 1) C``; the others, which send a token once to a rank,
+    ``min(K, R - 1) T``.
 
     Args:
         way: a word of ``--moe-echo-token-transport`` but ``auto``.
@@ -108,15 +120,17 @@ def token_bytes(way: str, config: Any, ranks: int, tokens: int) -> int:
         ranks: R.
         tokens: T.
     """
-    dtype, copies = config.params_dtype, ranks - 1
-    back = dtype.itemsize
+    is_packed, copies = _travels_in_fp8(way, config), ranks - 1
+    row = back = expert_width(config) * config.params_dtype.itemsize
     if way == "all_gather" and echo_setting(config, "moe_echo_fp32_sums_on_the_wire"):
-        back = wide_dtype(dtype).itemsize
+        back = expert_width(config) * wide_dtype(config.params_dtype).itemsize
     elif way == "all_to_all":
         copies *= echo_setting(config, "moe_echo_peer_capacity")
     elif way != "all_gather":
         copies = min(config.moe_router_topk, copies)
-    return round(copies * tokens * expert_width(config) * (dtype.itemsize + back))
+    # Gradients of packed rows go home as results do.
+    times = dispatched_row_bytes(config, is_packed) + 2 * back + (back if is_packed else row)
+    return round(copies * tokens * times)
 
 
 def clone_bytes(config: Any) -> int:
@@ -141,7 +155,9 @@ def clone_price(config: Any, group: dist.ProcessGroup, tokens: str, weights: str
     ranks, speeds = group.size(), device_speeds()
     node = echo_setting(config, "moe_echo_ranks_per_node")
     local = node or math.gcd(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
-    row = 4 * expert_width(config) * config.params_dtype.itemsize if tokens in BY_PLAN else 0
+    row = 3 * dispatched_row_bytes(config, is_packed=False)
+    row += dispatched_row_bytes(config, _travels_in_fp8(tokens, config))
+    row = row if tokens in BY_PLAN else 0
     clone = 0 if weights == "collective" else clone_bytes(config)
     price = ClonePrice.of_layer(speeds, expert_elements(config), row, clone, ranks, local)
     given = echo_setting(config, "moe_echo_rows_per_clone")
@@ -212,7 +228,7 @@ class Transports(PerModel):
         config, ranks = self._config, self._group.size()
         domain = domain_ranks(config, ranks)
         moved = token_bytes(self.tokens, config, ranks, tokens)
-        text = f"tokens by {self.tokens}: at most {_megabytes(2 * moved)} a rank and layer"
+        text = f"tokens by {self.tokens}: at most {_megabytes(moved)} a rank and layer"
         each = clone_bytes(config)
         if slots and self.weights == "collective":
             every = _megabytes((domain - 1) * slots * each)

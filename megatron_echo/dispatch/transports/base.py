@@ -42,9 +42,11 @@ class TokenTransport(ABC):
 
     Attributes:
         needs_counts: whether :meth:`dispatch` must be told what arrives.
+        moves_any_bits: whether :meth:`dispatch` takes integers too, which have no gradients.
     """
 
     needs_counts = False
+    moves_any_bits = True
 
     def __init__(self, group: dist.ProcessGroup, experts_per_rank: int, alignment: int = 1) -> None:
         """Set the sizes.
@@ -64,7 +66,7 @@ class TokenTransport(ABC):
         """Bring each pair to its row on the rank that computes it.
 
         Args:
-            hidden: ``[T, H]``, this rank's tokens.
+            hidden: ``[T, H]``, this rank's tokens, or int32 of any width in their place.
             experts: int32 ``[T, K]``, physical expert ids: rank ``p // G`` computes ``p``, and
                 ``R * G`` stands for no expert.
             probs: ``[T, K]``.

@@ -117,6 +117,7 @@ class HybridEPTransport(TokenTransport):
     """Dispatch and combine by HybridEP's kernels, over NVLink and between nodes."""
 
     needs_counts = True
+    moves_any_bits = False
 
     def __init__(self, buffers: HybridEPBuffers, experts_per_rank: int, alignment: int = 1) -> None:
         """Set the sizes; ``buffers`` are the model's, the others as in :class:`TokenTransport`."""

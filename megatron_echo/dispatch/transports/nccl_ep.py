@@ -80,6 +80,7 @@ class NcclEPTransport(TokenTransport):
     """Dispatch and combine by NCCL EP's kernels, over NVLink and between nodes."""
 
     needs_counts = True
+    moves_any_bits = False
 
     def __init__(self, context: NcclEPContext, experts_per_rank: int, alignment: int = 1) -> None:
         """Set the sizes; ``context`` is the model's, the others as in :class:`TokenTransport`."""

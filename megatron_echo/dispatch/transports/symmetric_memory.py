@@ -6,7 +6,7 @@ source knows the row of each of its pairs on any rank from the counts of all ran
 (``place_pairs``), so nobody sorts what arrives. Rows are pushed there, results are pulled back; in
 backward gradients of results are pushed, those of rows pulled. ``peer_buffers.py`` says when a
 buffer may be written: rows there and rows back have their own, so that each movement takes one
-barrier. They hold ``2 (B + 1)`` rows on each rank, once for a model.
+barrier. They hold ``2 (B + 1)`` rows on each rank, once for a model; packed tokens have a third.
 """
 
 from dataclasses import dataclass
@@ -81,19 +81,26 @@ class _Dispatch(torch.autograd.Function):
         lead, sums = told[:, 0].contiguous(), told[:, 1:].contiguous()
         ctx.save_for_backward(place, leads, sums)
         ctx.buffers, ctx.dtypes = buffers, (hidden.dtype, probs.dtype)
-        ctx.mark_non_differentiable(leads, lead, sums)
         row_probs = take_rows(row_probs, received, used).squeeze(1)
-        return take_rows(rows, lead, used), row_probs, leads, lead, sums
+        rows = take_rows(rows, lead, used)
+        ctx.has_gradient = rows.is_floating_point()
+        ctx.mark_non_differentiable(leads, lead, sums, *([] if ctx.has_gradient else [rows]))
+        ctx.set_materialize_grads(ctx.has_gradient)
+        return rows, row_probs, leads, lead, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, rows: Tensor, probs: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         place, leads, sums = ctx.saved_tensors
-        moved = [(rows, leads), (probs.unsqueeze(1), place.reshape(-1, 1))]
-        to_hidden, to_probs = ctx.buffers.pull("back", moved, sums)
         hidden_dtype, probs_dtype = ctx.dtypes
-        to_probs = to_probs.view(place.shape).to(probs_dtype)
-        return to_hidden.to(hidden_dtype), to_probs, None, None
+        moved, to_hidden = [(probs.unsqueeze(1), place.reshape(-1, 1))], None
+        if ctx.has_gradient:
+            moved = [(rows, leads), *moved]
+            to_hidden, to_probs = ctx.buffers.pull("back", moved, sums)
+            to_hidden = to_hidden.to(hidden_dtype)
+        else:
+            (to_probs,) = ctx.buffers.pull("back", moved)
+        return to_hidden, to_probs.view(place.shape).to(probs_dtype), None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -42,7 +42,7 @@ def test_what_is_chosen(topology: Topology, tokens: str, weights: str, in_a_grap
 
 
 def test_bytes_of_tokens() -> None:
-    """DeepSeek-V3's sizes, 4,096 tokens a rank, eight ranks, one pass; then other settings."""
+    """DeepSeek-V3's sizes, 4,096 tokens a rank, eight ranks, both passes; then other settings."""
 
     def count(way: str, topk: int = 8, **fields: Any) -> int:
         config = layer_config(8, topk, BF16, hidden_size=7168, **fields)
@@ -50,14 +50,19 @@ def test_bytes_of_tokens() -> None:
 
     row = 4096 * 7168 * 2
     for way in ("all_gather", "all_to_all", "hybrid_ep", "nccl_ep", "symmetric_memory"):
-        assert count(way) == 7 * row * 2
-    assert count("all_gather", moe_echo_fp32_sums_on_the_wire=True) == 7 * row * 3
-    assert (
-        count("all_to_all", moe_echo_peer_capacity=0.5, moe_echo_token_transport="all_to_all")
-        == 7 * row
-    )
-    assert count("symmetric_memory", topk=2) == 2 * row * 2
-    assert count("all_gather", moe_latent_size=1792) == 7 * row // 2
+        assert count(way) == 7 * row * 4
+    wide = {"moe_echo_fp32_sums_on_the_wire": True}
+    assert count("all_gather", **wide) == 7 * row * 6
+    half = {"moe_echo_peer_capacity": 0.5, "moe_echo_token_transport": "all_to_all"}
+    assert count("all_to_all", **half) == 7 * row * 2
+    assert count("symmetric_memory", topk=2) == 2 * row * 4
+    assert count("all_gather", moe_latent_size=1792) == 7 * row
+    fp8 = {"moe_echo_expert_precision": "fp8-rowwise", "moe_ffn_hidden_size": 16}
+    there = 4096 * (7168 + 16)
+    for way in ("all_gather", "all_to_all", "symmetric_memory"):
+        assert count(way, **fp8) == 7 * (there + 3 * row)
+    assert count("all_gather", **fp8, **wide) == 7 * (there + 6 * row)
+    assert count("hybrid_ep", **fp8) == 7 * row * 4
 
 
 @pytest.fixture

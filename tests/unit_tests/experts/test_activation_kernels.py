@@ -22,7 +22,12 @@ from unit_tests.dispatch.test_kernels import run_script
 
 from megatron_echo.experts import activation as module
 from megatron_echo.experts import activation_kernels, biases
-from megatron_echo.experts.activation import ExpertActivation, weighted_activation
+from megatron_echo.experts.activation import (
+    ExpertActivation,
+    packed_activation,
+    weighted_activation,
+)
+from megatron_echo.experts.fp8 import pack_rows, unpacked
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = {
@@ -166,6 +171,30 @@ def test_not_farther_from_the_exact_result_than_the_reference(
         assert errors[0] <= 1.01 * errors[1]
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width"),
+    [("swiglu", "bf16", 272), ("gpt-oss", "fp16", 48), ("squared relu", "fp32", 16)],
+)
+def test_rows_in_fp8(kind: str, dtype: str, width: int, has_bias: bool) -> None:
+    """The bits of the output quantised by row, and its gradients; nothing behind the last end."""
+    case = Case(kind, DTYPES[dtype], width=width, has_bias=has_bias)
+    case.hidden[2, 1] = torch.nan
+    given = (case.hidden, case.probs, *([case.bias] if has_bias else []))
+    leaves = [tensor.clone().requires_grad_() for tensor in given]
+    rows = weighted_activation(*leaves[:2], case.ends, case.activation, *leaves[2:])
+    stand, packed = packed_activation(*leaves[:2], case.ends, case.activation, *leaves[2:])
+    assert (stand.shape, stand.dtype) == (rows.shape, rows.dtype)
+    found, expected = (unpacked(each[: case.used]) for each in (packed, pack_rows(rows.detach())))
+    assert torch.equal(found.scales, expected.scales)
+    bits = [each.values.contiguous().view(torch.uint8) & 0x7F for each in (found, expected)]
+    assert torch.equal(*bits)
+    assert torch.equal(found.dequantised().nan_to_num(), expected.dequantised().nan_to_num())
+    grads = (torch.autograd.grad(each, leaves, case.grad) for each in (stand, rows))
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.equal(ours[: case.used].nan_to_num(), theirs[: case.used].nan_to_num())
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("kind", ["swiglu", "gpt-oss", "squared relu"])
 def test_extreme_values(kind: str) -> None:
@@ -274,10 +303,12 @@ for name, dtype, constants in {cases}:
     kernel = getattr(activation_kernels, name)
     types = dict.fromkeys(kernel.arg_names, "*" + dtype)
     types |= {{"probs": "*fp32", "to_probs": "*fp32", "used": "*i32", "num_rows": "i32"}}
-    types |= {{"bias": "*fp32", "groups": "*i32"}}
+    types |= {{"bias": "*fp32", "groups": "*i32", "values": "*fp8e4nv", "scales": "*fp32"}}
+    types |= {{"value_stride": "i32", "scale_stride": "i32"}}
     types |= dict.fromkeys(constants, "constexpr")
     types = {{name: types[name] for name in kernel.arg_names}}
     pointers = [n for n, arg in enumerate(kernel.arg_names) if types[arg][0] == "*"]
+    pointers += [n for n, arg in enumerate(kernel.arg_names) if arg == "value_stride"]
     aligned = {{(n,): [["tt.divisibility", 16]] for n in pointers if kernel.arg_names[n] != "used"}}
     source = ASTSource(kernel, signature=types, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}})
@@ -305,8 +336,8 @@ def test_they_compile_for_a_gpu_that_is_not_here(kinds: list[tuple], tmp_path: P
                 torch.empty(1, dtype=DTYPES[name]), torch.empty(1)
             )
         assert settings is not None
-        for kernel in ("_forward_kernel", "_backward_kernel"):
-            constants = activation_kernels.constants(width, settings, kernel == "_backward_kernel")
+        for kernel in ("_forward_kernel", "_backward_kernel", "_packed_kernel"):
+            constants = activation_kernels.constants(width, settings, kernel != "_forward_kernel")
             cases.append((kernel, name, constants))
     wide = r"{}[.]global[^;]*[.]v4[.]b32"
     script = "import re" + COMPILE.format(

@@ -21,6 +21,13 @@ CASES = {
             "use_distributed_optimizer": True,
         },
     ),
+    "experts in FP8": (
+        2,
+        {
+            "moe_enable_echo": True, "expert_model_parallel_size": 2, "bf16": True,
+            "moe_ffn_hidden_size": 64, "moe_echo_expert_precision": "fp8-rowwise",
+        },
+    ),
     "pipeline, recompute": (
         2,
         {

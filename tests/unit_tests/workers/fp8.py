@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from moe_cases import ShapeRecorder
 from torch import Tensor
-from unit_tests.workers.clones import case_of, cloned, plain
+from unit_tests.workers.clones import case_of, cloned, plain, with_biases
 from unit_tests.workers.moe_layer import (
     RESULTS,
     dense,
@@ -21,9 +21,11 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
-from megatron_echo.dispatch.transports import CollectiveWeights
+from megatron_echo.dispatch.transports import CollectiveWeights, TokenTransport
 from megatron_echo.experts import fp8_linear
+from megatron_echo.experts.fp8 import pack_rows, unpacked
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.step.self_check import EchoCheckError, SelfCheck
 from megatron_echo.step.step_end import StepEnd
 from megatron_echo.testing import no_host_sync
 
@@ -31,17 +33,20 @@ FP8: dict[str, Any] = {"moe_echo_expert_precision": "fp8-rowwise", "moe_ffn_hidd
 TOPK, DTYPE = 3, torch.float32
 KINDS = ("hot", "random", "padding", "idle rank")
 WAYS = ("collective", "p2p", "symmetric_memory")
+WIRES = ("all_gather", "all_to_all", "symmetric_memory")
 
 
-def sizes_of_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+def sizes_of_errors(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], names: tuple[str, ...] = RESULTS
+) -> dict[str, float]:
     """Norm of the error over the norm, of all ranks together, of each tensor."""
     squares = [
-        t.double().square().sum() for n in RESULTS for t in (actual[n] - expected[n], expected[n])
+        t.double().square().sum() for n in names for t in (actual[n] - expected[n], expected[n])
     ]
     total = torch.stack(squares)
     dist.all_reduce(total)
     pairs = total.sqrt().view(-1, 2).tolist()
-    return {name: error / size for name, (error, size) in zip(RESULTS, pairs, strict=True)}
+    return {name: error / size for name, (error, size) in zip(names, pairs, strict=True)}
 
 
 def check_clones() -> None:
@@ -70,12 +75,74 @@ def check_clones() -> None:
     assert all(0.04 < error < 0.10 for error in of_format.values())
 
 
+def rows_of(layer: EchoMoELayer, case: Any) -> tuple[list[tuple], dict[str, Tensor]]:
+    """What the experts are given, and the results."""
+    given: list[tuple] = []
+    hook = layer.experts.register_forward_pre_hook(lambda _, arguments: given.append(arguments))
+    result = run(layer, case)
+    hook.remove()
+    return given, result
+
+
+def check_travel() -> None:
+    """Tokens quantised before they travel: every bit is that of tokens quantised behind it.
+
+    Padding between groups is zero, scales too: nothing of it reaches a gradient.
+    """
+    for (kind, alignment), wire in itertools.product((("hot", 1), ("padding", 32)), WIRES):
+        fields = FP8 | {"moe_echo_token_transport": wire, "moe_echo_row_alignment": alignment}
+        case = case_of(kind, TOPK, DTYPE)
+        ((stand, ends, _, _, packed),), travelled = rows_of(cloned(TOPK, DTYPE, **fields), case)
+        with mock.patch.object(TokenTransport, "moves_any_bits", False):
+            unmoved = cloned(TOPK, DTYPE, **fields)
+        ((rows, _, _, _, none),), expected = rows_of(unmoved, case)
+        same_bits(travelled, expected)
+        assert none is None
+        assert (stand.shape, stand.dtype) == (rows.shape, rows.dtype)
+        assert stand.untyped_storage().nbytes() == stand.itemsize
+        assert (packed.dtype, packed.shape[1]) == (torch.int32, rows.shape[1] // 4 + 4)
+        used = slice(int(ends[-1]))
+        found, wanted = (unpacked(each[used]).dequantised() for each in (packed, pack_rows(rows)))
+        assert torch.equal(found, wanted)
+
+
+def check_biases_and_doubt() -> None:
+    """GPT-OSS's experts in FP8 with clones and without; and a layer that checks itself."""
+    case = case_of("hot", 2, DTYPE)
+    layers = (with_biases(2, DTYPE, slots, **FP8, moe_echo_check_every=slots) for slots in (0, 1))
+    unmoved, layer = layers
+    found, expected = run(layer, case), run(unmoved, case)
+    assert max(errors(found, expected).values()) < 1e-5
+    StepEnd.of(layer.config).end_step()
+    exact = dense(layer, case)
+    assert set(exact) > set(RESULTS)
+    sizes = sizes_of_errors(found, exact, tuple(exact))
+    assert 0.03 < sizes["output"] < 0.1, sizes
+    assert max(sizes.values()) < 0.3, sizes  # the clamp lets another gradient through
+    record = SelfCheck.record
+
+    def doubled(self: Any, actual: Tensor, *rest: Any) -> None:
+        record(self, 1.1 * actual, *rest)
+
+    with mock.patch.object(SelfCheck, "record", doubled):
+        run(layer, case)
+        message = ""
+        try:
+            StepEnd.of(layer.config).end_step()
+        except EchoCheckError as error:
+            message = str(error)
+    assert "from itself without (limit 6.2e-02)" in message, message
+
+
 def check_sync_and_shapes() -> None:
     """Nothing is read on the host, and the same operators run for every routing and rank."""
-    for way in ("collective", "symmetric_memory"):
+    for way, wire in (("collective", "all_to_all"), ("symmetric_memory", "symmetric_memory")):
         seen = set()
         for kind in ("hot", "random"):
-            layer = cloned(TOPK, DTYPE, **FP8, moe_echo_expert_dispatcher_type=way)
+            layer = cloned(
+                TOPK, DTYPE, **FP8, moe_echo_expert_dispatcher_type=way,
+                moe_echo_token_transport=wire,
+            )  # fmt: skip
             case = case_of(kind, TOPK, DTYPE)
             with no_host_sync("raise") as sync, ShapeRecorder() as recorder:
                 run_quietly(layer, case)
