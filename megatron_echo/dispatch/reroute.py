@@ -20,12 +20,14 @@ class Clones:
         experts_per_rank: m; expert e lives on rank ``e // m``.
         transport: how weights get into the slots.
         announced: what the transport keeps of the plan.
+        is_frozen: nobody trains what is cloned: no gradient of it is computed or travels.
     """
 
     slot_expert: Tensor
     experts_per_rank: int
     transport: WeightTransport
     announced: Any = None
+    is_frozen: bool = False
 
     @property
     def slots(self) -> int:

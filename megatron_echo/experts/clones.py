@@ -86,7 +86,9 @@ class _ClonedLinear(torch.autograd.Function):
         kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(rows, weight, ends, clones.slot_expert, *kept)
         ctx.pool, ctx.gemm = pool, gemm
-        ctx.of_clones = (clones.experts_per_rank, clones.transport, clones.announced)
+        ctx.of_clones = (
+            clones.experts_per_rank, clones.transport, clones.announced, clones.is_frozen,
+        )  # fmt: skip
         return gemm.product(rows, weight, stack, ends, transpose=True)
 
     @staticmethod
@@ -101,7 +103,9 @@ class _ClonedLinear(torch.autograd.Function):
             to_rows = ctx.gemm.product(grad, weight, stack, ends, transpose=False)
         # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
         # not be, and nobody here knows.
-        to_weight = _weight_gradient(grad, rows, weight, ends, clones, ctx.gemm)
+        to_weight = None
+        if not clones.is_frozen:
+            to_weight = _weight_gradient(grad, rows, weight, ends, clones, ctx.gemm)
         needs_weight = ctx.needs_input_grad[1]
         return to_rows, to_weight if needs_weight else None, None, None, None, None, None
 
@@ -154,7 +158,7 @@ def cloned_linear(
     """``rows[g] @ w[g].T`` for each group of rows: the home experts', then the slots'.
 
     All ranks of the group must call it together, in forward and in backward; ``weight`` may be
-    frozen on some of them. Backward returns the gradient of the home experts with the parts of all
+    frozen on some of them, and is on all where ``clones`` says so. Backward returns the gradient of the home experts with the parts of all
     their clones in it, summed in fp32 (or wider) and cast once, as *the* gradient of ``weight``:
     nothing that watches the parameter sees a part of it.
 

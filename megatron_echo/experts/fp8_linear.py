@@ -141,7 +141,9 @@ class _Fp8Linear(torch.autograd.Function):
         ctx.weights, ctx.of_clones = weights, None
         if clones is not None:
             saved.append(clones.slot_expert)
-            ctx.of_clones = clones.experts_per_rank, clones.transport, clones.announced
+            ctx.of_clones = (
+                clones.experts_per_rank, clones.transport, clones.announced, clones.is_frozen,
+            )  # fmt: skip
             if keep and trains:
                 saved.append(weights.copy_of_clones(weight, clones))
         ctx.save_for_backward(*saved)
@@ -161,7 +163,7 @@ class _Fp8Linear(torch.autograd.Function):
             operand = ctx.weights.operand(weight, clones, is_transposed=True, kept=kept)
             if ctx.needs_input_grad[0]:
                 to_rows = scaled_product(quantise_rows(grad, ends), operand, ends, grad.dtype)
-        if clones is not None or ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or (clones is not None and not clones.is_frozen):
             to_weight = _weight_gradient(grad, rows, weight, ends, clones)
         nothing = None, None, None, None, None
         return to_rows, to_weight if ctx.needs_input_grad[1] else None, *nothing
