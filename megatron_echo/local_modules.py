@@ -1,8 +1,8 @@
 """Modules for ``--transformer-impl local``, where Megatron's own ones refuse.
 
 Without Transformer Engine, Megatron's norm refuses sequence parallelism, its attention refuses
-context parallelism, packed sequences and MLA, and its hybrid stack has no final norm. These say yes and otherwise
-are the stock modules: the same parameters, names and arithmetic.
+context parallelism, packed sequences and MLA, and its hybrid stack has no final norm. These say yes
+and otherwise are the stock modules: the same parameters, names and arithmetic.
 """
 
 import copy

@@ -5,35 +5,28 @@ there, and trains on packed batches whose tokens go to the experts that the samp
 
     torchrun --nproc-per-node 2 examples/post_training/grpo.py
 
-A prompt is a few random tokens, and an answer is rewarded by the share of it that repeats the first
-of them. It needs no GPU, and has run on none.
+A prompt is a few random words, and an answer is rewarded by the share of its words that are even.
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_echo import cpu_backend
 
-cpu_backend.enable(verbose=False)  # before Megatron is imported; does nothing where CUDA works
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+cpu_backend.enable(verbose=False)  # before Megatron is imported
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core import distributed, optimizer, parallel_state, pipeline_parallel  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.moe.router_replay import (  # noqa: E402
-    RouterReplay,
-    RouterReplayAction,
-)
+from megatron.core.transformer.moe.router_replay import RouterReplay as Replay  # noqa: E402
+from megatron.core.transformer.moe.router_replay import RouterReplayAction as Action  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_echo.config import EchoTransformerConfig  # noqa: E402
@@ -47,7 +40,7 @@ PROMPTS, GROUP = 8, 8  # on each rank and step; answers of a prompt
 BOUND = PROMPTS * GROUP * (LONGEST_PROMPT + LONGEST_ANSWER)  # tokens; the sampler does not pack
 
 
-def build() -> tuple[EchoTransformerConfig, DistributedDataParallel]:
+def build() -> tuple[EchoTransformerConfig, distributed.DistributedDataParallel]:
     """Two layers of eight experts over all ranks, with clones."""
     ranks = dist.get_world_size()
     config = EchoTransformerConfig(
@@ -55,8 +48,8 @@ def build() -> tuple[EchoTransformerConfig, DistributedDataParallel]:
         moe_ffn_hidden_size=64, expert_model_parallel_size=ranks, transformer_impl="local",
         moe_enable_echo=True, moe_num_echo_experts=8, moe_echo_max_tokens_per_rank=BOUND,
         moe_enable_routing_replay=True, variable_seq_lengths=True, calculate_per_token_loss=True,
-        normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True,
-        activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0,
+        moe_token_dispatcher_type="alltoall", normalization="RMSNorm", add_bias_linear=False,
+        gated_linear_unit=True, activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0,
         masked_softmax_fusion=False,
     )  # fmt: skip
     model_config = EchoGPTModelConfig(
@@ -65,7 +58,9 @@ def build() -> tuple[EchoTransformerConfig, DistributedDataParallel]:
     )  # fmt: skip
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = EchoGPTModelBuilder(model_config).build_model(groups)
-    return config, DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    return config, distributed.DistributedDataParallel(
+        config, distributed.DistributedDataParallelConfig(), model
+    )
 
 
 @torch.no_grad()
@@ -79,14 +74,14 @@ def sample(model: torch.nn.Module, prompts: list[Tensor], random: torch.Generato
     places, every = torch.arange(tokens.shape[1]).expand_as(tokens), torch.arange(len(prompts))
     mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
     is_open, logged = torch.ones(len(prompts), dtype=torch.bool), []
-    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+    Replay.set_global_router_replay_action(Action.RECORD)
     for _ in range(LONGEST_ANSWER):  # ranks call the model together: as often on each
         logits = model(tokens, places, mask)[every, lengths - 1].float().log_softmax(-1)
         word = torch.multinomial(logits.exp(), 1, generator=random)[:, 0]
         tokens[every[is_open], lengths[is_open]] = word[is_open]
         logged.append(logits[every, word])
         lengths, is_open = lengths + is_open, is_open & (word != END)
-    recorded = torch.stack(RouterReplay.get_recorded_data(), dim=1)  # of the last call: all tokens
+    recorded = torch.stack(Replay.get_recorded_data(), dim=1)  # of the last call: all tokens
     recorded = recorded.unflatten(0, (tokens.shape[1], len(prompts)))
     return [
         {
@@ -100,9 +95,9 @@ def sample(model: torch.nn.Module, prompts: list[Tensor], random: torch.Generato
 
 
 def reward(answer: dict) -> float:
-    """The share of the answer, its end left out, that is the first word of the prompt."""
+    """The share of the words that are even, 0 for an answer without any; its end is no word."""
     words = answer["tokens"][answer["prompt"] :]
-    return float((words == answer["tokens"][0]).sum() / (words != END).sum().clamp(min=1))
+    return float(((words != END) & (words % 2 == 0)).sum() / (words != END).sum().clamp(min=1))
 
 
 def packed(answers: list[dict], number: int) -> Iterator[dict]:
@@ -132,7 +127,7 @@ def packed(answers: list[dict], number: int) -> Iterator[dict]:
 def forward_step(batches: Iterator[dict], model: torch.nn.Module) -> Any:
     """One microbatch: every token goes where the sampler sent it."""
     batch = next(batches)
-    RouterReplay.set_replay_data(list(batch["ids"].unbind(1)))
+    Replay.set_replay_data(list(batch["ids"].unbind(1)))
 
     def loss(logits: Tensor) -> Any:
         rows = logits[0][batch["answer"]].float().log_softmax(-1)
@@ -150,13 +145,15 @@ def forward_step(batches: Iterator[dict], model: torch.nn.Module) -> Any:
 def main() -> None:
     """Train, and say what the reward, the load and the replay are."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
     model_parallel_cuda_manual_seed(1)
     config, model = build()
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3), [model])
+    adam = optimizer.get_megatron_optimizer(
+        optimizer.OptimizerConfig(optimizer="adam", lr=1e-2), [model]
+    )
     random = torch.Generator().manual_seed(dist.get_rank())
     for step in range(1, steps + 1):
         lengths = torch.randint(1, LONGEST_PROMPT + 1, (PROMPTS,), generator=random).tolist()
@@ -170,18 +167,18 @@ def main() -> None:
             answer["advantage"] = advantage
         model.train()
         model.zero_grad_buffer()
-        RouterReplay.clear_global_indices()
-        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-        found = get_forward_backward_func()(
+        Replay.clear_global_indices()
+        Replay.set_global_router_replay_action(Action.REPLAY_FORWARD)
+        found = pipeline_parallel.get_forward_backward_func()(
             forward_step_func=forward_step, data_iterator=packed(answers, 2), model=[model],
             num_microbatches=2, seq_length=BOUND, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
-        optimizer.step()
+        adam.step()
         mean = rewards.mean()
         dist.all_reduce(mean)
         load = StepEnd.of(config).statistics.read()
         off = max(float(each["off"]) for each in found)
-        if dist.get_rank() == 0 and (step in (1, steps) or step % 10 == 0):
+        if dist.get_rank() == 0 and (step in (1, steps) or step % 5 == 0):
             print(f"reward {mean / dist.get_world_size():.3f} in step {step}; sampler and training "
                   f"differ by {off:.1e} in a log-probability", flush=True)  # fmt: skip
             print(console_line(load, step), flush=True)

@@ -158,9 +158,9 @@ def cloned_linear(
     """``rows[g] @ w[g].T`` for each group of rows: the home experts', then the slots'.
 
     All ranks of the group must call it together, in forward and in backward; ``weight`` may be
-    frozen on some of them, and is on all where ``clones`` says so. Backward returns the gradient of the home experts with the parts of all
-    their clones in it, summed in fp32 (or wider) and cast once, as *the* gradient of ``weight``:
-    nothing that watches the parameter sees a part of it.
+    frozen on some of them, and is on all where ``clones`` says so. Backward returns the gradient of
+    the home experts with the parts of all their clones in it, summed in fp32 (or wider) and cast
+    once, as *the* gradient of ``weight``: nothing that watches the parameter sees a part of it.
 
     Args:
         rows: ``[B, in]``.

@@ -51,6 +51,8 @@ def check_data(args: Namespace) -> None:
     Raises:
         ValueError: the fault, then what to do about it.
     """
+    if args.sft:
+        return  # conversations in files of JSON lines, which its dataset reads
     sequences: dict[str, int] = {}
     blends = list(_blends(args))
     for blend in blends:

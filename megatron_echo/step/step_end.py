@@ -44,7 +44,7 @@ from megatron_echo.record.token_layout import TokenLayout
 from megatron_echo.record.trace import RoutingTrace
 from megatron_echo.step.counts import CountExchange
 from megatron_echo.step.load_metrics import read_load_metrics
-from megatron_echo.step.overflow import OverflowCheck
+from megatron_echo.step.overflow import OverflowCheck, TooManyTokensError
 from megatron_echo.step.self_check import SelfCheck
 from megatron_echo.step_hooks import EndOfStep, watch_optimizers
 
@@ -82,7 +82,8 @@ class StepEnd(PerModel, EndOfStep):
         watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = token_capacity(config, num_clone_slots(config)) is None
-        self.overflow = OverflowCheck(policy, is_auto)
+        most = echo_setting(config, "moe_echo_max_tokens_per_rank")
+        self.overflow = OverflowCheck(policy, is_auto, most)
         is_priced = self._has_clones and echo_setting(config, "moe_echo_tolerance") is None
         self.statistics = StepStatistics(is_priced)
         self.self_check = SelfCheck(
@@ -169,7 +170,7 @@ class StepEnd(PerModel, EndOfStep):
         """Check, raise, publish and write.
 
         Raises:
-            MoEOverflowError: see :meth:`OverflowCheck.check`.
+            MoEOverflowError: see :meth:`OverflowCheck.check`, which has others too.
             EchoCheckError: see :meth:`SelfCheck.check`.
         """
         self._steps += 1
@@ -180,7 +181,7 @@ class StepEnd(PerModel, EndOfStep):
         try:
             self.overflow.check()
             error = self.self_check.check()
-        except RuntimeError:
+        except (RuntimeError, TooManyTokensError):
             self._forget()
             raise
         args = _training_args()

@@ -4,6 +4,7 @@ import launch
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
@@ -52,6 +53,7 @@ def packed_attention(**fields: object) -> LocalCoreAttention:
     return LocalCoreAttention(heads, 1, AttnMaskType.causal, "self")
 
 
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_packed_sequences_see_themselves_only(is_padded: bool) -> None:
     """Output and gradients of each are those of it alone; padding behind it changes nothing."""
@@ -63,6 +65,7 @@ def test_packed_sequences_see_themselves_only(is_padded: bool) -> None:
     torch.manual_seed(0)
     whole = [torch.randn(int(places[-1]), n, 4, dtype=torch.float64) for n in (4, 2, 2)]
     leaves = [tensor.clone().requires_grad_() for tensor in whole]
+    model_parallel_cuda_manual_seed(1)
     attention = packed_attention()
     output = attention(*leaves, None, AttnMaskType.causal, packed_seq_params=packed)
     output = output.reshape(len(output), -1)
@@ -82,6 +85,7 @@ def test_packed_sequences_see_themselves_only(is_padded: bool) -> None:
             torch.testing.assert_close(leaf.grad[rows], one.grad[:, 0], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.usefixtures("single_rank")
 def test_packed_sequences_need_all_of_them() -> None:
     rows = torch.zeros(2, 4, 4)
     packed = PackedSeqParams("thd", torch.tensor([0, 2]))

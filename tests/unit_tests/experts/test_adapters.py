@@ -28,5 +28,5 @@ def test_model(ranks: int) -> None:
 def test_experts_that_are_cut_have_none() -> None:
     linear = torch.nn.Linear(2, 2)
     linear.config = SimpleNamespace(expert_tensor_parallel_size=2)
-    with pytest.raises(ValueError, match="but --expert-tensor-parallel-size is 2. Use 1"):
+    with pytest.raises(ValueError, match=r"but --expert-tensor-parallel-size is 2. Use 1"):
         adapted(linear, 1, 1.0)  # type: ignore[arg-type]

@@ -24,7 +24,6 @@ from unit_tests.workers.moe_layer import (
     errors,
     main,
     report,
-    run,
     weights,
 )
 
