@@ -7,10 +7,10 @@ Two gloo ranks on a CPU (widths divided by eight), one rank on a GPU. Both layer
 the same process and take turns; the training runs (the shape of the main job, a real
 ``pretrain()``) take turns as whole processes. ``balanced`` forces each expert to get the same
 number of tokens, with a receive capacity of 1.0; ``natural`` is the router's own choice with the
-default capacity. In ``packed`` each rank brings another number of tokens to each pass, between a
-sixteenth and all of the shape's: ours with ``--moe-echo-max-tokens-per-rank``, against Megatron's
-all-to-all dispatcher, as the all-gather one refuses such batches. Times are medians; only the
-ratios of one run compare.
+default capacity. In ``packed`` each rank brings another number of tokens to each pass, up to all of
+the shape's, made of sequences of very different lengths: ours with
+``--moe-echo-max-tokens-per-rank``, against Megatron's all-to-all dispatcher, as the all-gather one
+refuses such batches. Times are medians; only the ratios of one run compare.
 """
 
 import argparse
@@ -161,6 +161,20 @@ PACKED: dict[str, Callable[[Shape], dict[str, Any]]] = {
 }
 
 
+def packed_tokens(bound: int, random: torch.Generator) -> int:
+    """Tokens of one batch: sequences of very different lengths, as many as fit into the bound.
+
+    Args:
+        bound: of the batch; a sequence has a 32nd of it to all of it, log-uniformly.
+        random: where they come from.
+    """
+    tokens, length = 0, 0
+    while tokens + length <= bound:
+        tokens += length
+        length = int(bound * 32 ** -torch.rand((), generator=random))
+    return tokens
+
+
 def compare_layers(shape: Shape, dtype: torch.dtype, routing: str, rounds: int) -> dict[str, Any]:
     """Medians over alternating passes, and the kept bytes."""
     balanced, packed = routing == "balanced", routing == "packed"
@@ -182,8 +196,7 @@ def compare_layers(shape: Shape, dtype: torch.dtype, routing: str, rounds: int) 
         step(layer, hidden)
     for _ in range(rounds):
         if packed:
-            tokens = int(shape.tokens * 16 ** -torch.rand((), generator=random))
-            hidden = whole[:tokens].detach().requires_grad_()
+            hidden = whole[: packed_tokens(shape.tokens, random)].detach().requires_grad_()
         for name, layer in layers.items():
             seconds[name].append(step(layer, hidden))
     kept = {name: saved_bytes(layer, hidden) for name, layer in layers.items()}

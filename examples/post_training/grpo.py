@@ -152,7 +152,7 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     config, model = build()
     adam = optimizer.get_megatron_optimizer(
-        optimizer.OptimizerConfig(optimizer="adam", lr=1e-2), [model]
+        optimizer.OptimizerConfig(optimizer="adam", lr=3e-3), [model]
     )
     random = torch.Generator().manual_seed(dist.get_rank())
     for step in range(1, steps + 1):

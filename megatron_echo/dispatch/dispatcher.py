@@ -37,7 +37,7 @@ from megatron_echo.dispatch.transports import (
 )
 from megatron_echo.plan_settings import domain_ranks, plan_tolerance, token_capacity
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
-from megatron_echo.step.overflow import TooManyTokensError
+from megatron_echo.step.overflow import too_many_tokens
 from megatron_echo.step.step_end import StepEnd
 
 
@@ -243,7 +243,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """Rows from the tokens of this call to ``--moe-echo-max-tokens-per-rank``; or below 0."""
         most = self._most_tokens
         if most is not None and tokens > most and not self._is_training:
-            raise TooManyTokensError(tokens, most)
+            raise ValueError(too_many_tokens(tokens, most))
         return 0 if most is None else most - tokens
 
     @property

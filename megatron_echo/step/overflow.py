@@ -21,24 +21,7 @@ class MoEOverflowError(RuntimeError):
 
 
 class UnevenTokensError(RuntimeError):
-    """Ranks of an expert-parallel group brought different numbers of tokens to a layer."""
-
-
-class TooManyTokensError(ValueError):
-    """A rank brought more tokens to a layer than ``--moe-echo-max-tokens-per-rank``."""
-
-    def __init__(self, tokens: int, bound: int) -> None:
-        """Say so.
-
-        Args:
-            tokens: of the rank.
-            bound: the flag's value.
-        """
-        super().__init__(
-            f"A rank brings {tokens} tokens to a MoE layer, but --moe-echo-max-tokens-per-rank is "
-            f"{bound}. Make it {tokens} or more, or pack fewer tokens into a microbatch; weights, "
-            "optimizer state and checkpoints are as they were before the step."
-        )
+    """Ranks of a group brought different numbers of tokens to a layer, or one above the bound."""
 
 
 class OverflowCheck:
@@ -129,8 +112,8 @@ class OverflowCheck:
         """Read the record of this step on all ranks and forget it.
 
         Raises:
-            UnevenTokensError: on every rank, if ranks of a group brought different numbers.
-            TooManyTokensError: on every rank, if one brought more than the bound.
+            UnevenTokensError: on every rank, if ranks of a group brought different numbers, or one
+                more than the bound.
             MoEOverflowError: something did not fit on some rank, and the policy is ``raise``.
         """
         if self._seen is None:
@@ -145,7 +128,7 @@ class OverflowCheck:
         self._seen.zero_()
         most, least, rows, rows_over, peer, cut, dropped = total.tolist()
         if most and self._bound is not None:
-            raise TooManyTokensError(most, self._bound)
+            raise UnevenTokensError(too_many_tokens(most, self._bound))
         if most:
             raise UnevenTokensError(
                 f"Ranks of an expert-parallel group brought between {_BOUND - least} and {most} "
@@ -160,6 +143,15 @@ class OverflowCheck:
         if dropped:
             self.dropped += dropped
             _log(dropped, self.dropped, _advice(rows, peer))
+
+
+def too_many_tokens(tokens: int, bound: int) -> str:
+    """What to say of a rank that brings more than ``--moe-echo-max-tokens-per-rank``."""
+    return (
+        f"A rank brings {tokens} tokens to a MoE layer, but --moe-echo-max-tokens-per-rank is "
+        f"{bound}. Make it {tokens} or more, or pack fewer tokens into a microbatch; weights, "
+        "optimizer state and checkpoints are as they were before the step."
+    )
 
 
 def _message(dropped: int, advice: str) -> str:

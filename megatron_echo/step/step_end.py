@@ -44,7 +44,7 @@ from megatron_echo.record.token_layout import TokenLayout
 from megatron_echo.record.trace import RoutingTrace
 from megatron_echo.step.counts import CountExchange
 from megatron_echo.step.load_metrics import read_load_metrics
-from megatron_echo.step.overflow import OverflowCheck, TooManyTokensError
+from megatron_echo.step.overflow import OverflowCheck
 from megatron_echo.step.self_check import SelfCheck
 from megatron_echo.step_hooks import EndOfStep, watch_optimizers
 
@@ -170,7 +170,7 @@ class StepEnd(PerModel, EndOfStep):
         """Check, raise, publish and write.
 
         Raises:
-            MoEOverflowError: see :meth:`OverflowCheck.check`, which has others too.
+            MoEOverflowError: see :meth:`OverflowCheck.check`.
             EchoCheckError: see :meth:`SelfCheck.check`.
         """
         self._steps += 1
@@ -181,7 +181,7 @@ class StepEnd(PerModel, EndOfStep):
         try:
             self.overflow.check()
             error = self.self_check.check()
-        except (RuntimeError, TooManyTokensError):
+        except RuntimeError:
             self._forget()
             raise
         args = _training_args()

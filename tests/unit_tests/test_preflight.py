@@ -102,7 +102,7 @@ def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Pa
         ),
         ("--hybrid-layer-pattern M*E", 1, r"M\*E has layers \(M\) that need Transformer Engine"),
         ("--fim-data", 1, r"--fim-data is not supported by pretrain_gpt_moe.py"),
-        ("--sft --context-parallel-size 2", 2, r"--sft keeps .* size is 2 .*impl none. Use 1"),
+        ("--sft --context-parallel-size 2", 2, r"--sft keeps .*size is 2 .*impl none. Use 1"),
         ("--dataloader-inter-document-masking --cuda-graph-impl local", 1, r"is 1 and .* local"),
         (
             "--sft --micro-batch-size 2 --pipeline-model-parallel-size 2 --num-layers 2",
