@@ -212,7 +212,7 @@ ROWS = (
         {**OFFLOAD, "fine_grained_offloading_max_inflight_offloads": 1},
         "has no queue of its own for --fine-grained-offloading-max-inflight-offloads."),
     Row("documents packed in a sequence, as packed sequences (THD)",
-        {"dataloader_inter_document_masking": True}),
+        {"dataloader_inter_document_masking": True}, is_elsewhere=True),
     Row("conversations packed in a sequence", {"sft": True},
         "--sft of conversations needs the package datasets."),
     Row("hybrid model of attention, MLP and MoE layers",
