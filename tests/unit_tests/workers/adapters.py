@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,8 @@ def check_recipe() -> None:
     fresh = recipe["adapt"]([gpt()])[0]
     recipe["load"](fresh, folder)
     assert loss_of(fresh).item() == loss_of(model).item()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
 
 
 def check_adapters_of_others() -> None:
