@@ -83,7 +83,8 @@ WAYS = (
         test=OTHER_SCRIPTS),
     Way(r"torchrun \.\.\. pretrain_gpt_moe\.py YOUR FLAGS .*",
         test=f"{FUNCTIONAL}/test_production.py::test_watching_changes_nothing"),
-    Way(r"torchrun --nproc-per-node 2 examples/post_training/grpo\.py",
+    Way(r"(torchrun|python -m torch\.distributed\.run) --nproc-per-node 2 "
+        r"examples/post_training/grpo\.py",
         test=f"{FUNCTIONAL}/test_examples.py::test_reinforcement_learning"),
     Way(r"torchrun .* --spec megatron_echo\.layer_specs gpt_moe_block_spec", test=OTHER_SCRIPTS),
     Way(r"python -m megatron_echo\.observe\.report .*",
