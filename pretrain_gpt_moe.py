@@ -32,6 +32,7 @@ from megatron.core.datasets.gpt_dataset import (  # noqa: E402
 )
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
     get_mtp_ranks,
@@ -42,6 +43,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: 
 )
 from megatron.core.utils import (  # noqa: E402
     StragglerDetector,
+    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -60,6 +62,7 @@ from megatron.training.argument_utils import (  # noqa: E402
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args, parse_args  # noqa: E402
+from megatron.training.datasets.sft_dataset import SFTDataset  # noqa: E402
 from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 from megatron.training.models.hybrid import HybridModelConfig  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
@@ -93,12 +96,24 @@ from megatron_echo.record.run_record import write_run_record  # noqa: E402
 straggler_timer = StragglerDetector()
 SPIKY_LOSS_FACTOR = 10
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+MODEL_KEYS = ("labels", "loss_mask", "packed_seq_params")
+PACKING_KEYS = ("cu_seqlens", "max_seqlen")
+
+
+def is_packed() -> bool:
+    """True where a sample is several sequences, each of which sees itself only."""
+    args = get_args()
+    return args.sft or args.dataloader_inter_document_masking
 
 
 def needs_data(vp_stage: int | None) -> bool:
-    """True where the embedding, the loss or an MTP layer is: the other stages read no batch."""
+    """True where the embedding, the loss, an MTP layer or an attention over packed sequences is.
+
+    The other stages read no batch.
+    """
     return (
-        mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        is_packed()
+        or mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         or has_mtp(vp_stage)
     )
@@ -135,6 +150,8 @@ def get_batch(
         is_training: False in evaluation, whose microbatches may have another size.
 
     Returns:
+        ``packed_seq_params``, where a sample is several sequences: then ``b`` is 1, and ``s`` that
+        of all samples. And
         ``tokens``, ``labels``, ``position_ids``: int64 ``[b, s]``; ``loss_mask``: fp32 ``[b, s]``;
         ``attention_mask``: bool ``[b, 1, s, s]`` or None. Under context parallelism ``s`` is this
         rank's part of the sequence. What this pipeline stage does not use is None.
@@ -142,14 +159,15 @@ def get_batch(
     if not needs_data(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     args = get_args()
+    keys = (*BATCH_KEYS, *PACKING_KEYS) if is_packed() else BATCH_KEYS
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
-        for key in BATCH_KEYS:
+        for key in keys:
             batch[key] = sample[key].cuda(non_blocking=True) if key in sample else None
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=is_packed(),
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -163,7 +181,15 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(False, vp_stage),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(False, vp_stage),
     )
-    batch = {key: batch.get(key) for key in BATCH_KEYS}
+    batch = {key: batch.get(key) for key in keys}
+    if is_packed():
+        batch = flatten_batch_for_packed_sequences(batch)
+        ends, longest = batch.pop("cu_seqlens")[0], int(batch.pop("max_seqlen"))
+        batch["packed_seq_params"] = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest,
+            max_seqlen_kv=longest, tokens_per_sample=args.seq_length,
+        )  # fmt: skip
+        return batch
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
@@ -231,8 +257,7 @@ def forward_step(
             batch["tokens"],
             batch["position_ids"],
             batch["attention_mask"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
+            **{key: batch[key] for key in MODEL_KEYS if key in batch},
         )
     return output, functools.partial(loss_func, batch["loss_mask"])
 
@@ -258,6 +283,7 @@ def dataset_config() -> GPTDatasetConfig:
         path_to_cache=args.data_cache_path,
         tokenizer=get_tokenizer(),
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
     return GPTDatasetConfig(**values)
 
@@ -276,6 +302,8 @@ def train_valid_test_datasets_provider(
         return needs_data(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
 
     dataset = MockGPTDataset if get_args().mock_data else GPTDataset
+    if get_args().sft:
+        dataset = SFTDataset
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     builder = BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, dataset_config())
     return builder.build()
@@ -404,6 +432,7 @@ def main() -> None:
         check_files(args)
         ranks.wait_for_first()
         args = parse_and_validate_args(extra_args_provider)
+        args.create_attention_mask_in_dataloader &= not args.sft  # its dataset makes none
         check_schedule(args)
         train(args, model_config_from_args(args), offload_config(args), command, ranks)
 

@@ -1,12 +1,16 @@
 """The MoE layer against Megatron's own: time and bytes kept for backward, layer and training run.
 
     python benchmarks/moe_layer.py [--output benchmarks/results/moe_layer] [--quick] [--no-training]
+    python benchmarks/moe_layer.py --routings packed --no-training --output OUTPUT
 
 Two gloo ranks on a CPU (widths divided by eight), one rank on a GPU. Both layers of a pair run in
 the same process and take turns; the training runs (the shape of the main job, a real
 ``pretrain()``) take turns as whole processes. ``balanced`` forces each expert to get the same
 number of tokens, with a receive capacity of 1.0; ``natural`` is the router's own choice with the
-default capacity. Times are medians; only the ratios of one run compare.
+default capacity. In ``packed`` each rank brings another number of tokens to each pass, up to all of
+the shape's, made of sequences of very different lengths: ours with
+``--moe-echo-max-tokens-per-rank`` and a capacity of 1.25, against Megatron's all-to-all dispatcher,
+as the all-gather one refuses such batches. Times are medians; only the ratios of one run compare.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,22 +155,49 @@ def step(layer: torch.nn.Module, hidden: Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def compare_layers(shape: Shape, dtype: torch.dtype, balanced: bool, rounds: int) -> dict[str, Any]:
+CAPACITIES = {"balanced": 1.0, "packed": 1.25}
+PACKED: dict[str, Callable[[Shape], dict[str, Any]]] = {
+    "stock": lambda shape: {"moe_token_dispatcher_type": "alltoall"},
+    "ours": lambda shape: {"moe_echo_max_tokens_per_rank": shape.tokens},
+}
+
+
+def packed_tokens(bound: int, random: torch.Generator) -> int:
+    """Tokens of one batch: sequences of very different lengths, as many as fit into the bound.
+
+    Args:
+        bound: of the batch; a sequence has a 32nd of it to all of it, log-uniformly.
+        random: where they come from.
+    """
+    tokens, length = 0, 0
+    while tokens + length <= bound:
+        tokens += length
+        length = int(bound * 32 ** -torch.rand((), generator=random))
+    return tokens
+
+
+def compare_layers(shape: Shape, dtype: torch.dtype, routing: str, rounds: int) -> dict[str, Any]:
     """Medians over alternating passes, and the kept bytes."""
+    balanced, packed = routing == "balanced", routing == "packed"
     layers = {
-        name: build(shape, dtype, name == "ours", 1.0 if balanced and name == "ours" else None)
+        name: build(
+            shape, dtype, name == "ours", CAPACITIES.get(routing) if name == "ours" else None,
+            **(PACKED[name](shape) if packed else {}),
+        )
         for name in ("stock", "ours")
-    }
+    }  # fmt: skip
     device = next(layers["ours"].parameters()).device
-    hidden = torch.randn(shape.tokens, 1, shape.hidden, dtype=dtype, device=device)
-    hidden.requires_grad_()
+    whole = torch.randn(shape.tokens, 1, shape.hidden, dtype=dtype, device=device)
+    hidden, random = whole.requires_grad_(), torch.Generator().manual_seed(dist.get_rank())
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     for layer in layers.values():
         if balanced:
-            routing = forced_routing(type(layer.router).routing)
-            layer.router.routing = functools.partial(routing, layer.router)
+            forced = forced_routing(type(layer.router).routing)
+            layer.router.routing = functools.partial(forced, layer.router)
         step(layer, hidden)
     for _ in range(rounds):
+        if packed:
+            hidden = whole[: packed_tokens(shape.tokens, random)].detach().requires_grad_()
         for name, layer in layers.items():
             seconds[name].append(step(layer, hidden))
     kept = {name: saved_bytes(layer, hidden) for name, layer in layers.items()}
@@ -189,8 +221,8 @@ def worker(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rows = []
     for name, shape in shapes(on_gpu).items():
-        for routing in ("balanced", "natural"):
-            result = compare_layers(shape, dtype, routing == "balanced", args.rounds)
+        for routing in args.routings:
+            result = compare_layers(shape, dtype, routing, args.rounds)
             rows.append({"layer": name, "routing": routing, **result})
     if dist.get_rank() == 0:
         args.worker.write_text(json.dumps(rows))
@@ -250,6 +282,8 @@ def main() -> None:
     parser = results_parser(__doc__, "moe_layer")
     parser.add_argument("--quick", action="store_true", help="few rounds, to try the script out")
     parser.add_argument("--no-training", action="store_true", help="the layers only")
+    kinds = ("balanced", "natural", "packed")
+    parser.add_argument("--routings", nargs="+", choices=kinds, default=kinds[:2])
     parser.add_argument("--rounds", type=int, default=31, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -260,7 +294,7 @@ def main() -> None:
     rounds = 3 if args.quick else args.rounds
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
-        words = ["--worker", str(result), "--rounds", str(rounds)]
+        words = ["--worker", str(result), "--rounds", str(rounds), "--routings", *args.routings]
         torchrun(Path(__file__), 1 if on_gpu else 2, words)
         rows = json.loads(result.read_text())
     if not args.no_training and not on_gpu:
@@ -269,7 +303,8 @@ def main() -> None:
             measured = compare_training(routing, runs, iterations)
             rows.append({"layer": "training run, main job", "routing": routing, **measured})
     where = f"{environment.device_name()}, {'1 rank' if on_gpu else '2 ranks, one thread each'}"
-    text = f"{where}; stock: all-gather dispatcher, SequentialMLP\n\n{as_table(rows)}\n"
+    dispatcher = "all-to-all" if args.routings == ["packed"] else "all-gather"
+    text = f"{where}; stock: {dispatcher} dispatcher, SequentialMLP\n\n{as_table(rows)}\n"
     print(text)
     args.output.with_suffix(".md").write_text(text)
     figures = {f"{row.pop('layer')}, {row.pop('routing')}": row for row in rows}

@@ -1,8 +1,8 @@
 """Modules for ``--transformer-impl local``, where Megatron's own ones refuse.
 
 Without Transformer Engine, Megatron's norm refuses sequence parallelism, its attention refuses
-context parallelism and MLA, and its hybrid stack has no final norm. These say yes and otherwise
-are the stock modules: the same parameters, names and arithmetic.
+context parallelism, packed sequences and MLA, and its hybrid stack has no final norm. These say yes
+and otherwise are the stock modules: the same parameters, names and arithmetic.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_block import HybridStack
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -66,7 +67,7 @@ class LocalHybridStack(HybridStack):
 
 
 class LocalCoreAttention(DotProductAttention):
-    """Megatron's ``DotProductAttention`` with context parallelism and separate value widths.
+    """Megatron's ``DotProductAttention`` with context parallelism, packed sequences and MLA.
 
     Context parallelism: rank ``r`` of ``C`` holds chunks ``r`` and ``2C - 1 - r`` of the ``2C``
     chunks of each sequence (Megatron's balanced order). Keys and values are gathered over the
@@ -112,9 +113,13 @@ class LocalCoreAttention(DotProductAttention):
         value: Tensor,
         attention_mask: Tensor | None,
         *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Attention over the whole sequence for this rank's queries.
+
+        Packed sequences come as ``[t, n, k]``, ``[t, g, k]`` and ``[t, g, v]``, one after the
+        other, and each sees itself only.
 
         Args:
             query: ``[s, b, n, k]``, with ``s`` the rows of this context-parallel rank.
@@ -125,12 +130,33 @@ class LocalCoreAttention(DotProductAttention):
 
         Returns:
             ``[s, b, n * v]``.
+
+        Raises:
+            ValueError: packed sequences that are cut over ranks, or seen through a window.
         """
-        if self.cp_group is not None:
+        if packed_seq_params is not None:
+            attention_mask = self._packed_mask(len(query), packed_seq_params)
+            query, key, value = (tensor[:, None] for tensor in (query, key, value))
+        elif self.cp_group is not None:
             attention_mask = self._causal_mask(query.size(0), query.device)
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
         return super().forward(query, key, value, attention_mask, *args, **kwargs)
+
+    def _packed_mask(self, rows: int, packed: PackedSeqParams) -> Tensor:
+        """``[1, 1, t, t]``: True where the key is of another sequence, or after the query."""
+        if self.cp_group is not None or self.config.window_size is not None:
+            raise ValueError(
+                "Packed sequences with --transformer-impl local need whole sequences, but "
+                f"--context-parallel-size is {self.config.context_parallel_size} and --window-size "
+                f"{self.config.window_size}. Leave both out, or install Transformer Engine."
+            )
+        ends = packed.cu_seqlens_q_padded
+        ends = packed.cu_seqlens_q if ends is None else ends
+        place = torch.arange(rows, dtype=ends.dtype, device=ends.device)
+        sequence = torch.bucketize(place, ends, right=True)
+        is_hidden = (sequence[:, None] != sequence) | (place[:, None] < place)
+        return is_hidden[None, None]
 
     def _causal_mask(self, rows: int, device: torch.device) -> Tensor:
         """``[1, 1, s, s * C]``: True where the key's position is after the query's."""

@@ -41,6 +41,7 @@ from megatron_echo.dispatch.transports import (
 from megatron_echo.environment import on_gpu
 from megatron_echo.plan_settings import domain_ranks, plan_tolerance, token_capacity
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
+from megatron_echo.step.overflow import too_many_tokens
 from megatron_echo.step.step_end import StepEnd
 
 
@@ -83,7 +84,7 @@ def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
 
 
 def _padded(rows: Tensor, more: int, value: int = 0) -> Tensor:
-    """Rows ``[T, X]``, and so many more of one value behind them."""
+    """Rows ``[T, X]``, and so many more of one value behind them; fewer, if that is below 0."""
     return F.pad(rows, (0, 0, 0, more), value=value) if more else rows
 
 
@@ -238,16 +239,18 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         Returns:
             Tokens ``[T, H]`` and the probabilities of the chosen experts ``[T, K]``; with
             ``--moe-echo-max-tokens-per-rank`` that is T from here on, the rows behind the tokens
-            are zeros without an expert, and ``combine_postprocess`` takes them away.
+            are zeros without an expert, and ``combine_postprocess`` takes them away. Of more
+            tokens than that the last have no expert, and the end of the step stops all ranks.
 
         Raises:
-            ValueError: more tokens than that.
+            ValueError: more tokens than that in a pass that trains nothing: no step ends it.
         """
         own = compact_routing(routing_map, self._topk)
         more = self._missing(len(own))
         experts = gather(_padded(own, more, self._experts), self.tp_group)
         self._ways.announce(len(experts), self._slots)
-        self._step_end.overflow.record_tokens(len(experts), self.ep_group)
+        brought = len(experts) if self._most_tokens is None else max(len(own), self._most_tokens)
+        self._step_end.overflow.record_tokens(brought, self.ep_group)
         call = _Call(hidden_states.shape, hidden_states.dtype, experts)
         self._call = call = self._with_plan(call)
         weights = _CompactProbs.apply(probs, own)
@@ -260,17 +263,11 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         return _padded(tokens, more), _padded(weights, more)
 
     def _missing(self, tokens: int) -> int:
-        """Rows between the tokens of this call and ``--moe-echo-max-tokens-per-rank``."""
+        """Rows from the tokens of this call to ``--moe-echo-max-tokens-per-rank``; or below 0."""
         most = self._most_tokens
-        if most is None:
-            return 0
-        if tokens > most:
-            raise ValueError(
-                f"A rank brings {tokens} tokens to a MoE layer, but "
-                f"--moe-echo-max-tokens-per-rank is {most}. Make it {tokens} or more, or pack "
-                "fewer tokens into a microbatch."
-            )
-        return most - tokens
+        if most is not None and tokens > most and not self._is_training:
+            raise ValueError(too_many_tokens(tokens, most))
+        return 0 if most is None else most - tokens
 
     @property
     def _is_training(self) -> bool:
@@ -421,7 +418,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         call = self._current()
         self._call = None
         if self._most_tokens is not None:
-            hidden_states = hidden_states[: call.shape[:-1].numel()]
+            hidden_states = _padded(hidden_states, call.shape[:-1].numel() - self._most_tokens)
         output = hidden_states.to(call.dtype).view(call.shape)
         return output if self.shared_experts is None else output + self.shared_experts.get_output()
 

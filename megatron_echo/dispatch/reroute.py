@@ -86,6 +86,7 @@ class Clones:
         announced: what the transport keeps of the plan.
         homecoming: what the gradients of the weights wait for; None if they wait for nothing.
         begun: weights on their way, by the key of the parameter.
+        is_frozen: nobody trains what is cloned: no gradient of it is computed or travels.
     """
 
     slot_expert: Tensor
@@ -94,6 +95,7 @@ class Clones:
     announced: Any = None
     homecoming: Homecoming | None = None
     begun: dict[tuple[int, int], Errand] = field(default_factory=dict)
+    is_frozen: bool = False
 
     @property
     def slots(self) -> int:
@@ -129,15 +131,17 @@ class Clones:
         edge = self.homecoming.edge(weight) if self.homecoming is not None else None
         return weight if edge is None else edge.view(weight.shape)
 
-    def homeward(self, grad: Tensor, errand: Errand, *, is_wanted: bool) -> Tensor:
-        """A gradient that is on its way, for :meth:`target` only: others would not wait for it.
+    def homeward(self, weight: Tensor, grad: Tensor, errand: Errand, *, is_wanted: bool) -> Tensor:
+        """A gradient that is on its way, where :meth:`target` waits for it.
 
         Args:
+            weight: the parameter.
             grad: of the home experts.
             errand: what it is whole behind.
             is_wanted: autograd will pass it on.
         """
-        if self.homecoming is None or not is_wanted or torch.is_anomaly_enabled():
+        is_awaited = self.homecoming is not None and self.homecoming.edge(weight) is not None
+        if self.homecoming is None or not (is_awaited and is_wanted) or torch.is_anomaly_enabled():
             errand.wait()
         else:
             self.homecoming.expect(errand)

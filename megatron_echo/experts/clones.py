@@ -125,13 +125,14 @@ class _ClonedLinear(torch.autograd.Function):
         rows = rows_again(ctx, rows)
         # The slots hold experts of other ranks: where those of this rank are frozen, theirs may
         # not be, and nobody here knows.
-        is_wanted = ctx.needs_input_grad[1]
+        is_wanted, to_weight = ctx.needs_input_grad[1], None
 
         def make() -> Tensor:
-            to_weight = _weight_gradient(grad, rows, weight, ends, clones, gemm)
-            return clones.homeward(*to_weight, is_wanted=is_wanted)
+            gradient = _weight_gradient(grad, rows, weight, ends, clones, gemm)
+            return clones.homeward(weight, *gradient, is_wanted=is_wanted)
 
-        to_weight = now_or_later(ctx.later, make)
+        if not clones.is_frozen:
+            to_weight = now_or_later(ctx.later, make)
         nothing = None, None, None, None, None, None, None
         return to_rows, to_weight if is_wanted else None, *nothing
 
@@ -205,9 +206,9 @@ def cloned_linear(
     """``rows[g] @ w[g].T`` for each group of rows: the home experts', then the slots'.
 
     All ranks of the group must call it together, in forward and in backward; ``weight`` may be
-    frozen on some of them. Backward returns the gradient of the home experts with the parts of all
-    their clones in it, summed in fp32 (or wider) and cast once, as *the* gradient of ``weight``:
-    nothing that watches the parameter sees a part of it.
+    frozen on some of them, and is on all where ``clones`` says so. Backward returns the gradient of
+    the home experts with the parts of all their clones in it, summed in fp32 (or wider) and cast
+    once, as *the* gradient of ``weight``: nothing that watches the parameter sees a part of it.
 
     Args:
         rows: ``[B, in]``.

@@ -177,6 +177,23 @@ class Fp8Weights:
         return stack.clones.clone()
 
 
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, packed: Tensor) -> Tensor:
+        quantised = unpacked(packed)
+        scales = quantised.scales[:, None]
+        return (quantised.values.to(scales.dtype) * scales).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def values_of(rows: Tensor, packed: Tensor) -> Tensor:
+    """What packed rows hold, ``[B, in]``, with the gradient of the rows that stand for them."""
+    return _Values.apply(rows, packed)
+
+
 class _Fp8Linear(torch.autograd.Function):
     """Gradients are those of the home experts, with the parts of their clones in them."""
 
@@ -216,7 +233,8 @@ class _Fp8Linear(torch.autograd.Function):
                 kept=kept,
             )  # fmt: skip
         is_wanted = ctx.needs_input_grad[2]
-        if clones is not None or is_wanted or ctx.later is not None:
+        trains_clones = clones is not None and not clones.is_frozen
+        if trains_clones or is_wanted or (clones is None and ctx.later is not None):
 
             def make() -> Tensor:
                 parts = _weight_gradient(ctx.weights, grad, packed, weight, ends)
@@ -246,7 +264,7 @@ def _brought_home(parts: Tensor, weight: Tensor, clones: Clones | None, is_wante
         return home.to(weight.dtype)
 
     errand = clones.run(movement)
-    return clones.homeward(errand.result, errand, is_wanted=is_wanted)
+    return clones.homeward(weight, errand.result, errand, is_wanted=is_wanted)
 
 
 def fp8_linear(

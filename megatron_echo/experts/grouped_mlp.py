@@ -1,6 +1,7 @@
 """The experts of one rank as one stack of weights for each projection."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from megatron_echo.experts.biases import bias_stack, with_weighted_bias
 from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
 from megatron_echo.experts.clones import WeightPool, bringer, cloned_linear
 from megatron_echo.experts.delayed import DelayedGradients
-from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear
+from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear, values_of
 from megatron_echo.experts.grouped_linear import (
     GroupedGemm,
     TorchGemm,
@@ -68,12 +69,29 @@ def automatic_gemm(
 
 
 class GroupedLinear(torch.nn.Module):
-    """The same projection of each expert: ``weight [m, out, in]`` and perhaps ``bias [m, out]``."""
+    """The same projection of each expert: ``weight [m, out, in]`` and perhaps ``bias [m, out]``.
+
+    Attributes:
+        adapter: see ``adapter.py``; its output is added. While there is one, ranks freeze
+            ``weight`` and ``bias`` together or not at all.
+    """
 
     def __init__(
-        self, experts: int, in_features: int, out_features: int, config: TransformerConfig
-    ) -> None:
+        self, experts: int, in_features: int, out_features: int, config: TransformerConfig,
+        *, is_adapter: bool = False,
+    ) -> None:  # fmt: skip
+        """Make room for the weights.
+
+        Args:
+            experts: m.
+            in_features: of a row.
+            out_features: of a result.
+            config: the transformer's configuration.
+            is_adapter: part of an adapter: without a bias, never in FP8.
+        """
         super().__init__()
+        self.config = config
+        self.adapter: torch.nn.Module | None = None
         on_cpu = config.use_cpu_initialization
         self.weight = torch.nn.Parameter(
             torch.empty(
@@ -84,7 +102,8 @@ class GroupedLinear(torch.nn.Module):
         )
         self._shape = self.weight.shape
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
-        bias = self.weight.new_empty(experts, out_features) if config.add_bias_linear else None
+        has_bias = config.add_bias_linear and not is_adapter
+        bias = self.weight.new_empty(experts, out_features) if has_bias else None
         self.bias = None if bias is None else torch.nn.Parameter(bias)
         # Megatron's mark of a parameter that is not shared by all data-parallel ranks.
         shares_groups = (
@@ -94,10 +113,11 @@ class GroupedLinear(torch.nn.Module):
         for parameter in self.parameters():
             setattr(parameter, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
 
-        self._fp8 = Fp8Weights(config) if computes_in_fp8(config) else None
+        self._fp8 = Fp8Weights(config) if computes_in_fp8(config) and not is_adapter else None
         self._pool = WeightPool.of(config)
         self._gemm = echo_setting(config, "moe_echo_grouped_gemm")
-        self._later = DelayedGradients() if config.delay_wgrad_compute else None
+        is_delayed = config.delay_wgrad_compute and not is_adapter
+        self._later = DelayedGradients() if is_delayed else None
         self._keeps_clones = not echo_setting(config, "moe_echo_recompute_expert_dispatch")
 
     @property
@@ -134,11 +154,19 @@ class GroupedLinear(torch.nn.Module):
             The products, and the biases to add to them, of :func:`bias_stack`, if there are any.
         """
         bias: Tensor | None = self.bias
+        own = clones
+        if clones is not None and self.adapter is not None and not self.weight.requires_grad:
+            own = replace(clones, is_frozen=True)
         if bias is not None:
-            if clones is not None and rows.requires_grad and not bias.requires_grad:
-                bias = bias.detach().requires_grad_()  # backward has exchanges: see EchoGroupedMLP
-            bias = bias_stack(bias, clones)
-        return self._product(rows, ends, clones, packed), bias
+            has_exchanges = own is not None and not own.is_frozen and rows.requires_grad
+            if has_exchanges and not bias.requires_grad:
+                bias = bias.detach().requires_grad_()  # in backward too: see EchoGroupedMLP
+            bias = bias_stack(bias, own)
+        output = self._product(rows, ends, own, packed)
+        if self.adapter is not None:
+            rows = rows if packed is None else values_of(rows, packed)
+            output = output + self.adapter(rows, ends, clones)
+        return output, bias
 
     def fetch(self, clones: Clones | None, *, in_backward: bool = False) -> None:
         """Begin to bring the clones, where the transport is hidden, before they are needed.
@@ -238,6 +266,23 @@ class FetchInBackward(torch.autograd.Function):
         return grad, None, None
 
 
+def draw(weight: Tensor, method: Callable[[Tensor], Any], config: TransformerConfig) -> None:
+    """Initialise one expert's matrix: others on other expert ranks, the same on their replicas.
+
+    Args:
+        weight: ``[out, in]``, without gradients; written.
+        method: fills a tensor.
+        config: the transformer's configuration.
+    """
+    if config.use_cpu_initialization:
+        master = torch.empty(weight.shape, dtype=torch.float32)
+        method(master)
+        weight.copy_(master)
+    else:
+        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+            method(weight)
+
+
 class WeightedActivation(torch.nn.Module):
     """The activation times the router's probability, a module so that hooks find it by name."""
 
@@ -311,20 +356,11 @@ class EchoGroupedMLP(MegatronModule):
     def _initialise(self) -> None:
         """Draw the weights expert by expert, fc1 before fc2, as SequentialMLP does; no bias."""
         for fc1, fc2 in zip(self.linear_fc1.stack, self.linear_fc2.stack, strict=True):
-            self._draw(fc1, self.config.init_method)
-            self._draw(fc2, self.config.output_layer_init_method)
+            draw(fc1, self.config.init_method, self.config)
+            draw(fc2, self.config.output_layer_init_method, self.config)
         for bias in (self.linear_fc1.bias, self.linear_fc2.bias):
             if bias is not None:
                 bias.zero_()
-
-    def _draw(self, weight: Tensor, method: Callable[[Tensor], Any]) -> None:
-        if self.config.use_cpu_initialization:
-            master = torch.empty(weight.shape, dtype=torch.float32)
-            method(master)
-            weight.copy_(master)
-        else:
-            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                method(weight)
 
     def forward(
         self,
@@ -381,7 +417,8 @@ class EchoGroupedMLP(MegatronModule):
                 state[f"{prefix}{name}.{kind}"] = sharded_stack(
                     parameter, f"{key}{kind}", self._place, (0, 0, self._data_parallel_rank),
                     sharded_offsets, shape=shapes.get(kind, parameter.shape), separate=separate,
-                    is_fc1=name == "linear_fc1", gated=self.config.gated_linear_unit,
+                    is_fc1=name == "linear_fc1",
+                    gated=self.config.gated_linear_unit and "linear_in" not in kind,
                 )  # fmt: skip
             state |= empty_extra_states(
                 f"{key}_extra_state", f"{prefix}{name}._extra_state", self.num_local_experts,

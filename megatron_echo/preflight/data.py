@@ -44,6 +44,8 @@ class _Blend:
 
 def check_data(args: Namespace) -> None:
     """Check every dataset, and that each split has something to draw from."""
+    if args.sft:
+        return  # conversations in files of JSON lines, which its dataset reads
     sequences: dict[str, int] = {}
     blends = list(_blends(args))
     for blend in blends:

@@ -9,10 +9,8 @@ from megatron_echo.compatibility import MUON, argument_refusal
 from megatron_echo.flags import flag_name, nearest_multiples, number_refusal
 
 _UNSUPPORTED = (
-    "sft",
     "fim_data",
     "hybrid_context_parallel",
-    "dataloader_inter_document_masking",
     "logits_load_dir",
 )
 _SIZES = (
@@ -214,6 +212,7 @@ def _check_unsupported(args: Namespace) -> None:
             f"{args.context_parallel_size} needs Transformer Engine: the local attention knows "
             "only the causal mask then. Leave one of the two out."
         )
+    _check_packing(args)
     if args.save and args.save_interval is None:
         raise ValueError("--save needs --save-interval N: how many iterations between checkpoints.")
     if args.full_validation and not args.multiple_validation_sets:
@@ -224,6 +223,25 @@ def _check_unsupported(args: Namespace) -> None:
     if not _has_data(args) and not args.skip_train:
         raise ValueError(
             "No data was given. Use --data-path PREFIX (of a .bin/.idx pair) or --mock-data."
+        )
+
+
+def _check_packing(args: Namespace) -> None:
+    """Samples of several sequences: what Megatron carries from the dataset to the attention."""
+    packs = "--sft" if args.sft else "--dataloader-inter-document-masking"
+    if not (args.sft or args.dataloader_inter_document_masking):
+        return
+    if args.context_parallel_size > 1 or args.cuda_graph_impl != "none":
+        raise ValueError(
+            f"{packs} keeps sequences whole and reads their lengths on the host, but "
+            f"--context-parallel-size is {args.context_parallel_size} and --cuda-graph-impl "
+            f"{args.cuda_graph_impl}. Use 1 and none."
+        )
+    samples = max(args.micro_batch_size or 1, args.eval_micro_batch_size or 1)
+    if args.pipeline_model_parallel_size > 1 and samples > 1:
+        raise ValueError(
+            f"{packs} makes one row of {samples} samples, which pipeline stages do not expect. "
+            "Use --micro-batch-size 1."
         )
 
 
@@ -251,6 +269,7 @@ def _check_packages(args: Namespace) -> None:
         ("--num-distributed-optimizer-instances", instances if instances > 1 else None, "einops"),
         ("--wandb-project", args.wandb_project, "wandb"),
         ("--optimizer", args.optimizer in MUON and args.optimizer, "emerging_optimizers"),
+        ("--sft", "of conversations" if args.sft else None, "datasets"),
     ):
         if value and importlib.util.find_spec(package) is None:
             raise ValueError(

@@ -21,7 +21,7 @@ class MoEOverflowError(RuntimeError):
 
 
 class UnevenTokensError(RuntimeError):
-    """Ranks of an expert-parallel group brought different numbers of tokens to a layer."""
+    """Ranks of a group brought different numbers of tokens to a layer, or one above the bound."""
 
 
 class OverflowCheck:
@@ -31,13 +31,15 @@ class OverflowCheck:
         dropped: pairs dropped since the start, over all ranks, with the policy ``drop``.
     """
 
-    def __init__(self, policy: str, is_auto: bool) -> None:
+    def __init__(self, policy: str, is_auto: bool, bound: int | None = None) -> None:
         """Set the policy.
 
         Args:
             policy: ``raise`` or ``drop``.
             is_auto: whether the receive buffers are as large as anything that may come.
+            bound: ``--moe-echo-max-tokens-per-rank``, None if ranks must bring as many.
         """
+        self._bound = bound
         self._policy = policy
         self._is_auto = is_auto
         self._seen: Tensor | None = None
@@ -54,7 +56,7 @@ class OverflowCheck:
         """Note what this rank brings to one call of a layer: a host value, nothing is sent.
 
         Args:
-            tokens: T.
+            tokens: T; with a bound, that or more.
             group: the expert-parallel group, whose ranks must bring as many.
         """
         self._group = group
@@ -94,7 +96,7 @@ class OverflowCheck:
             self._seen[4] += dropped
 
     def _uneven(self, device: torch.device) -> Tensor:
-        """The most tokens of a call, and ``_BOUND`` less the fewest; 0 where the group agrees.
+        """The most tokens of a call, and ``_BOUND`` less the fewest; 0 where that is right.
 
         A replay of a graph notes nothing: its shapes are those of the capture.
         """
@@ -103,13 +105,15 @@ class OverflowCheck:
         found = torch.tensor(numbers, device=device)
         if self._group is not None and self._group.size() > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
-        return found[2:] * (found[0] != -found[1])
+        is_wrong = found[0] != -found[1] if self._bound is None else found[2] > self._bound
+        return found[2:] * is_wrong
 
     def check(self) -> None:
         """Read the record of this step on all ranks and forget it.
 
         Raises:
-            UnevenTokensError: on every rank, if ranks of a group brought different numbers.
+            UnevenTokensError: on every rank, if ranks of a group brought different numbers, or one
+                more than the bound.
             MoEOverflowError: something did not fit on some rank, and the policy is ``raise``.
         """
         if self._seen is None:
@@ -123,6 +127,8 @@ class OverflowCheck:
             dist.all_reduce(total[5:], op=dist.ReduceOp.SUM)
         self._seen.zero_()
         most, least, rows, rows_over, peer, cut, dropped = total.tolist()
+        if most and self._bound is not None:
+            raise UnevenTokensError(too_many_tokens(most, self._bound))
         if most:
             raise UnevenTokensError(
                 f"Ranks of an expert-parallel group brought between {_BOUND - least} and {most} "
@@ -137,6 +143,15 @@ class OverflowCheck:
         if dropped:
             self.dropped += dropped
             _log(dropped, self.dropped, _advice(rows, peer))
+
+
+def too_many_tokens(tokens: int, bound: int) -> str:
+    """What to say of a rank that brings more than ``--moe-echo-max-tokens-per-rank``."""
+    return (
+        f"A rank brings {tokens} tokens to a MoE layer, but --moe-echo-max-tokens-per-rank is "
+        f"{bound}. Make it {tokens} or more, or pack fewer tokens into a microbatch; weights, "
+        "optimizer state and checkpoints are as they were before the step."
+    )
 
 
 def _message(dropped: int, advice: str) -> str:

@@ -82,7 +82,8 @@ class StepEnd(PerModel, EndOfStep):
         watch_optimizers(self)
         policy = echo_setting(config, "moe_echo_overflow")
         is_auto = token_capacity(config, num_clone_slots(config)) is None
-        self.overflow = OverflowCheck(policy, is_auto)
+        most = echo_setting(config, "moe_echo_max_tokens_per_rank")
+        self.overflow = OverflowCheck(policy, is_auto, most)
         is_priced = self._has_clones and echo_setting(config, "moe_echo_tolerance") is None
         self.statistics = StepStatistics(is_priced)
         self.self_check = SelfCheck(

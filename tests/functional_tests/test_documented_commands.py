@@ -83,6 +83,9 @@ WAYS = (
         test=OTHER_SCRIPTS),
     Way(r"torchrun \.\.\. pretrain_gpt_moe\.py YOUR FLAGS .*",
         test=f"{FUNCTIONAL}/test_production.py::test_watching_changes_nothing"),
+    Way(r"(torchrun|python -m torch\.distributed\.run) --nproc-per-node 2 "
+        r"examples/post_training/grpo\.py",
+        test=f"{FUNCTIONAL}/test_examples.py::test_reinforcement_learning"),
     Way(r"torchrun .* --spec megatron_echo\.layer_specs gpt_moe_block_spec", test=OTHER_SCRIPTS),
     Way(r"python -m megatron_echo\.observe\.report .*",
         test=f"{UNIT}/observe/test_report.py::test_two_runs"),
@@ -105,8 +108,9 @@ WAYS = (
         run="python benchmarks/kept_bytes.py --quick --output {tmp}/kept"),
     Way(r"python benchmarks/planner_slots\.py",
         run="python benchmarks/planner_slots.py --quick"),
-    Way(r"python benchmarks/moe_layer\.py",
-        run="python benchmarks/moe_layer.py --quick --no-training --output {tmp}/layer"),
+    Way(r"python benchmarks/moe_layer\.py( --routings packed .*)?",
+        run="python benchmarks/moe_layer.py --quick --no-training --output {tmp}/layer "
+        "--routings natural packed"),
     Way(r"python benchmarks/same_mathematics\.py.*",
         run="python benchmarks/same_mathematics.py --steps 11 --only 1 --output {tmp}/same"),
     Way(r"python benchmarks/echo\.py.*",

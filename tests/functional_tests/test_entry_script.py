@@ -6,10 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import launch
+import numpy as np
 import pytest
+import torch
 from golden import read_tensorboard
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_echo import cpu_backend
 from megatron_echo.record.metrics import read_metrics
@@ -80,6 +84,54 @@ def test_frozen_layers(tmp_path: Path) -> None:
     )  # fmt: skip
     launch.run(flags, 2).check()
     assert [line["grad-norm"] for line in read_metrics(tmp_path)] == [0, 0]
+
+
+def documents(prefix: Path) -> Path:
+    """A dataset of short documents, each with the tokenizer's end behind it."""
+    numbers = np.random.default_rng(1)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in numbers.integers(3, 40, size=200).tolist():
+        words = torch.from_numpy(np.append(numbers.integers(0, 127, size=length), 127))
+        builder.add_document(words, [length + 1])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"expert_model_parallel_size": 2},
+        pytest.param({"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                      "moe_router_load_balancing_type": "aux_loss"}, marks=pytest.mark.slow),
+        pytest.param({"pipeline_model_parallel_size": 2, "micro_batch_size": 1,
+                      "transformer_impl": "local"}, marks=pytest.mark.slow),
+    ],
+    ids=["ep2", "tp2", "pp2"],
+)  # fmt: skip
+def test_packed_sequences_train_as_masked_ones(layout: dict, tmp_path: Path) -> None:
+    """``packed_seq_params`` through attention and MoE layer, against masks that say the same."""
+    common: dict[str, Any] = {
+        "train_iters": 2, "mock_data": None, "data_path": documents(tmp_path / "text"),
+        "split": "100,0,0", "moe_enable_echo": True, "moe_aux_loss_coeff": 0.1,
+        "moe_router_load_balancing_type": "seq_aux_loss", **layout,
+    }  # fmt: skip
+    masked = {"reset_position_ids": True, "reset_attention_mask": True}
+    curves = []
+    for name, flags in (
+        ("masked", masked),
+        ("packed", {"dataloader_inter_document_masking": True}),
+        ("whole", {}),
+    ):
+        argv = launch.tiny_model(**common, **flags, run_dir=tmp_path / name)
+        launch.run(argv, 2).check()
+        curves.append(
+            [
+                [line[n] for n in line if n in ("lm loss", "grad-norm") or "load_balancing" in n]
+                for line in read_metrics(tmp_path / name)
+            ]
+        )
+    assert curves[1] == [pytest.approx(line, rel=1e-5) for line in curves[0]]
+    assert curves[2][0] != pytest.approx(curves[0][0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

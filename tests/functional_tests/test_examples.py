@@ -50,3 +50,13 @@ def test_flags_are_accepted_by_the_real_parser(example: Path, tmp_path: Path) ->
     processes, flags = words_of(example, tmp_path, ["--train-iters", "7"])
     assert flags[-2:] == ["--train-iters", "7"]
     validate(flags, processes, tmp_path)
+
+
+def test_reinforcement_learning() -> None:
+    """Two steps: what is trained has the sampler's log-probabilities, as it has its routing."""
+    script = launch.ROOT / "examples" / "post_training" / "grpo.py"
+    log = launch.run(["--steps", "2"], 2, script=script).check().output
+    found = re.findall(r"reward (\S+) in step (\d); sampler and training differ by (\S+) in", log)
+    assert [step for _, step, _ in found] == ["1", "2"]
+    assert all(0 < float(reward) < 1 and float(off) < 1e-5 for reward, _, off in found)
+    assert log.count("max/mean load of ranks: routed") == 2

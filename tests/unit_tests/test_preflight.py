@@ -101,7 +101,14 @@ def test_blends_and_files_of_paths_are_checked(parsed, prefix: str, tmp_path: Pa
             r"--reset-attention-mask with --context-parallel-size 2 needs Transformer Engine",
         ),
         ("--hybrid-layer-pattern DE", 1, r"DE has sparse attention \(D\), which needs Trans"),
-        ("--sft", 1, r"--sft is not supported by pretrain_gpt_moe.py"),
+        ("--fim-data", 1, r"--fim-data is not supported by pretrain_gpt_moe.py"),
+        ("--sft --context-parallel-size 2", 2, r"--sft keeps .*size is 2 .*impl none. Use 1"),
+        ("--dataloader-inter-document-masking --cuda-graph-impl local", 1, r"is 1 and .* local"),
+        (
+            "--sft --micro-batch-size 2 --pipeline-model-parallel-size 2 --num-layers 2",
+            2,
+            r"--sft makes one row of 2 samples, which pipeline stages do not expect",
+        ),
         ("--create-all-gather-group", 1, r"--create-all-gather-group has no effect"),
         ("--distributed-backend nccl", 1, r"--distributed-backend nccl needs a CUDA device"),
         (

@@ -120,12 +120,27 @@ def check_padding() -> None:
 
 
 def check_bounds() -> None:
-    """More tokens than the bound are refused at once; without it ranks must bring as many."""
-    layer = build(2, torch.float64, moe_echo_max_tokens_per_rank=MOST)
-    words = f"--moe-echo-max-tokens-per-rank is {MOST}. Make it {MOST + 1} or more"
-    with pytest.raises(ValueError, match=words):
-        layer(torch.zeros(MOST + 1, 1, HIDDEN, dtype=torch.float64))
-    layer(torch.zeros(MOST, 1, HIDDEN, dtype=torch.float64))
+    """More tokens than the bound stop all ranks; without it ranks must bring as many."""
+    for wire, too_many in itertools.product(moe_layer.TRANSPORTS, ((1, 0), (2, 2))):
+        layer = build(
+            2, torch.float64, moe_echo_max_tokens_per_rank=MOST, moe_echo_token_transport=wire,
+            moe_num_echo_experts=2 * dist.get_world_size(),
+        )  # fmt: skip
+        check, rank = StepEnd.of(layer.config).overflow, dist.get_rank()
+        words = f"A rank brings {MOST + too_many[0]} tokens .*per-rank is {MOST}. Make it"
+        tokens = MOST + too_many[min(rank, 1)]
+        hidden = torch.ones(tokens, 1, HIDDEN, dtype=torch.float64, requires_grad=True)
+        output, _ = layer(hidden)
+        output.sum().backward()
+        assert output.shape == hidden.shape
+        assert not output[MOST:].any()
+        with pytest.raises(UnevenTokensError, match=words):
+            check.check()
+        layer(hidden[:MOST])
+        check.check()
+        layer.eval()
+        with pytest.raises(ValueError, match=rf"brings {MOST + 1} tokens .* is {MOST}\. Make it"):
+            layer(hidden.new_zeros(MOST + 1, 1, HIDDEN))  # no step ends an evaluation
     layer = build(2, torch.float64)
     check = StepEnd.of(layer.config).overflow
     check.record_tokens(dist.get_rank(), layer.ep_group)
