@@ -29,8 +29,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
+from megatron_echo.experts.fp8 import WORD
 from megatron_echo.moe_layer import EchoMoELayer
-from megatron_echo.record.ledger import SavedTensorLedger
+from megatron_echo.record.ledger import KEPT, SavedTensorLedger
 from megatron_echo.step.step_end import StepEnd
 
 SEQUENCE, BATCH, TOPK = 6, 2, 3
@@ -137,16 +138,29 @@ def test_few_operators(ranks: int, wire: str) -> None:
     ids=["home", "biases", "clones", "fp8"],
 )  # fmt: skip
 def test_rows_that_are_kept(ranks: int, wire: str, fields: dict[str, Any]) -> None:
-    """The experts' input and the first product, once each; not the activation."""
+    """The experts' input and the first product, once each; not the activation.
+
+    In FP8 both inputs of products are kept quantised, and the first product as it is.
+    """
     layer = build(ranks, wire, torch.bfloat16, moe_router_dtype="fp32", **fields).to("meta")
     shape = (SEQUENCE, BATCH, HIDDEN)
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with SavedTensorLedger(layer) as ledger:
         output, _ = layer(hidden)
     rows = layer.token_dispatcher.buffer_rows(TOKENS)
-    kept = [e for e in ledger.entries if e.kind == "activation" and e.dtype == "bfloat16"]
-    widths = [entry.shape[1] for entry in kept if entry.shape[0] == rows]
-    assert sorted(widths) == sorted([HIDDEN, layer.experts.linear_fc1.weight.shape[1]])
+    of_rows = [e for e in ledger.entries if e.kind in KEPT and e.shape[0] == rows]
+    matrices = [entry for entry in of_rows if len(entry.shape) == 2]
+    widths = [entry.shape[1] for entry in matrices if entry.dtype == "bfloat16"]
+    packed = [entry.shape[1] for entry in matrices if entry.dtype == "int32"]
+    fc1, fc2 = layer.experts.linear_fc1, layer.experts.linear_fc2
+    if "moe_echo_expert_precision" not in fields:
+        assert sorted(widths) == sorted([HIDDEN, fc1.weight.shape[1]])
+        return
+    assert widths == [fc1.weight.shape[1]]
+    in_words = [
+        linear.weight.shape[2] // WORD.itemsize + 16 // WORD.itemsize for linear in (fc1, fc2)
+    ]
+    assert sorted(packed) == sorted(in_words)
     output.sum().backward()
 
 
