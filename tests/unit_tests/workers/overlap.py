@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -39,6 +40,7 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
+from megatron_echo.copy_lanes import Errand
 from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.delayed import DelayedGradients
@@ -208,8 +210,11 @@ def check_weight_gradients_of_two_calls() -> None:
 def without_clones_parts() -> Iterator[None]:
     """``backward_dw`` forgets what clones computed."""
 
-    def home_only(grad: Any, rows: Any, weight: Tensor, ends: Any, *rest: Any) -> Tensor:
-        return rest[-1].outer(grad, rows, ends, weight.dtype)[: len(weight)]
+    def home_only(
+        grad: Any, rows: Any, weight: Tensor, ends: Any, clones: Clones, gemm: Any
+    ) -> tuple[Tensor, Errand]:
+        errand = clones.run(lambda: gemm.outer(grad, rows, ends, weight.dtype)[: len(weight)])
+        return errand.result, errand
 
     with mock.patch.object(clones_module, "_weight_gradient", home_only):
         yield
@@ -220,8 +225,8 @@ def with_the_last_plan() -> Iterator[None]:
     """Backward passes use the plan of the last forward pass."""
     last: list[Tensor] = []
 
-    def clones(slot_expert: Tensor, *rest: Any) -> Clones:
-        return Clones(last[-1], *rest)
+    def replaced(given: Clones, slot_expert: Tensor) -> Clones:
+        return replace(given, slot_expert=last[-1])
 
     original = clones_module._filled
 
@@ -229,7 +234,7 @@ def with_the_last_plan() -> Iterator[None]:
         last.append(given.slot_expert)
         return original(pool, gemm, weight, given, *kept)
 
-    with mock.patch.multiple(clones_module, _filled=note, Clones=clones):
+    with mock.patch.multiple(clones_module, _filled=note, replace=replaced):
         yield
 
 
