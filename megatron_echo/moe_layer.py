@@ -22,7 +22,7 @@ from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.dispatch.reroute import Homecoming
 from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.experts.fp8 import FP8, pack_rows
-from megatron_echo.experts.grouped_mlp import FetchInBackward
+from megatron_echo.experts.projection import FetchInBackward
 from megatron_echo.free_ticket import FreeQueue
 from megatron_echo.routing.router import router_class
 from megatron_echo.step.step_end import StepEnd

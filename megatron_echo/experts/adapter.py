@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_echo.dispatch.reroute import Clones
-from megatron_echo.experts.grouped_mlp import GroupedLinear, draw
+from megatron_echo.experts.projection import GroupedLinear, draw
 
 
 class ExpertAdapter(torch.nn.Module):

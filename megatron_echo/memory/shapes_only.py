@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_echo.dispatch.dispatcher import EchoTokenDispatcher
 from megatron_echo.experts.grouped_linear import TorchGemm
-from megatron_echo.experts.grouped_mlp import GROUPED_GEMMS
+from megatron_echo.experts.projection import GROUPED_GEMMS
 from megatron_echo.host_copy import HostCopy
 from megatron_echo.local_modules import LocalCoreAttention
 from megatron_echo.planner import ClonePlan

@@ -15,11 +15,11 @@ from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.dispatch.transports import WeightTransport
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts import grouped_linear as grouped_linear_module
-from megatron_echo.experts import grouped_mlp
+from megatron_echo.experts import projection
 from megatron_echo.experts.clones import WeightPool, cloned_linear
 from megatron_echo.experts.grouped_linear import GroupedGemm, TorchGemm, grouped_linear
-from megatron_echo.experts.grouped_mlp import GROUPED_GEMMS, GroupedLinear, automatic_gemm
 from megatron_echo.experts.pointer_gemm import PointerGemm
+from megatron_echo.experts.projection import GROUPED_GEMMS, GroupedLinear, automatic_gemm
 from megatron_echo.host_copy import HostCopy
 from megatron_echo.memory.live_bytes import LiveBytes
 
@@ -197,7 +197,7 @@ def test_what_auto_takes(
 
 
 def test_the_kernels_become_the_default_by_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_mlp, "_KERNELS_WIN", True)
+    monkeypatch.setattr(projection, "_KERNELS_WIN", True)
     assert automatic_gemm((9, 0), torch.bfloat16, (64, 32), 8) == "triton"
     assert automatic_gemm(None, torch.bfloat16, (64, 32), 8) == "torch"
 
@@ -208,7 +208,7 @@ def test_auto_does_not_multiply_all_rows_for_each_group(
 ) -> None:
     """On a pretended A100: no product of torch's, forward and backward."""
     monkeypatch.setattr(grouped_linear_module, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(grouped_mlp, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(projection, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     config = EchoTransformerConfig(**FIELDS, params_dtype=dtype, use_cpu_initialization=True)
     layer = GroupedLinear(EXPERTS, WIDTHS["in"], WIDTHS["out"], config)
