@@ -39,7 +39,7 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_echo.config import EchoTransformerConfig  # noqa: E402
-from megatron_echo.dispatch.dispatcher import _CompactProbs, compact_routing  # noqa: E402
+from megatron_echo.dispatch.reroute import compact_probs, compact_routing  # noqa: E402
 from megatron_echo.routing.router import EchoRouter  # noqa: E402
 from megatron_echo.step.step_end import StepEnd  # noqa: E402
 
@@ -96,7 +96,7 @@ def forward(routers: list[TopKRouter], hidden: Tensor) -> Tensor:
     kept = []
     for router in routers:
         probs, routing_map = router(hidden)
-        kept.append(_CompactProbs.apply(probs, compact_routing(routing_map, router.topk)))
+        kept.append(compact_probs(probs, compact_routing(routing_map, router.topk)))
         del probs, routing_map
     return torch.stack([part.square().sum() for part in kept]).sum()
 

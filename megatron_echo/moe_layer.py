@@ -19,7 +19,7 @@ from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import config_refusal
 from megatron_echo.config import computes_in_fp8
 from megatron_echo.dispatch import EchoTokenDispatcher
-from megatron_echo.dispatch.reroute import Homecoming
+from megatron_echo.dispatch.clones_of_call import Homecoming
 from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.experts.fp8 import FP8, pack_rows
 from megatron_echo.experts.projection import FetchInBackward

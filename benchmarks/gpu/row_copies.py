@@ -14,9 +14,9 @@ from record import Case, Figures
 from timing import copy_of, device, device_microseconds, release_memory
 from torch import Tensor
 
-from megatron_echo.dispatch.dispatcher import compact_routing
 from megatron_echo.dispatch.layout import DispatchLayout, build_layout, round_rows
 from megatron_echo.dispatch.permute import rows_to_tokens, tokens_to_rows
+from megatron_echo.dispatch.reroute import compact_routing
 from megatron_echo.experts.activation import expert_activation, weighted_activation
 
 PART = "Copies of rows, and the activation"

@@ -12,15 +12,20 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role
 from megatron_echo.collectives import all_gather, gather, reduce_scatter
 from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import echo_setting, num_clone_slots, row_alignment
+from megatron_echo.dispatch.clones_of_call import Clones, Homecoming
 from megatron_echo.dispatch.layout import PairCounts, histogram, round_rows, share_of
 from megatron_echo.dispatch.permute import stand_for_rows
-from megatron_echo.dispatch.reroute import Clones, Homecoming, pair_counts, physical_experts
+from megatron_echo.dispatch.reroute import (
+    compact_probs,
+    compact_routing,
+    pair_counts,
+    physical_experts,
+)
 from megatron_echo.dispatch.transports import (
     AllGatherTransport,
     AllToAllTransport,
@@ -43,44 +48,6 @@ from megatron_echo.plan_settings import domain_ranks, plan_tolerance, token_capa
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
 from megatron_echo.step.overflow import too_many_tokens
 from megatron_echo.step.step_end import StepEnd
-
-
-class _CompactProbs(torch.autograd.Function):
-    """``probs [T, E]`` at the chosen experts, ``[T, K]``; 0 where a choice is missing."""
-
-    @staticmethod
-    def forward(ctx: Any, probs: Tensor, experts: Tensor) -> Tensor:
-        ctx.save_for_backward(experts)
-        ctx.num_experts = probs.shape[1]
-        padded = torch.cat((probs, probs.new_zeros(probs.shape[0], 1)), dim=1)
-        return padded.gather(1, experts.to(torch.int64))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (experts,) = ctx.saved_tensors
-        dense = grad.new_zeros(grad.shape[0], ctx.num_experts + 1)
-        dense = dense.scatter_(1, experts.to(torch.int64), grad)
-        return dense[:, : ctx.num_experts], None
-
-
-def compact_routing(routing_map: Tensor, topk: int) -> Tensor:
-    """The chosen experts of each token, in ascending order.
-
-    Taken from the map, because a chosen expert may have the probability 0.
-
-    Args:
-        routing_map: bool ``[T, E]`` with at most K True in a row.
-        topk: K.
-
-    Returns:
-        int32 ``[T, K]``; E where a token has fewer choices (a padding token has none).
-    """
-    tokens, experts = routing_map.shape
-    place = routing_map.cumsum(1).mul_(routing_map).clamp_(max=topk + 1)  # 0 for those not chosen
-    expert = torch.arange(experts, device=routing_map.device).expand(tokens, experts)
-    chosen = torch.full((tokens, topk + 2), experts, device=routing_map.device)
-    return chosen.scatter_(1, place, expert)[:, 1 : topk + 1].int()
 
 
 def _padded(rows: Tensor, more: int, value: int = 0) -> Tensor:
@@ -253,7 +220,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._step_end.overflow.record_tokens(brought, self.ep_group)
         call = _Call(hidden_states.shape, hidden_states.dtype, experts)
         self._call = call = self._with_plan(call)
-        weights = _CompactProbs.apply(probs, own)
+        weights = compact_probs(probs, own)
         if self.role.counts:
             self._observe(call.plan, experts)
             self._step_end.record_routing(self.layer_number, own, weights)

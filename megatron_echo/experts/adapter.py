@@ -8,7 +8,7 @@ Megatron-Bridge's: ``linear_fc1.adapter.linear_in.weight`` beside ``linear_fc1.w
 import torch
 from torch import Tensor
 
-from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.experts.projection import GroupedLinear, draw
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.dispatch.layout import wide_dtype
-from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.environment import on_gpu
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

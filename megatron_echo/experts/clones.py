@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.copy_lanes import Errand
-from megatron_echo.dispatch.reroute import Clones, weight_key
+from megatron_echo.dispatch.clones_of_call import Clones, weight_key
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.grouped_linear import GroupedGemm, kept_rows, rows_again
 from megatron_echo.per_model import PerModel

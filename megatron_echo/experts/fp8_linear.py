@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import echo_setting
+from megatron_echo.dispatch.clones_of_call import Clones, weight_key
 from megatron_echo.dispatch.layout import wide_dtype
-from megatron_echo.dispatch.reroute import Clones, weight_key
 from megatron_echo.environment import is_capturing
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.fp8 import (

@@ -9,7 +9,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from megatron_echo.config import computes_in_fp8, expert_width
-from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.experts.activation import (
     expert_activation,
     packed_activation,

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import computes_in_fp8, echo_setting
-from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.biases import bias_stack
 from megatron_echo.experts.clones import WeightPool, bringer, cloned_linear

@@ -8,9 +8,13 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from megatron_echo.dispatch.dispatcher import compact_routing
 from megatron_echo.dispatch.layout import PairCounts
-from megatron_echo.dispatch.reroute import home_experts, pair_counts, physical_experts
+from megatron_echo.dispatch.reroute import (
+    compact_routing,
+    home_experts,
+    pair_counts,
+    physical_experts,
+)
 from megatron_echo.planner import ClonePlan, plan_clones
 
 properties = settings(deadline=None, max_examples=60, print_blob=True)

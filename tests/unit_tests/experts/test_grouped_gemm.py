@@ -11,7 +11,7 @@ from moe_cases import ShapeRecorder
 from torch import Tensor
 
 from megatron_echo.config import EchoTransformerConfig
-from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.dispatch.transports import WeightTransport
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts import grouped_linear as grouped_linear_module

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_echo.copy_lanes import Backend, Lane, Link
-from megatron_echo.dispatch.dispatcher import compact_routing
+from megatron_echo.dispatch.reroute import compact_routing
 from megatron_echo.record.routing_capture import Routing, RoutingCapture, read_captures
 from megatron_echo.testing import no_host_sync
 from megatron_echo.testing.simulated_device import SimulatedBackend

@@ -48,8 +48,8 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
+from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.dispatch.layout import round_rows
-from megatron_echo.dispatch.reroute import Clones
 from megatron_echo.dispatch.transports import CollectiveWeights, PeerToPeerWeights
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.clones import WeightPool

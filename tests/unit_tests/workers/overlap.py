@@ -41,7 +41,7 @@ from unit_tests.workers.moe_layer import (
 
 from megatron_echo import cpu_backend
 from megatron_echo.copy_lanes import Errand
-from megatron_echo.dispatch.reroute import Clones
+from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.experts import clones as clones_module
 from megatron_echo.experts.delayed import DelayedGradients
 from megatron_echo.free_ticket import FreeQueue
