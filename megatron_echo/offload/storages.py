@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megatron_echo.environment import is_capturing
 from megatron_echo.offload.host_arena import Lease
 
 
@@ -74,6 +75,7 @@ class Blob:
         device: uint8 ``[nbytes]``, the reloaded copy.
         loaded: event at the end of the copy back.
         outbound: the copy to the host, until compute waited for it.
+        is_captured: it is one of a capture, and so are its events.
         is_held: something else kept the original, or emptied it, so that freeing it is in vain.
         needed: backward asked for it.
         on_drop: called at the end.
@@ -98,6 +100,7 @@ class Blob:
         self.copied: Any = None
         self.device: Tensor | None = None
         self.loaded: Any = None
+        self.is_captured = is_capturing()
         self.is_held = False
         self.needed = False
         self.on_drop: Callable[[Blob], None] | None = None

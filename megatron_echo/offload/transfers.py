@@ -16,6 +16,7 @@ all copies of a step                        the end of the step
 from torch import Tensor
 
 from megatron_echo.copy_lanes import Backend, Lane
+from megatron_echo.environment import is_capturing
 from megatron_echo.offload.host_arena import HostArena
 from megatron_echo.offload.storages import Blob, Outbound, State
 
@@ -142,10 +143,12 @@ class Transfers:
     def drop(self, blob: Blob) -> None:
         """The last handle is gone: free the device's bytes and give the block back.
 
-        An original whose copy is under way is freed later, by :meth:`release`.
+        An original whose copy is under way is freed later, by :meth:`release`. Behind a capture
+        that failed nothing is under way, and its events are of no use.
         """
         if blob.state is State.RELOADING:
-            self.backend.wait(Lane.COMPUTE, blob.loaded)
+            if blob.is_captured == is_capturing():
+                self.backend.wait(Lane.COMPUTE, blob.loaded)
             self.reloading_bytes -= blob.nbytes
         if blob.lease is not None:
             self.arena.give_back(blob.lease)
