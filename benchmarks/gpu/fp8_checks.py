@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timing import device
 from torch import Tensor
 
-from megatron_echo.environment import runs_triton
+from megatron_echo.environment import on_gpu
 from megatron_echo.experts import fp8
 from megatron_echo.experts.activation import (
     ExpertActivation,
@@ -97,9 +97,9 @@ def _stack(words: Tensor, out: int) -> Quantised:
 def multiply(
     packed: Tensor, grads: Tensor, home: Tensor, slots: Tensor, ends: Tensor
 ) -> Sequence[Tensor]:
-    """Forward, and gradient of the weights, by Triton's kernels."""
-    if not runs_triton(packed):
-        return multiply_reference(packed, grads, home, slots, ends)
+    """Forward, and gradient of the weights, by Triton's kernels; tests run them without a GPU."""
+    if not on_gpu(packed):
+        return _multiplied(packed, grads, home, slots, ends)
     from megatron_echo.experts import kernels
 
     out = grads.shape[1]
@@ -115,12 +115,18 @@ def multiply_reference(
     packed: Tensor, grads: Tensor, home: Tensor, slots: Tensor, ends: Tensor
 ) -> Sequence[Tensor]:
     """On the CPU."""
-    packed, grads, ends = packed.cpu(), grads.cpu(), ends.cpu()
-    weights = _stack(torch.cat((home, slots)).squeeze(1).cpu(), grads.shape[1])
+    product, gradient = _multiplied(*(t.cpu() for t in (packed, grads, home, slots, ends)))
+    return product[: int(ends[-1])], gradient
+
+
+def _multiplied(
+    packed: Tensor, grads: Tensor, home: Tensor, slots: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    weights = _stack(torch.cat((home, slots)).squeeze(1), grads.shape[1])
     rows = fp8.unpacked(packed)
     both = [fp8.quantise_columns(each, ends) for each in (grads, rows)]
     product = fp8.scaled_product(rows, weights, ends, torch.float32)
-    return product[: int(ends[-1])], fp8.scaled_outer(*both, ends, torch.float32)
+    return product, fp8.scaled_outer(*both, ends, torch.float32)
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

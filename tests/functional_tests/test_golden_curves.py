@@ -25,9 +25,9 @@ SLOW_CASES = (
     *("moe_echo_ep1", "moe_echo_ep2_bf16", "moe_echo_ep2_dist_optimizer", "moe_echo_ep2_pp2"),
     *("moe_echo_ep2_recompute", "moe_loss_batch_ep2", "moe_loss_seq_ep2_pp2", "moe_clones_ep2"),
     *("moe_echo_ep2", "moe_clones_ep2_pp2", "moe_clones_ep2_recompute", "moe_loss_seq_ep2"),
-    *("moe_gpt_oss_ep2",),
+    *("moe_gpt_oss_ep2", "moe_clones_ep2_fp8"),
 )
-"""Cases of which another one with more parallelism, or our layer, runs the same code."""
+"""Cases of which another one, with more parallelism or our layer, or another test runs the code."""
 QUICK_STEPS = 5
 """What ``make test`` compares of a curve; of one case, and with ``make test-all``, all 20."""
 

@@ -97,7 +97,7 @@ def test_curves_plans_and_metrics_are_those_of_eager_steps(
 @pytest.mark.parametrize(
     ("name", "graph"),
     [
-        ("moe_clones_ep2_dist_optimizer", GRAPH),
+        pytest.param("moe_clones_ep2_dist_optimizer", GRAPH, marks=SLOW),
         pytest.param("moe_clones_ep2_dist_optimizer", LAYERS, marks=SLOW),
         pytest.param("moe_clones_ep2_recompute", GRAPH, marks=SLOW),
         pytest.param("moe_clones_ep2_fp8", GRAPH, marks=SLOW),
