@@ -48,8 +48,9 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_echo.config import EchoConfigMixin
 from megatron_echo.local_modules import LocalCoreAttention, LocalHybridStack, LocalNorm
-from megatron_echo.moe_layer import EchoMoELayer, EchoTransformerLayer
+from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.step.step_end import StepEnd
+from megatron_echo.transformer_layer import EchoTransformerLayer
 
 ECHO_GPT_BUILDER = "megatron_echo.model_builder.EchoGPTModelBuilder"
 """The builder that gives MTP layers the modules of :func:`gpt_mtp_block_spec`."""

@@ -14,6 +14,7 @@ FLOORS = (
     ("arguments",),
     ("model_builder",),
     ("layer_specs",),
+    ("transformer_layer",),
     ("moe_layer",),
     ("experts",),
     ("dispatch", "routing"),
