@@ -20,7 +20,7 @@ from megatron_echo import cpu_backend
 from megatron_echo.copy_lanes import Backend, Errand, Lane
 from megatron_echo.cpu_backend.access_order import AccessOrder
 from megatron_echo.cpu_backend.recorded_graph import CaptureError, RecordedGraph, capture
-from megatron_echo.dispatch import reroute
+from megatron_echo.dispatch import clones_of_call
 from megatron_echo.dispatch.transports import PeerBuffers, peer_buffers
 from megatron_echo.dispatch.transports.peer_memory import FileMemory, PeerRows
 from megatron_echo.experts.grouped_linear import TorchGemm
@@ -124,7 +124,7 @@ def check_mutants() -> None:
         return None, *grads
 
     with (
-        kept("backward", staticmethod(at_once), reroute._Homecoming),
+        kept("backward", staticmethod(at_once), clones_of_call._Homecoming),
         pytest.raises(CaptureError, match="another stream still writes"),
     ):
         captured(step)
@@ -143,7 +143,7 @@ def check_mutants() -> None:
 def check_buckets() -> None:
     """No reduction begins before its gradients are whole and at home, and none changes later."""
     start, launched = _ParamAndGradBucketGroup.start_grad_sync, {}
-    make, expected = reroute.Homecoming.expect, {}
+    make, expected = clones_of_call.Homecoming.expect, {}
 
     def expect(home: Any, errand: Errand) -> None:
         make(home, errand)
@@ -159,7 +159,7 @@ def check_buckets() -> None:
 
     model, step = block(**WAYS)
     with (
-        kept("expect", expect, reroute.Homecoming),
+        kept("expect", expect, clones_of_call.Homecoming),
         kept("start_grad_sync", note, _ParamAndGradBucketGroup),
     ):
         step()
@@ -298,7 +298,7 @@ def check_peers() -> None:
 
     for owner, name, mutant in (
         (PeerBuffers, "_take", without_barriers),
-        (reroute.Clones, "run", as_if_read),
+        (clones_of_call.Clones, "run", as_if_read),
     ):
         with kept(name, mutant, owner):
             assert any("put in lane beside" in race for race in races(logged_step("all_gather")))
