@@ -21,6 +21,7 @@ from main_job import GLOBAL_BATCH_SIZE  # noqa: E402
 from processes import (  # noqa: E402
     lean_main_job,
     main_job_corpus,
+    results_parser,
     torchrun,
     write_results,
 )
@@ -102,14 +103,11 @@ def plot(curves: dict[str, list[float]], title: str, path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    default = ROOT / "benchmarks" / "results" / "fp8_loss"
-    parser.add_argument("--output", type=Path, default=default)
+    parser = results_parser(__doc__, "fp8_loss")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2, help="2 with clones, 1 without")
     parser.add_argument("--minutes", type=int, help="after which each run saves and stops")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     corpus = main_job_corpus()
     curves = {name: train(corpus, name, args) for name in RUNS}
     unfinished = {n: len(curve) for n, curve in curves.items() if len(curve) < args.steps}

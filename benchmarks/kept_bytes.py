@@ -12,9 +12,7 @@ SwiGLU, keeps what came: *mean* is the average over ranks, *fullest* the rank th
 moe_act`` saves it, which our experts do in any case.
 """
 
-import argparse
 import functools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +28,6 @@ from moe_layer import saved_bytes  # noqa: E402
 from processes import as_table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_echo import environment  # noqa: E402
 from megatron_echo.observe.simulation.inputs import MODELS as PUBLISHED  # noqa: E402
 
 _GPT_OSS = PUBLISHED["gpt-oss-120b"]
@@ -108,33 +105,5 @@ def rows_of(model: str, ranks: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def count_all(models: list[str], sizes: list[int]) -> list[dict[str, Any]]:
-    """Rows of all layers, in one process."""
-    rows: list[dict[str, Any]] = []
-    for ranks in sizes:
-        with traffic.pretended_ranks(ranks):
-            for model in models:
-                if MODELS[model].experts >= ranks:
-                    rows += rows_of(model, ranks)
-                    print(f"{model}, EP={ranks}", file=sys.stderr, flush=True)
-    return rows
-
-
-def main() -> None:
-    """Count, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="without suffix: .json and .md are written")
-    parser.add_argument("--quick", action="store_true", help="Qwen3-30B-A3B at EP=8 only")
-    args = parser.parse_args()
-    rows = count_all(["Qwen3-30B-A3B"], [8]) if args.quick else count_all(list(MODELS), [8, 64])
-    table = as_table(rows)
-    print(table)
-    if args.output is not None:
-        record = {"versions": environment.versions(), "results": rows}
-        args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        title = f"# {__doc__.splitlines()[0]}\n\n{__doc__.split('[--quick]')[1].strip()}\n\n"
-        args.output.with_suffix(".md").write_text(f"{title}{table}\n")
-
-
 if __name__ == "__main__":
-    main()
+    traffic.main(__doc__, MODELS, rows_of, as_table)

@@ -17,7 +17,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ LABELS = {
     "qwen3-30b-a3b": "Qwen3-30B-A3B",
     "mixtral-8x7b": "Mixtral-8x7B",
 }
+Rows = Callable[[str, int], Iterable[dict[str, Any]]]
 MODELS = {
     label: Shape(model.hidden, model.moe_ffn, model.experts, model.topk)
     for label, model in ((label, PUBLISHED[name]) for name, label in LABELS.items())
@@ -309,36 +310,47 @@ def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str
         }
 
 
-def count_all(models: list[str], sizes: list[int]) -> list[dict[str, Any]]:
+def count_all(models: dict[str, Shape], sizes: list[int], rows_of: Rows) -> list[dict[str, Any]]:
     """Rows of all layers, in one process."""
     rows: list[dict[str, Any]] = []
     for ranks in sizes:
         with pretended_ranks(ranks):
-            for model in models:
-                if MODELS[model].experts >= ranks:
-                    rows += rows_of(model, ranks, WIRES)
+            for model, shape in models.items():
+                if shape.experts >= ranks:
+                    rows += rows_of(model, ranks)
                     print(f"{model}, EP={ranks}", file=sys.stderr, flush=True)
     return rows
 
 
-def main() -> None:
-    """Count, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(
+    doc: str, models: dict[str, Shape], rows_of: Rows, render: Callable[[list[dict[str, Any]]], str]
+) -> None:
+    """Count, print the table, and write it.
+
+    Args:
+        doc: of the script; behind its command line is what its table is headed by.
+        models: to count.
+        rows_of: counts one of them with so many ranks.
+        render: rows as a table.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--output", type=Path, help="without suffix: .json and .md are written")
     parser.add_argument("--quick", action="store_true", help="Qwen3-30B-A3B at EP=8 only")
     args = parser.parse_args()
-    if args.quick:
-        rows = count_all(["Qwen3-30B-A3B"], [8])
-    else:
-        rows = count_all(list(MODELS), [8, 64])
-    table = as_table(rows, COLUMNS)
+    quick = "Qwen3-30B-A3B"
+    chosen, sizes = ({quick: models[quick]}, [8]) if args.quick else (models, [8, 64])
+    rows = count_all(chosen, sizes, rows_of)
+    table = render(rows)
     print(table)
     if args.output is not None:
         record = {"versions": environment.versions(), "results": rows}
         args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        title = f"# {__doc__.splitlines()[0]}\n\n{__doc__.split('[--quick]')[1].strip()}\n\n"
+        title = f"# {doc.splitlines()[0]}\n\n{doc.split('[--quick]')[1].strip()}\n\n"
         args.output.with_suffix(".md").write_text(f"{title}{table}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        __doc__, MODELS, functools.partial(rows_of, wires=WIRES),
+        functools.partial(as_table, columns=COLUMNS),
+    )  # fmt: skip

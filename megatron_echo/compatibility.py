@@ -24,6 +24,14 @@ MUON = ("muon", "dist_muon")
 """Words of ``--optimizer`` for Megatron's Muon, which takes matrices."""
 
 
+def moe_layer_pattern(config: Any) -> list[bool]:
+    """For each layer of the decoder whether ``--moe-layer-freq`` makes it a MoE layer."""
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(config.num_layers)]
+    return [bool(is_moe) for is_moe in frequency]
+
+
 def has_layer_graphs(config: Any) -> bool:
     """Whether single layers are in CUDA graphs, and not the whole step."""
     return config.cuda_graph_impl in ("local", "transformer_engine")
@@ -67,7 +75,7 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "--cuda-graph-impl {config.cuda_graph_impl} does not capture. Leave one of the two out.",
     ),
     (
-        lambda c: c.overlap_moe_expert_parallel_comm and not _ends_with_experts(c),
+        lambda c: c.overlap_moe_expert_parallel_comm and not moe_layer_pattern(c)[-1],
         "would lose the model's last norm behind a dense layer in Megatron's schedule of "
         "--overlap-moe-expert-parallel-comm. Make the last one a MoE layer with --moe-layer-freq, "
         "or leave the flag out.",
@@ -289,14 +297,6 @@ def _replays_files(config: Any) -> bool:
 def _recomputes(config: Any, *modules: str) -> bool:
     is_selective = config.recompute_granularity == "selective"
     return is_selective and not set(modules).isdisjoint(config.recompute_modules)
-
-
-def _ends_with_experts(config: Any) -> bool:
-    """Whether the last layer of the decoder is a MoE layer."""
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return (config.num_layers - 1) % frequency == 0
-    return bool(frequency[-1])
 
 
 def _is_sinkhorn(config: Any) -> bool:

@@ -221,8 +221,8 @@ def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
         return ModuleSpec(module=module, submodules=only)
 
     plain = local()
-    norm, linears = plain.input_layernorm, {"in_proj": ColumnParallelLinear}
-    linears["out_proj"] = RowParallelLinear
+    norm = plain.input_layernorm
+    linears: Any = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
     moe = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
     gated_delta_net = GatedDeltaNetSubmodules(out_norm=norm, **linears)
     mixer = ModuleSpec(module=MambaMixer, submodules=MambaMixerSubmodules(**linears))

@@ -82,7 +82,7 @@ class Clones:
         experts_per_rank: m; expert e lives on rank ``e // m``.
         transport: how weights get into the slots.
         announced: what the transport keeps of the plan.
-        homecoming: what the gradients of the weights wait for; None if they wait for nothing.
+        homecoming: where the gradients of the weights that it has an edge for may arrive later.
         begun: weights on their way, by the key of the parameter.
         is_frozen: nobody trains what is cloned: no gradient of it is computed or travels.
     """
@@ -91,7 +91,7 @@ class Clones:
     experts_per_rank: int
     transport: WeightTransport
     announced: Any = None
-    homecoming: Homecoming | None = None
+    homecoming: Homecoming = field(default_factory=Homecoming)
     begun: dict[tuple[int, int], Errand] = field(default_factory=dict)
     is_frozen: bool = False
 
@@ -126,7 +126,7 @@ class Clones:
 
     def target(self, weight: Tensor) -> Tensor:
         """What the gradient of a parameter is given to."""
-        edge = self.homecoming.edge(weight) if self.homecoming is not None else None
+        edge = self.homecoming.edge(weight)
         return weight if edge is None else edge.view(weight.shape)
 
     def homeward(self, weight: Tensor, grad: Tensor, errand: Errand, *, is_wanted: bool) -> Tensor:
@@ -138,9 +138,9 @@ class Clones:
             errand: what it is whole behind.
             is_wanted: autograd will pass it on.
         """
-        is_awaited = self.homecoming is not None and self.homecoming.edge(weight) is not None
-        if self.homecoming is None or not (is_awaited and is_wanted) or torch.is_anomaly_enabled():
-            errand.wait()
-        else:
+        is_awaited = self.homecoming.edge(weight) is not None and is_wanted
+        if is_awaited and not torch.is_anomaly_enabled():
             self.homecoming.expect(errand)
+        else:
+            errand.wait()
         return grad

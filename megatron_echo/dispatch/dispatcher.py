@@ -60,13 +60,6 @@ def _millionths(part: Tensor, whole: int) -> Tensor:
     return (part * 10**6 + whole - 1) // max(whole, 1)
 
 
-def _used_here(tensors: Iterable[Tensor]) -> None:
-    """Let no other stream reuse their memory before the current one, which did not make them."""
-    for tensor in tensors:
-        if on_gpu(tensor):
-            tensor.record_stream(torch.cuda.current_stream())
-
-
 @dataclass(frozen=True)
 class _Call:
     """What one forward pass hands from stage to stage; replaced, never changed.
@@ -143,6 +136,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._is_within_node = echo_setting(config, "moe_echo_clones_within_node")
         self.planner = planner_backend(echo_setting(config, "moe_echo_planner_backend"))
         self._ways = Transports.of(config, config, self.ep_group)
+        self._overlaps = config.overlap_moe_expert_parallel_comm
         self._transport = self._make_transport(self._ways.tokens)
         self._weights = self._make_weight_transport(self._ways.weights)
         self._pack = pack if self._transport.moves_any_bits else None
@@ -173,8 +167,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
 
     def _make_weight_transport(self, way: str) -> WeightTransport:
         if way == "symmetric_memory" and self._slots > 0:
-            is_hidden = not self.config.overlap_moe_expert_parallel_comm
-            return SymmetricMemoryWeights(self._peer_buffers(), self._local, is_hidden)
+            return SymmetricMemoryWeights(self._peer_buffers(), self._local, not self._overlaps)
         if way == "p2p":
             return PeerToPeerWeights(self.ep_group, self._local)
         domain = domain_ranks(self.config, self.ep_size)
@@ -283,7 +276,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
     def expect(self, homecoming: Homecoming | None) -> None:
         """Let the gradients of the call in progress arrive there."""
         call = self._current()
-        if call.clones is not None:
+        if call.clones is not None and homecoming is not None:
             self._call = replace(call, clones=replace(call.clones, homecoming=homecoming))
 
     @property
@@ -317,7 +310,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         moved = hidden_states if self._pack is None else self._pack(hidden_states.detach())
         moved = all_gather(moved, self.tp_group)
         call, tokens = self._current(), len(moved)
-        _used_here((call.experts, *(vars(call.counts).values() if call.counts else ())))
+        self._use_here((call.experts, *(vars(call.counts).values() if call.counts else ())))
         delivery = self._transport.dispatch(
             moved, call.experts, probs, self.buffer_rows(tokens), self._is_training, call.counts
         )
@@ -331,6 +324,12 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, delivery.probs
+
+    def _use_here(self, tensors: Iterable[Tensor]) -> None:
+        """Let no other stream reuse their memory before the current one, if another made them."""
+        for tensor in tensors if self._overlaps else ():
+            if on_gpu(tensor):
+                tensor.record_stream(torch.cuda.current_stream())
 
     def _record(self, delivery: Delivery, tokens: int) -> None:
         """Note on the device what would have sufficed; nothing is read."""
@@ -355,7 +354,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """
         ends = self._current().ends
         assert ends is not None, "token_dispatch has not been called"
-        _used_here((hidden_states, ends, probs))
+        self._use_here((hidden_states, ends, probs))
         return hidden_states, ends, probs
 
     @property

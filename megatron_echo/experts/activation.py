@@ -97,9 +97,7 @@ class _WeightedActivation(torch.autograd.Function):
             return output
         ctx.mark_non_differentiable(output)
         ctx.set_materialize_grads(False)
-        return stand_in(
-            hidden, len(hidden), hidden.shape[1] // (2 if activation.is_gated else 1)
-        ), output
+        return stand_in(hidden, len(hidden), unpacked(output).values.shape[1]), output
 
     @staticmethod
     @once_differentiable
@@ -159,10 +157,8 @@ def _output_again(ctx: Any) -> Tensor:
     (hidden, probs, ends, *given), output = ctx.again
     if output is not None:
         return output
-    from megatron_echo.experts import activation_kernels
-
     settings = ctx.activation.kernel_settings(hidden, probs)
-    return activation_kernels.forward(hidden, probs, ends, settings, *given)
+    return _by_kernel(hidden, probs, ends, settings, given, is_packed=False)
 
 
 def _biased(hidden: Tensor, bias: Tensor | None = None, groups: Tensor | None = None) -> Tensor:

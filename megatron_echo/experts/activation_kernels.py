@@ -107,6 +107,19 @@ def _forward_kernel(
     tl.store(output + row[:, None] * F + column[None, :], value * prob, mask=mask)
 
 
+@triton.jit
+def _narrowed(
+    hidden, bias, group, row, column, mask, prob,
+    F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """What is quantised: rounded to the dtype of ``hidden``, as the reference is."""
+    value = _activated(
+        hidden, bias, group, row, column, mask, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
+    )
+    return (value * prob).to(hidden.dtype.element_ty).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _packed_kernel(
     hidden, probs, used, bias, groups, values, scales, num_rows, value_stride, scale_stride,
@@ -121,25 +134,22 @@ def _packed_kernel(
     row += tl.arange(0, ROWS)
     prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
     group = tl.load(groups + row, mask=row < end, other=0) if HAS_BIAS else 0
-    narrow = hidden.dtype.element_ty  # what is quantised has been rounded to it
     largest = tl.zeros((ROWS,), dtype=tl.int32)
     for first in range(0, F, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = (row < end)[:, None] & (column < F)[None, :]
-        value = _activated(
-            hidden, bias, group, row, column, mask, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
+        value = _narrowed(
+            hidden, bias, group, row, column, mask, prob, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
         )
-        value = (value * prob).to(narrow).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.where(mask, _magnitude(value), 0), axis=1))
     scale, inverse = _scale_and_inverse(largest)
     tl.store(scales + row * scale_stride, scale, mask=row < end)
     for first in range(0, F, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = (row < end)[:, None] & (column < F)[None, :]
-        value = _activated(
-            hidden, bias, group, row, column, mask, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
+        value = _narrowed(
+            hidden, bias, group, row, column, mask, prob, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
         )
-        value = (value * prob).to(narrow).to(tl.float32)
         to = values + row[:, None] * value_stride + column[None, :]
         tl.store(to, _rounded(value, inverse[:, None]), mask=mask)
 

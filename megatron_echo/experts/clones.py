@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_echo.compatibility import moe_layer_pattern
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.copy_lanes import Errand
 from megatron_echo.dispatch.clones_of_call import Clones, weight_key
@@ -83,12 +84,9 @@ def kept_clone_bytes(config: Any, microbatches: int | None) -> int:
     chunks = config.virtual_pipeline_model_parallel_size or 1
     in_flight = stages if chunks == 1 else (stages - 1) * 2 + (chunks - 1) * stages + 1
     in_flight += config.overlap_moe_expert_parallel_comm
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        frequency = [i % frequency == 0 for i in range(config.num_layers)]
     if microbatches is not None:
         in_flight = min(in_flight, microbatches * chunks)
-    calls = math.ceil(sum(frequency) / (stages * chunks)) * in_flight
+    calls = math.ceil(sum(moe_layer_pattern(config)) / (stages * chunks)) * in_flight
     expert = expert_elements(config) * clone_itemsize(config)
     return num_clone_slots(config) * calls * expert
 

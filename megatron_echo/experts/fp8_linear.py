@@ -180,9 +180,7 @@ class Fp8Weights:
 class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, packed: Tensor) -> Tensor:
-        quantised = unpacked(packed)
-        scales = quantised.scales[:, None]
-        return (quantised.values.to(scales.dtype) * scales).to(rows.dtype)
+        return unpacked(packed).dequantised().to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -233,8 +231,8 @@ class _Fp8Linear(torch.autograd.Function):
                 kept=kept,
             )  # fmt: skip
         is_wanted = ctx.needs_input_grad[2]
-        trains_clones = clones is not None and not clones.is_frozen
-        if trains_clones or is_wanted or (clones is None and ctx.later is not None):
+        is_trained = is_wanted or ctx.later is not None
+        if is_trained if clones is None else not clones.is_frozen:
 
             def make() -> Tensor:
                 parts = _weight_gradient(ctx.weights, grad, packed, weight, ends)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_echo.call_roles import Role, role_of_call
+from megatron_echo.compatibility import moe_layer_pattern
 from megatron_echo.config import echo_setting
 from megatron_echo.per_model import PerModel
 from megatron_echo.record.routing_capture import read_captures
@@ -151,10 +152,7 @@ class ReplayedRouting(PerModel):
 
 def _moe_layers(config: Any) -> list[int]:
     """Megatron's numbers of the MoE layers, from 1; those of MTP come after the others."""
-    pattern = config.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [int(layer % pattern == 0) for layer in range(config.num_layers)]
-    layers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
+    layers = [number for number, is_moe in enumerate(moe_layer_pattern(config), 1) if is_moe]
     return layers + [config.num_layers + 1 + depth for depth in range(config.mtp_num_layers or 0)]
 
 
