@@ -34,10 +34,7 @@ def is_mask(index: Any) -> bool:
 def reads_on_host(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """True if an operator needs a device value on the host, or waits for a copy.
 
-    Args:
-        func: the ``OpOverload`` that a ``TorchDispatchMode`` is called with.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+    The arguments are those with which a ``TorchDispatchMode`` is called.
     """
     name = str(func)
     if name in _OF_AN_ARGUMENT:

@@ -55,19 +55,14 @@ from megatron_echo.transformer_layer import EchoTransformerLayer
 ECHO_GPT_BUILDER = "megatron_echo.model_builder.EchoGPTModelBuilder"
 """The builder that gives MTP layers the modules of :func:`gpt_mtp_block_spec`."""
 
-_LOCAL_MODULES: dict[Any, Any] = {
-    WrappedTorchNorm: LocalNorm,
-    DotProductAttention: LocalCoreAttention,
-}
+_LOCAL_MODULES = {WrappedTorchNorm: LocalNorm, DotProductAttention: LocalCoreAttention}
 
 
 def replace_modules(spec: Any, replacements: dict[Any, Any]) -> Any:
-    """A copy of a spec tree in which some modules are replaced by others.
+    """A copy of a spec tree in which module classes are replaced by others.
 
-    Args:
-        spec: a ``ModuleSpec``, a dataclass of submodules, a ``functools.partial`` (Megatron's
-            builders), a list of those, or a module class.
-        replacements: module class to module class.
+    The tree may have ``ModuleSpec``s, dataclasses of submodules, ``functools.partial`` (Megatron's
+    builders), lists of those, and module classes.
     """
     if isinstance(spec, type):
         return replacements.get(spec, spec)
@@ -108,15 +103,22 @@ def _replacements(config: TransformerConfig) -> dict[Any, Any]:
     return {**_LOCAL_MODULES, **_our_layer(config)}
 
 
+def _options(config: TransformerConfig) -> dict[str, Any]:
+    """What Megatron's functions of specs want to know of a configuration beside itself."""
+    return {
+        "use_transformer_engine": _uses_transformer_engine(config),
+        "normalization": config.normalization,
+        "qk_l2_norm": config.qk_l2_norm,
+    }
+
+
 def gpt_moe_block_spec(
     gpt_model_config: GPTModelConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, dense and MoE as ``--moe-layer-freq`` says.
 
-    Args:
-        gpt_model_config: Megatron's model configuration; its ``transformer`` may be an
-            :class:`~megatron_echo.config.EchoTransformerConfig` or a plain one.
-        vp_stage: the virtual pipeline stage, None without interleaving.
+    The model's ``transformer`` may be an :class:`~megatron_echo.config.EchoTransformerConfig` or a
+    plain one. ``vp_stage`` is the virtual pipeline stage, None without interleaving.
     """
     config = gpt_model_config.transformer
     if _uses_echo(config):
@@ -131,13 +133,7 @@ def gpt_moe_block_spec(
         return replace_modules(default_layer_spec(gpt_model_config, vp_stage), _our_layer(config))
     if config.num_moe_experts is None and _uses_transformer_engine(config):
         return default_layer_spec(gpt_model_config, vp_stage)
-    spec = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=_uses_transformer_engine(config),
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
+    spec = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **_options(config))
     return replace_modules(spec, _replacements(config))
 
 
@@ -146,24 +142,16 @@ def gpt_mtp_block_spec(
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The multi-token-prediction layers of this stage, with the same modules as the decoder.
 
-    Megatron's builder derives them from its own layer specs, whatever decoder spec was given.
-
-    Returns:
-        None where this stage has no MTP layer.
+    Megatron's builder derives them from its own layer specs, whatever decoder spec was given. None
+    where this stage has no MTP layer.
     """
     config = gpt_model_config.transformer
     if config.mtp_num_layers is None:
         return None
+    layers = get_gpt_decoder_layer_specs(config, vp_stage=vp_stage, **_options(config))
     use_te = _uses_transformer_engine(config)
-    last_layer: ModuleSpec = get_gpt_decoder_layer_specs(
-        config,
-        use_transformer_engine=use_te,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-    )[-1]
     spec = get_gpt_mtp_block_spec(
-        config, last_layer, use_transformer_engine=use_te, vp_stage=vp_stage
+        config, layers[-1], use_transformer_engine=use_te, vp_stage=vp_stage
     )
     return replace_modules(spec, _replacements(config))
 
@@ -208,39 +196,39 @@ def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
             qk_layernorm=config.qk_layernorm, normalization=config.normalization, **options
         )
 
-    def attention(self_attention: Any) -> ModuleSpec:
+    def attention(module: Any) -> ModuleSpec:
         only = TransformerLayerSubmodules(
-            input_layernorm=norm, self_attention=self_attention, self_attn_bda=plain.self_attn_bda
+            input_layernorm=norm, self_attention=module, self_attn_bda=plain.self_attn_bda
         )
-        return ModuleSpec(module=TransformerLayer, submodules=only)
+        return ModuleSpec(TransformerLayer, submodules=only)
 
-    def feed_forward(module: type, mlp: Any) -> ModuleSpec:
+    def feed_forward(layer: type, mlp: Any) -> ModuleSpec:
         only = TransformerLayerSubmodules(
             pre_mlp_layernorm=plain.pre_mlp_layernorm, mlp=mlp, mlp_bda=plain.mlp_bda
         )
-        return ModuleSpec(module=module, submodules=only)
+        return ModuleSpec(layer, submodules=only)
 
     plain = local()
     norm = plain.input_layernorm
     linears: Any = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
     moe = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
     gated_delta_net = GatedDeltaNetSubmodules(out_norm=norm, **linears)
-    mixer = ModuleSpec(module=MambaMixer, submodules=MambaMixerSubmodules(**linears))
+    mixer = ModuleSpec(MambaMixer, submodules=MambaMixerSubmodules(**linears))
     mamba = MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=plain.self_attn_bda)
     prediction = MultiTokenPredictionLayerSubmodules(
         enorm=norm, hnorm=norm, eh_proj=ColumnParallelLinear, layer_norm=norm
     )
     predictions = MultiTokenPredictionBlockSubmodules(
-        layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=prediction)]
+        layer_specs=[ModuleSpec(MultiTokenPredictionLayer, submodules=prediction)]
     )
     layers = HybridStackSubmodules(
-        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
-        gdn_layer=attention(ModuleSpec(module=GatedDeltaNet, submodules=gated_delta_net)),
+        mamba_layer=ModuleSpec(MambaLayer, submodules=mamba),
+        gdn_layer=attention(ModuleSpec(GatedDeltaNet, submodules=gated_delta_net)),
         attention_layer=attention(plain.self_attention),
         mla_layer=attention(local(multi_latent_attention=True).self_attention),
         mlp_layer=feed_forward(MLPLayer, plain.mlp),
         moe_layer=feed_forward(MoETransformerLayer, moe),
-        mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=predictions),
+        mtp_block_spec=ModuleSpec(MultiTokenPredictionBlock, submodules=predictions),
     )
     return replace_modules(ModuleSpec(LocalHybridStack, submodules=layers), _replacements(config))
 
@@ -253,25 +241,15 @@ class GPTMoELayer(BaseTransformerLayer):
     """
 
     def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
-        """The layer that :func:`gpt_moe_block_spec` would put there.
-
-        Raises:
-            ValueError: ``--moe-layer-freq`` asks for dense layers, which this form cannot place.
-        """
+        """The layer that :func:`gpt_moe_block_spec` would put there, where all are MoE layers."""
         frequency = config.moe_layer_freq
-        if any(
-            is_moe != 1 for is_moe in (frequency if isinstance(frequency, list) else [frequency])
-        ):
+        pattern = frequency if isinstance(frequency, list) else [frequency]
+        if any(is_moe != 1 for is_moe in pattern):
             raise ValueError(
                 f"--moe-layer-freq {frequency} has no effect on a single layer spec: each layer "
                 "would be a MoE layer. Use --spec megatron_echo.layer_specs gpt_moe_block_spec."
             )
-        spec = get_gpt_decoder_layer_specs(
-            config,
-            use_transformer_engine=_uses_transformer_engine(config),
-            normalization=config.normalization,
-            qk_l2_norm=config.qk_l2_norm,
-        )[-1]
+        spec = get_gpt_decoder_layer_specs(config, **_options(config))[-1]
         layer = replace_modules(spec, _replacements(config))
         return layer.module(config, *args, submodules=layer.submodules, **kwargs)
 

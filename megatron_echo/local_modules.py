@@ -41,11 +41,11 @@ class LocalNorm:
                 f"--normalization {config.normalization} has no local module. "
                 f"Use one of {', '.join(norms)}."
             )
-        for setting, flag in (
-            ("layernorm_zero_centered_gamma", "--apply-layernorm-1p"),
-            ("memory_efficient_layer_norm", "memory_efficient_layer_norm"),
+        for flag, is_set in (
+            ("--apply-layernorm-1p", config.layernorm_zero_centered_gamma),
+            ("memory_efficient_layer_norm", config.memory_efficient_layer_norm),
         ):
-            if getattr(config, setting):
+            if is_set:
                 raise ValueError(
                     f"{flag} needs Transformer Engine. Leave it out with --transformer-impl local."
                 )
@@ -69,10 +69,10 @@ class LocalHybridStack(HybridStack):
 class LocalCoreAttention(DotProductAttention):
     """Megatron's ``DotProductAttention`` with context parallelism, packed sequences and MLA.
 
-    Context parallelism: rank ``r`` of ``C`` holds chunks ``r`` and ``2C - 1 - r`` of the ``2C``
+    Context parallelism: rank ``r`` of ``P`` holds chunks ``r`` and ``2P - 1 - r`` of the ``2P``
     chunks of each sequence (Megatron's balanced order). Keys and values are gathered over the
     group along the sequence, in rank order, and the causal mask compares the positions that the
-    rows came from; the backward pass reduce-scatters. That costs ``C`` times the memory of ring
+    rows came from; the backward pass reduce-scatters. That costs ``P`` times the memory of ring
     attention for keys and values and is meant for correctness, not for long sequences.
 
     MLA: keys and values may have other widths than ``kv_channels``.
@@ -101,10 +101,8 @@ class LocalCoreAttention(DotProductAttention):
                     "--transformer-impl local supports causal attention over the whole sequence "
                     "only. Leave --window-size out, or install Transformer Engine."
                 )
-            groups = self.pg_collection
-            self.cp_group = (
-                getattr(groups, "cp", None) or parallel_state.get_context_parallel_group()
-            )
+            given = getattr(self.pg_collection, "cp", None)
+            self.cp_group = given or parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -118,18 +116,11 @@ class LocalCoreAttention(DotProductAttention):
     ) -> Tensor:
         """Attention over the whole sequence for this rank's queries.
 
-        Packed sequences come as ``[t, n, k]``, ``[t, g, k]`` and ``[t, g, v]``, one after the
-        other, and each sees itself only.
-
-        Args:
-            query: ``[s, b, n, k]``, with ``s`` the rows of this context-parallel rank.
-            key: ``[s, b, g, k]``.
-            value: ``[s, b, g, v]``.
-            attention_mask: bool, True where a query must not look; replaced by the causal mask of
-                the true positions under context parallelism.
-
-        Returns:
-            ``[s, b, n * v]``.
+        ``query [s, b, n, k]``, ``key [s, b, g, k]`` and ``value [s, b, g, v]``, with ``s`` tokens
+        on this context-parallel rank, give ``[s, b, n * v]``. Packed sequences come as ``[t, n,
+        k]``, ``[t, g, k]`` and ``[t, g, v]``, one after the other, and each sees itself only.
+        ``attention_mask`` is bool, True where a query must not look; under context parallelism the
+        causal mask of the true positions takes its place.
 
         Raises:
             ValueError: packed sequences that are cut over ranks, or seen through a window.
@@ -153,13 +144,13 @@ class LocalCoreAttention(DotProductAttention):
             )
         ends = packed.cu_seqlens_q_padded
         ends = packed.cu_seqlens_q if ends is None else ends
-        place = torch.arange(rows, dtype=ends.dtype, device=ends.device)
-        sequence = torch.bucketize(place, ends, right=True)
-        is_hidden = (sequence[:, None] != sequence) | (place[:, None] < place)
+        position = torch.arange(rows, dtype=ends.dtype, device=ends.device)
+        sequence = torch.bucketize(position, ends, right=True)
+        is_hidden = (sequence[:, None] != sequence) | (position[:, None] < position)
         return is_hidden[None, None]
 
     def _causal_mask(self, rows: int, device: torch.device) -> Tensor:
-        """``[1, 1, s, s * C]``: True where the key's position is after the query's."""
+        """``[1, 1, s, s * P]``: True where the key's position is after the query's."""
         assert self.cp_group is not None
         ranks, own = self.cp_group.size(), self.cp_group.rank()
         chunk = torch.arange(rows // 2, device=device)

@@ -44,11 +44,7 @@ class RouterLossSettings:
 
     @classmethod
     def from_config(cls, config: Any) -> "RouterLossSettings":
-        """The settings in a ``TransformerConfig``.
-
-        Raises:
-            ValueError: they contradict each other; what to do instead.
-        """
+        """The settings in a ``TransformerConfig``; a ``ValueError`` where they contradict."""
         types, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
         if isinstance(types, str):
             types, values = [types], [values]
@@ -60,13 +56,13 @@ class RouterLossSettings:
             config.calculate_per_token_loss,
             getattr(config, "moe_echo_aux_mcore_compat", cls.mcore_compat),
         )
-        problem = settings.refusal()
+        problem = settings._refusal()
         if problem is not None:
             raise ValueError(problem)
-        return settings._without_zeros()
+        above = {name: value for name, value in settings.coefficients.items() if value > 0}
+        return replace(settings, coefficients=above)
 
-    def refusal(self) -> str | None:
-        """What in the settings has no meaning, and what to do; None if all is well."""
+    def _refusal(self) -> str | None:
         for flag, strength in (
             *(("--moe-aux-loss-coeff", value) for value in self.coefficients.values()),
             ("--moe-z-loss-coeff", self.z_coefficient),
@@ -85,19 +81,12 @@ class RouterLossSettings:
                 "--moe-router-load-balancing-type global_aux_loss with a coefficient above 0, or "
                 "leave it out."
             )
-        if self.mcore_compat and (self.source, self.counted) != (
-            DEFAULT_SOURCE,
-            "unbiased",
-        ):
+        if self.mcore_compat and (self.source, self.counted) != (DEFAULT_SOURCE, "unbiased"):
             return (
                 "--moe-echo-aux-mcore-compat gives the losses to Megatron's router, which has "
                 "neither --moe-echo-aux-count-source nor --moe-echo-aux-counts. Leave one out."
             )
         return None
-
-    def _without_zeros(self) -> "RouterLossSettings":
-        above = {name: value for name, value in self.coefficients.items() if value > 0}
-        return replace(self, coefficients=above)
 
     @property
     def any(self) -> bool:

@@ -8,12 +8,7 @@ class PerModel:
 
     @classmethod
     def of(cls, config: Any, *args: Any) -> Self:
-        """The object of a model.
-
-        Args:
-            config: its ``TransformerConfig``.
-            args: what the class takes, if it has to be made.
-        """
+        """The object of the model with this ``TransformerConfig``, made of ``args`` if need be."""
         found = cls.find(config)
         if found is None:
             found = cls(*args)

@@ -39,10 +39,6 @@ def token_capacity(config: Any, num_slots: int) -> float | None:
     bound. With fewer slots the planner comes close to its bound for most routings, and promises
     nothing for the worst. Where clones stay in their node, the bound is that of the fullest node:
     of two nodes one has at most twice the mean; of more, :data:`NODE_CAPACITY` is assumed.
-
-    Args:
-        config: the transformer's configuration.
-        num_slots: S.
     """
     given = echo_setting(config, "moe_received_token_capacity")
     if given is not None or num_slots == 0:

@@ -8,15 +8,8 @@ def track[T](items: Iterable[T], description: str, total: int | None = None) -> 
     """Go through ``items``, with a bar on standard error where that is a terminal.
 
     The bar goes away at the end. Without ``rich`` (the extra ``report``) there is none. What is
-    printed meanwhile goes where it would go without a bar.
-
-    Args:
-        items: what to go through.
-        description: what is done with them, in two or three words.
-        total: how many there are, where ``len(items)`` does not say.
-
-    Yields:
-        The items.
+    printed meanwhile goes where it would go without a bar. ``description`` says in two or three
+    words what is done, ``total`` how many items there are, where ``len(items)`` does not.
     """
     if not sys.stderr.isatty():
         yield from items

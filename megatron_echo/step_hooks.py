@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import unwrap_model
@@ -39,11 +39,7 @@ class StepHook(EndOfStep):
     """Sees the model once it is built, and the end of each step's backward passes."""
 
     def __init__(self, model_config: Any) -> None:
-        """Hook into a model that is going to be built.
-
-        Args:
-            model_config: Megatron's, for example ``GPTModelConfig``.
-        """
+        """Hook into a model that is built of ``model_config``, for example a ``GPTModelConfig``."""
         transformer = model_config.transformer
         super().__init__(transformer.finalize_model_grads_func)
         transformer.finalize_model_grads_func = self
@@ -58,15 +54,11 @@ class StepHook(EndOfStep):
         """Hook into the model chunks of this rank, without their wrappers."""
 
 
-class OptimizerWatcher(Protocol):
-    """Wants to hear of optimizers; a step that is replayed calls nothing else."""
+def watch_optimizers(watcher: Any) -> None:
+    """Call ``watcher.before_optimizer(optimizer)`` before each of an optimizer's steps.
 
-    def before_optimizer(self, optimizer: Optimizer) -> None:
-        """An optimizer is about to step."""
-
-
-def watch_optimizers(watcher: OptimizerWatcher) -> None:
-    """Call ``before_optimizer`` while the object lives, without keeping it alive."""
+    It does not keep the object alive. A step that is replayed calls nothing else.
+    """
     reference = weakref.ref(watcher)
 
     def before(optimizer: Optimizer, *_: Any) -> None:

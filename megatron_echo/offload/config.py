@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from megatron_echo.offload.regions import REGION_NAMES
 
@@ -49,11 +50,7 @@ class OffloadConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        """Check every setting.
-
-        Raises:
-            ValueError: a setting outside its range, and what to use.
-        """
+        """Raise a ``ValueError`` for a setting outside its range, with what to use."""
         unknown = [name for name in self.modules if name not in REGION_NAMES]
         if unknown:
             raise ValueError(
@@ -88,15 +85,10 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 """The least and the greatest value of each number."""
 
 
-def setting_refusal(name: str, value: float | None) -> str | None:
-    """What is wrong with the value of a setting, and what to use; None if all is well.
-
-    Args:
-        name: a field of :class:`OffloadConfig` that is a number.
-        value: None for a setting that was not given.
-    """
-    least, most = _RANGES[name]
-    if value is None or least <= value <= most:
+def setting_refusal(name: str, value: Any) -> str | None:
+    """What is wrong with a setting that has a range, and what to use; None if all is well."""
+    least, most = _RANGES.get(name, (0, 0))
+    if name not in _RANGES or value is None or least <= value <= most:
         return None
     if not value <= most:
         return f"is too large. Use {most:g} or less."

@@ -3,6 +3,7 @@
 import bisect
 import collections
 import dataclasses
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,18 @@ class HostArena:
             self._free[lease.block.numel()].append(lease)
 
     def begin_capture(self) -> None:
-        """Pin nothing from now on, and forget the guards: a capture begins with an idle device."""
+        """Pin nothing from now on, and forget the guards: a capture begins with an idle device.
+
+        Raises:
+            RuntimeError: an earlier step still holds blocks.
+        """
+        if self.leased_bytes:
+            gc.collect()  # what only cycles hold is not in use
+        if self.leased_bytes:
+            raise RuntimeError(
+                f"{self.leased_bytes} offloaded bytes of an earlier step are still in use where a "
+                "CUDA graph is captured. Let go of that step's losses and outputs before."
+            )
         self._is_captured = True
         for lease in itertools.chain.from_iterable(self._free.values()):
             lease.guard = None

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from megatron_echo.copy_lanes import Backend, backend_for
 from megatron_echo.environment import is_capturing
-from megatron_echo.offload import capture
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.offload.host_arena import HostArena
 from megatron_echo.offload.recorder import Chunk, StepRecord
 from megatron_echo.offload.regions import Edge, Span, find_spans
 from megatron_echo.offload.report import StepSummary, as_table
-from megatron_echo.offload.schedule import Plan
 from megatron_echo.offload.scheduler import Scheduler
 from megatron_echo.offload.storages import Blob, Handle, OpenRegion, State
 from megatron_echo.offload.transfers import Transfers
@@ -53,9 +51,7 @@ class ActivationOffloader:
     in the graph, the same in every replay, and :meth:`statistics` are those of each replay. Keep
     the offloader, whose host memory the graph uses. Another schedule needs another capture.
 
-    Args:
-        config: what to offload.
-        backend: where copies run; by default CUDA's streams for a model on a GPU.
+    ``backend`` says where copies run, by default in CUDA's streams for a model on a GPU.
     """
 
     def __init__(self, config: OffloadConfig, backend: Backend | None = None) -> None:
@@ -73,8 +69,6 @@ class ActivationOffloader:
         self._excluded: set[int] = set()
         self._lock = threading.RLock()
         self._record: StepRecord | None = None
-        self._plan: Plan | None = None
-        self._is_captured = False
         self._largest = 0
         self._bytes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._uses: Counter[str] = Counter()
@@ -150,11 +144,17 @@ class ActivationOffloader:
         """
         if self._record is not None:
             self.step_abort()
-        self._plan = self._scheduler.plan
-        self._is_captured = is_capturing()
-        if self._is_captured:
-            capture.begin(self._plan, self.transfers.arena, self.config.learning_steps)
-        self._record = StepRecord(self.transfers.backend, self._scheduler.wants_times)
+        is_captured, plan = is_capturing(), self._scheduler.plan
+        if is_captured and plan is None:
+            raise RuntimeError(
+                "The step is captured in a CUDA graph before offloading has a plan. Let at least "
+                f"{self.config.learning_steps} steps of the same schedule run before, with "
+                "--cuda-graph-warmup-steps."
+            )
+        if is_captured:
+            self.transfers.arena.begin_capture()
+        is_timed = self._scheduler.wants_times
+        self._record = StepRecord(self.transfers.backend, is_timed, plan, is_captured)
         self._excluded = {
             tensor.untyped_storage()._cdata
             for model in self._models
@@ -176,8 +176,8 @@ class ActivationOffloader:
         record = self._finish()
         if record is None:
             return
-        if self._is_captured:
-            capture.check_complete(self._plan, record)
+        if record.is_captured:
+            record.check_complete()
         elif not record.is_broken and record.chunks:
             self._scheduler.learn(record)
             if self._unused:
@@ -208,7 +208,7 @@ class ActivationOffloader:
     @property
     def forecast_bytes(self) -> int | None:
         """What the plan of this or the next step says of ``offload/peak_device_bytes``."""
-        plan = self._scheduler.plan if self._record is None else self._plan
+        plan = self._scheduler.plan if self._record is None else self._record.plan
         return None if plan is None else plan.peak_bytes
 
     def statistics(self) -> dict[str, float]:
@@ -295,9 +295,7 @@ class ActivationOffloader:
             for handle in handles:
                 handle.join(blob)
         if new:
-            what = ("close", region.chunk.model, region.span.name, len(new))
-            self._follow(record, what)
-            with record.mark(what) as position:
+            with record.mark(("close", region.chunk.model, region.span.name, len(new))) as position:
                 for blob in new:
                     record.add(blob, region.chunk, position)
                     self._decide(blob)
@@ -316,8 +314,9 @@ class ActivationOffloader:
     def _decide(self, blob: Blob) -> None:
         """Send a new storage to the host, or keep it and count why."""
         self._largest = max(self._largest, blob.nbytes)
-        reason = self._plan.kept[blob.index] if self._plan else None
-        if self._plan and reason is None:
+        plan = self._record.plan if self._record is not None else None
+        reason = None if plan is None else plan.kept[blob.index]
+        if plan is not None and reason is None:
             self._uses["planned_bytes"] += blob.nbytes
         if reason is None and not self.transfers.send(blob):
             reason = "host_full"
@@ -329,12 +328,12 @@ class ActivationOffloader:
         The rule: few originals wait for their copies in forward, and the storages that backward
         needs next, the newest first, come back while few have.
         """
-        if self._plan is not None:
-            for index in self._plan.release[position]:
+        if record.plan is not None:
+            for index in record.plan.release[position]:
                 blob = record.entries[index].blob()
                 if blob is not None and blob.outbound is not None:
                     self.transfers.release(blob.outbound)
-            for index in self._plan.reload[position]:
+            for index in record.plan.reload[position]:
                 self._prefetch(record.entries[index].blob())
         elif needed is None:
             self.transfers.trim(_PENDING_BLOBS * self._largest)
@@ -360,7 +359,6 @@ class ActivationOffloader:
                     self._bring(blob)
                     self.transfers.receive(blob)
                 else:
-                    self._follow(record, ("need", blob.index))
                     with record.mark(("need", blob.index)) as position:
                         record.entries[blob.index].need = position
                         self._bring(blob)
@@ -377,19 +375,6 @@ class ActivationOffloader:
         elif blob.state is State.RELOADING:
             self._uses["prefetched"] += 1
             self._uses["hidden_bytes"] += blob.nbytes
-
-    def _follow(self, record: StepRecord, what: Hashable) -> None:
-        """Leave the plan if the next mark is not the one that it expects.
-
-        Raises:
-            RuntimeError: the step is captured, and would do so in every replay.
-        """
-        plan, position = self._plan, len(record.marks)
-        if plan is not None and plan.marks[position : position + 1] != (what,):
-            if self._is_captured:
-                capture.refuse_departure(position)
-            logger.info("The schedule departs from the plan at mark %d; no plan for now", position)
-            self._plan = None
 
 
 def _records_gradients() -> bool:

@@ -4,38 +4,31 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import logging
 import weakref
 from collections.abc import Hashable, Iterator
 from typing import Any
 
 from megatron_echo.copy_lanes import Backend
-from megatron_echo.offload.schedule import Item, Timeline
+from megatron_echo.offload.schedule import Item, Plan, Timeline
 from megatron_echo.offload.storages import Blob
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Chunk:
-    """One forward pass of one model chunk.
+    """The ``number``-th forward pass of the step, one of model chunk ``model``.
 
     Attributes:
-        number: of the forward pass in the step.
-        model: index of the model chunk.
         entries: its storages, in closing order.
-        is_ready: its forward pass is over.
+        is_ready: the pass is over.
     """
 
     number: int
     model: int
     entries: list["Entry"] = dataclasses.field(default_factory=list)
     is_ready: bool = False
-
-    def before(self, entry: "Entry") -> Iterator["Entry"]:
-        """The storages that closed before this one, newest first."""
-        return itertools.dropwhile(lambda other: other.close >= entry.close, reversed(self.entries))
-
-    def is_untouched(self) -> bool:
-        """True while backward needed none of its storages."""
-        return all(entry.need is None for entry in self.entries)
 
 
 @dataclasses.dataclass
@@ -52,11 +45,16 @@ class Entry:
 
 
 class StepRecord:
-    """Marks, storages and times of one step.
+    """Marks, storages and times of one step, and the plan that it follows so far.
+
+    A replay of a CUDA graph repeats the copies, waits and frees of the capture, so a captured step
+    must be the planned one.
 
     Args:
         backend: for timestamps.
         is_timed: whether to take them.
+        plan: of the step, None while it is learnt.
+        is_captured: it is captured in a CUDA graph.
 
     Attributes:
         marks: what happened, in order.
@@ -66,9 +64,13 @@ class StepRecord:
         fates: bytes that went to the host, by ``Blob.fate``, of storages that are gone.
     """
 
-    def __init__(self, backend: Backend, is_timed: bool) -> None:
+    def __init__(
+        self, backend: Backend, is_timed: bool, plan: Plan | None, is_captured: bool
+    ) -> None:
         self._backend = backend
         self.is_timed = is_timed
+        self.plan = plan
+        self.is_captured = is_captured
         self.marks: list[Hashable] = []
         self.entries: list[Entry] = []
         self.chunks: list[Chunk] = []
@@ -78,12 +80,36 @@ class StepRecord:
 
     @contextlib.contextmanager
     def mark(self, what: Hashable) -> Iterator[int]:
-        """A mark; the time inside, which is waiting, does not count. Gives its index."""
+        """A mark; the time inside, which is waiting, does not count. Gives its index.
+
+        A step whose next mark is not the planned one leaves the plan.
+
+        Raises:
+            RuntimeError: it is captured, and would leave the plan in every replay.
+        """
+        position = len(self.marks)
+        if self.plan is not None and self.plan.marks[position : position + 1] != (what,):
+            self._depart(position)
         before = self._backend.timestamp() if self.is_timed else None
         self.marks.append(what)
-        yield len(self.marks) - 1
+        yield position
         if self.is_timed:
             self._stamps.append((before, self._backend.timestamp()))
+
+    def check_complete(self) -> None:
+        """Raise a ``RuntimeError`` if a captured step ends before its plan does."""
+        if self.plan is None or len(self.marks) < len(self.plan.marks):
+            self._depart(len(self.marks))
+
+    def _depart(self, position: int) -> None:
+        if self.is_captured:
+            raise RuntimeError(
+                "The step that is captured in a CUDA graph departs from the plan of offloading at "
+                f"mark {position}: the steps before it had another schedule. Capture a step like "
+                "those."
+            )
+        logger.info("The schedule departs from the plan at mark %d; no plan for now", position)
+        self.plan = None
 
     def add(self, blob: Blob, chunk: Chunk, position: int) -> Entry:
         """A new storage, at the mark of this index."""
@@ -110,9 +136,13 @@ class StepRecord:
         The rest of its chunk backwards, then the oldest complete chunk of the last model chunk
         that has one. A plan knows better; this is for steps without one.
         """
-        chunk = self.entries[index].chunk
-        yield from chunk.before(self.entries[index])
-        others = [c for c in self.chunks if c.is_ready and c.entries and c.is_untouched()]
+        chunk, close = self.entries[index].chunk, self.entries[index].close
+        yield from itertools.dropwhile(lambda e: e.close >= close, reversed(chunk.entries))
+        others = [
+            chunk
+            for chunk in self.chunks
+            if chunk.is_ready and chunk.entries and all(e.need is None for e in chunk.entries)
+        ]
         if others:
             last = max(c.model for c in others)
             yield from reversed(next(c for c in others if c.model == last).entries)

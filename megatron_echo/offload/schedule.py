@@ -18,17 +18,14 @@ from megatron_echo.offload.host_arena import size_class
 _TRIALS = 512
 """Above so many storages, some are tried together: what cannot all go then stays."""
 
-_Ticks = list[tuple[int, int]]
-
 KEPT_REASONS = ("fraction", "target", "link", "held")
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A storage that could be offloaded.
+    """A storage of ``nbytes`` that could be offloaded.
 
     Attributes:
-        nbytes: its size.
         chunk: number of the forward pass in the step.
         close: index of the mark at which its region closed.
         need: index of the mark of its first use in backward; the number of marks if none.
@@ -86,13 +83,6 @@ class Plan:
     peak_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Transfers:
-    release: dict[int, int]
-    reload: dict[int, int]
-    late: set[int]
-
-
 def make_plan(
     timeline: Timeline,
     link: Link | None,
@@ -111,144 +101,122 @@ def make_plan(
         target_bytes: stop once the forecast peak is no higher.
         max_slowdown: plan as if computation took this much longer.
     """
-    times = _planning_times(timeline, link, max_slowdown)
-    ticks = _copy_ticks(timeline, link)
+    planner = _Planner(timeline, link, max_slowdown)
     kept: list[str | None] = ["held" if item.held else "fraction" for item in timeline.items]
-    wanted = _ordered(timeline, times, policy, fraction)
-    chosen = _hidden(timeline, times, ticks, [], wanted, 1 + len(wanted) // _TRIALS)
+    wanted = planner.ordered(policy, fraction)
+    chosen = planner.hidden([], wanted, 1 + len(wanted) // _TRIALS)
     for index in wanted:
         kept[index] = "link"
     if target_bytes is not None:
-        chosen = _down_to(timeline, times, ticks, chosen, kept, target_bytes)
+        count = bisect.bisect_left(
+            range(len(chosen)),
+            -target_bytes,
+            key=lambda count: -planner.plan(kept, chosen[:count]).peak_bytes,
+        )
+        for index in chosen[count:]:
+            kept[index] = "target"
+        chosen = chosen[:count]
     for index in chosen:
         kept[index] = None
-    return _as_plan(timeline, kept, _transfers(timeline, times, ticks, chosen))
+    return planner.plan(kept, chosen)
 
 
-def _planning_times(timeline: Timeline, link: Link | None, max_slowdown: float) -> Sequence[int]:
-    """A tick for each mark and one for the end."""
-    if timeline.times is None or link is None:
-        return range(len(timeline.marks) + 1)
-    times = [int(time * (1 + max_slowdown)) for time in timeline.times]
-    return [*times, times[-1] if times else 0]
+class _Planner:
+    """Finds the marks of the copies of one timeline; see :func:`make_plan`."""
 
+    def __init__(self, timeline: Timeline, link: Link | None, max_slowdown: float) -> None:
+        self._timeline, self._items = timeline, timeline.items
+        self._times: Sequence[int] = range(len(timeline.marks) + 1)  # of marks, and of the end
+        self._ticks: list[tuple[int, int]] | None = None  # of the copies of each item, if measured
+        if timeline.times is not None and link is not None:
+            times = [int(time * (1 + max_slowdown)) for time in timeline.times]
+            self._times = [*times, times[-1] if times else 0]
+            self._ticks = [
+                (link.ticks(item.nbytes, to_host=True), link.ticks(item.nbytes, to_host=False))
+                for item in self._items
+            ]
 
-def _ordered(timeline: Timeline, times: Sequence[int], policy: str, fraction: float) -> list[int]:
-    """The items of the first ``fraction`` of each chunk's bytes, all chunks side by side."""
-    items = timeline.items
-    order = [index for index, item in enumerate(items) if not item.held]
-    if policy == "largest":
-        order.sort(key=lambda index: -items[index].nbytes)
-    elif policy == "longest-lifetime":
-        order.sort(key=lambda index: times[items[index].close] - times[items[index].need])
-    totals: collections.Counter[int] = collections.Counter()
-    sums = []
-    for index in order:
-        totals[items[index].chunk] += items[index].nbytes
-        sums.append(totals[items[index].chunk])
-    shares = sorted(
-        (total / totals[items[index].chunk], place, index)
-        for place, (index, total) in enumerate(zip(order, sums, strict=True))
-    )
-    return [index for share, _, index in shares if share <= fraction]
+    def ordered(self, policy: str, fraction: float) -> list[int]:
+        """The items of the first ``fraction`` of each chunk's bytes, all chunks side by side."""
+        items, times = self._items, self._times
+        order = [index for index, item in enumerate(items) if not item.held]
+        if policy == "largest":
+            order.sort(key=lambda index: -items[index].nbytes)
+        elif policy == "longest-lifetime":
+            order.sort(key=lambda index: times[items[index].close] - times[items[index].need])
+        totals: collections.Counter[int] = collections.Counter()
+        sums = []
+        for index in order:
+            totals[items[index].chunk] += items[index].nbytes
+            sums.append(totals[items[index].chunk])
+        shares = sorted(
+            (total / totals[items[index].chunk], number, index)
+            for number, (index, total) in enumerate(zip(order, sums, strict=True))
+        )
+        return [index for share, _, index in shares if share <= fraction]
 
+    def hidden(self, chosen: list[int], block: list[int], smallest: int) -> list[int]:
+        """``chosen`` and, in order, the parts of ``block`` with which all copies are in time."""
+        if not block or self._marks([*chosen, *block])[2]:
+            return [*chosen, *block]
+        if len(block) <= smallest:
+            return chosen
+        half = len(block) // 2
+        chosen = self.hidden(chosen, block[:half], smallest)
+        return self.hidden(chosen, block[half:], smallest)
 
-def _copy_ticks(timeline: Timeline, link: Link | None) -> _Ticks | None:
-    """Ticks to the host and back for each item, None where nothing is measured."""
-    if timeline.times is None or link is None:
-        return None
-    return [
-        (link.ticks(item.nbytes, to_host=True), link.ticks(item.nbytes, to_host=False))
-        for item in timeline.items
-    ]
+    def _marks(self, chosen: Sequence[int]) -> tuple[dict[int, int], dict[int, int], bool]:
+        """Marks of release and of reload by item, and whether all items are out and back in time.
 
+        The reloads are in the order of their copies, backwards.
+        """
+        items, times, release, reload = self._items, self._times, {}, {}
+        latest_need_first = sorted(chosen, key=lambda index: (-items[index].need, index))
+        if self._ticks is None:
+            release = {index: items[index].close + 1 for index in sorted(chosen)}
+            for index in latest_need_first:
+                reload[index] = max(release[index], items[index].need - 1)
+            return release, reload, all(release[i] < items[i].need for i in chosen)
+        end = 0
+        for index in sorted(chosen):
+            item = items[index]
+            end = max(end, times[item.close]) + self._ticks[index][0]
+            release[index] = max(bisect.bisect_left(times, end), item.close + 1)
+        start = times[-1]
+        for index in latest_need_first:
+            item = items[index]
+            start = min(start, times[item.need]) - self._ticks[index][1]
+            reload[index] = bisect.bisect_right(times, start, hi=item.need) - 1
+        return release, reload, all(release[index] < reload[index] for index in chosen)
 
-def _hidden(
-    timeline: Timeline, times: Sequence[int], ticks: _Ticks | None, chosen: list[int],
-    block: list[int], smallest: int,
-) -> list[int]:  # fmt: skip
-    """``chosen`` and, in order, the parts of ``block`` with which all copies are still in time."""
-    if not block or not _transfers(timeline, times, ticks, [*chosen, *block]).late:
-        return [*chosen, *block]
-    if len(block) <= smallest:
-        return chosen
-    half = len(block) // 2
-    chosen = _hidden(timeline, times, ticks, chosen, block[:half], smallest)
-    return _hidden(timeline, times, ticks, chosen, block[half:], smallest)
+    def plan(self, kept: Sequence[str | None], chosen: Sequence[int]) -> Plan:
+        """The plan that offloads ``chosen``; of the others ``kept`` has the reasons.
 
-
-def _down_to(
-    timeline: Timeline, times: Sequence[int], ticks: _Ticks | None, chosen: list[int],
-    kept: list[str | None], target_bytes: int,
-) -> list[int]:  # fmt: skip
-    """The fewest of ``chosen``, from its beginning, whose forecast peak meets the target."""
-
-    def peak(count: int) -> int:
-        offloaded = set(chosen[:count])
-        reasons = [None if i in offloaded else "target" for i in range(len(kept))]
-        transfers = _transfers(timeline, times, ticks, chosen[:count])
-        return _as_plan(timeline, reasons, transfers).peak_bytes
-
-    counts = range(len(chosen))
-    count = bisect.bisect_left(counts, -target_bytes, key=lambda count: -peak(count))
-    for index in chosen[count:]:
-        kept[index] = "target"
-    return chosen[:count]
-
-
-def _transfers(
-    timeline: Timeline, times: Sequence[int], ticks: _Ticks | None, chosen: Sequence[int]
-) -> _Transfers:
-    """Marks of release and reload; ``late`` are the items that miss their way out or back."""
-    items, release, reload = timeline.items, {}, {}
-    if ticks is None:
-        release = {index: items[index].close + 1 for index in chosen}
-        reload = {index: max(release[index], items[index].need - 1) for index in chosen}
-        return _Transfers(release, reload, {i for i in chosen if release[i] >= items[i].need})
-    end = 0
-    for index in sorted(chosen):
-        item = items[index]
-        end = max(end, times[item.close]) + ticks[index][0]
-        release[index] = max(bisect.bisect_left(times, end), item.close + 1)
-    start = times[-1]
-    for index in sorted(chosen, key=lambda index: (-items[index].need, index)):
-        item = items[index]
-        start = min(start, times[item.need]) - ticks[index][1]
-        reload[index] = bisect.bisect_right(times, start, hi=item.need) - 1
-    late = {index for index in chosen if reload[index] <= release[index]}
-    return _Transfers(release, reload, late)
-
-
-def _as_plan(timeline: Timeline, kept: Sequence[str | None], transfers: _Transfers) -> Plan:
-    marks = len(timeline.marks)
-    release: list[list[int]] = [[] for _ in range(marks)]
-    reload: list[list[int]] = [[] for _ in range(marks)]
-    for index in sorted(transfers.release):
-        release[transfers.release[index]].append(index)
-    for index in sorted(transfers.reload, key=lambda i: (timeline.items[i].need, -i)):
-        reload[transfers.reload[index]].append(index)
-    return Plan(
-        marks=timeline.marks,
-        kept=tuple(kept),
-        release=tuple(tuple(indices) for indices in release),
-        reload=tuple(tuple(indices) for indices in reload),
-        peak_bytes=_peak(timeline, release, reload),
-    )
-
-
-def _peak(timeline: Timeline, release: list[list[int]], reload: list[list[int]]) -> int:
-    """Most bytes on the device: drops come before a mark; in it new items, releases, reloads."""
-    items = timeline.items
-    change_before = [0] * (len(timeline.marks) + 1)
-    change_first = [0] * len(timeline.marks)
-    for item in items:
-        change_first[item.close] += item.nbytes
-        change_before[item.drop] -= item.nbytes
-    live = peak = 0
-    for mark in range(len(timeline.marks)):
-        live += change_before[mark] + change_first[mark]
-        peak = max(peak, live)
-        live -= sum(items[index].nbytes for index in release[mark])
-        live += sum(items[index].nbytes for index in reload[mark])
-        peak = max(peak, live)
-    return peak
+        Its peak: drops come before a mark; in it new items, then releases, then reloads.
+        """
+        items, marks = self._items, len(self._timeline.marks)
+        release: list[list[int]] = [[] for _ in range(marks)]
+        reload: list[list[int]] = [[] for _ in range(marks)]
+        released, reloaded, _ = self._marks(chosen)
+        for index, mark in released.items():
+            release[mark].append(index)
+        for index, mark in reversed(reloaded.items()):
+            reload[mark].append(index)
+        changes = [0] * (marks + 1)
+        for item in items:
+            changes[item.close] += item.nbytes
+            changes[item.drop] -= item.nbytes
+        live = peak = 0
+        for mark in range(marks):
+            live += changes[mark]
+            freed = sum(items[index].nbytes for index in release[mark])
+            back = sum(items[index].nbytes for index in reload[mark])
+            peak = max(peak, live, live - freed + back)
+            live += back - freed
+        return Plan(
+            self._timeline.marks,
+            tuple(kept),
+            tuple(map(tuple, release)),
+            tuple(map(tuple, reload)),
+            peak,
+        )

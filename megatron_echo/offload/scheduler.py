@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Hashable
+from itertools import accumulate, pairwise
 
 from megatron_echo.copy_lanes import Backend
 from megatron_echo.offload.config import OffloadConfig
@@ -16,10 +17,6 @@ _MOST_PLANS = 8
 
 class Scheduler:
     """Chooses the plan of the next step: the one of a step like the last, if it is known.
-
-    Args:
-        config: the policy.
-        backend: for the link's speed.
 
     Attributes:
         plan: for the next step, None while there is something to learn.
@@ -41,19 +38,16 @@ class Scheduler:
     def learn(self, record: StepRecord) -> None:
         """Take a complete step into account."""
         timeline = record.timeline()
-        signature = timeline.signature
-        known = self._plans.get(signature)
-        if known is not None:
-            self.plan = known
+        self.plan = self._plans.get(timeline.signature)
+        if self.plan is not None:
             return
-        self.plan = None
         if self._backend.link is not None and timeline.times is None:
             return  # it departed from a plan; the next one is timed
         self._observe(timeline)
         if self._observations < self._config.learning_steps and timeline.times is not None:
             return
         self.plan = self._make_plan(self._observed or timeline)
-        self._plans[signature] = self.plan
+        self._plans[timeline.signature] = self.plan
         if len(self._plans) > _MOST_PLANS:
             del self._plans[next(iter(self._plans))]
         self._observed, self._observations = None, 0
@@ -66,11 +60,9 @@ class Scheduler:
             return
         self._observations += 1
         if last.times and timeline.times:
-            times = [0]
-            for i in range(1, len(timeline.times)):
-                spans = (t[i] - t[i - 1] for t in (last.times, timeline.times))
-                times.append(times[-1] + min(spans))
-            timeline = dataclasses.replace(timeline, times=tuple(times))
+            spans = ([b - a for a, b in pairwise(t.times or ())] for t in (last, timeline))
+            shortest = accumulate(map(min, *spans), initial=0)
+            timeline = dataclasses.replace(timeline, times=tuple(shortest))
         self._observed = timeline
 
     def _make_plan(self, timeline: Timeline) -> Plan:
@@ -79,11 +71,12 @@ class Scheduler:
             timeline, self._backend.link, config.policy, config.fraction, config.target_bytes,
             config.max_slowdown,
         )  # fmt: skip
-        total = sum(item.nbytes for item in timeline.items)
         kept = zip(timeline.items, plan.kept, strict=True)
-        sent = sum(item.nbytes for item, reason in kept if reason is None)
         logger.info(
             "Offload plan: %d of %d MiB in %d storages, at most %d MiB on the device",
-            sent >> 20, total >> 20, len(timeline.items), plan.peak_bytes >> 20,
-        )  # fmt: skip
+            sum(item.nbytes for item, reason in kept if reason is None) >> 20,
+            sum(item.nbytes for item in timeline.items) >> 20,
+            len(timeline.items),
+            plan.peak_bytes >> 20,
+        )
         return plan

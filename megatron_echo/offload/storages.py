@@ -3,7 +3,7 @@
 import enum
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +15,13 @@ from megatron_echo.offload.host_arena import Lease
 
 
 class State(enum.Enum):
-    """Where a storage is."""
+    """Where a storage is: one state follows the other."""
 
     RESIDENT = "on the device"
     COPYING = "on the device, on its way to the host"
     HOST = "on the host"
     RELOADING = "on the host, on its way back"
     RELOADED = "on the device again"
-
-
-_NEXT = {
-    State.RESIDENT: (State.COPYING,),
-    State.COPYING: (State.HOST,),
-    State.HOST: (State.RELOADING,),
-    State.RELOADING: (State.RELOADED,),
-    State.RELOADED: (),
-}
 
 
 class Outbound:
@@ -43,20 +34,7 @@ class Outbound:
     """
 
     def __init__(self, source: Tensor, copied: Any, blob: "Blob") -> None:
-        self.source = source
-        self.nbytes = source.numel()
-        self.copied = copied
-        self.blob = weakref.ref(blob)
-
-
-class BlobKeeper(Protocol):
-    """Who moves the storages: ``transfers.py``."""
-
-    def adopt(self, blob: "Blob") -> None:
-        """A storage is there."""
-
-    def drop(self, blob: "Blob") -> None:
-        """Nobody needs it any more."""
+        self.source, self.copied, self.blob = source, copied, weakref.ref(blob)
 
 
 class Blob:
@@ -65,15 +43,12 @@ class Blob:
     Attributes:
         name: its region's.
         index: its number in the step.
-        nbytes: its size.
         identity: a weak reference to the original storage.
         source: uint8 ``[nbytes]``, the original, while this object keeps it.
         address: where the original was when it was saved.
         home: its device.
-        lease: its host memory.
-        copied: event at the end of the copy to the host.
+        copied, loaded: events at the ends of the copies to the host and back.
         device: uint8 ``[nbytes]``, the reloaded copy.
-        loaded: event at the end of the copy back.
         outbound: the copy to the host, until compute waited for it.
         is_captured: it is one of a capture, and so are its events.
         is_held: something else kept the original, or emptied it, so that freeing it is in vain.
@@ -81,8 +56,8 @@ class Blob:
         on_drop: called at the end.
     """
 
-    def __init__(self, transfers: BlobKeeper, name: str, handle: "Handle") -> None:
-        """The storage of a handle's tensor."""
+    def __init__(self, transfers: Any, name: str, handle: "Handle") -> None:
+        """The storage of a handle's tensor; ``transfers`` are asked to adopt and drop it."""
         assert handle.tensor is not None
         storage = handle.tensor.untyped_storage()
         self.transfers = transfers
@@ -107,12 +82,9 @@ class Blob:
         transfers.adopt(self)
 
     def advance(self, state: State) -> None:
-        """Change the state.
-
-        Raises:
-            RuntimeError: there is no way from the present state to that one.
-        """
-        if state not in _NEXT[self.state]:
+        """Go on to the next state; a ``RuntimeError`` if this is another one."""
+        order = list(State)
+        if order.index(state) != order.index(self.state) + 1:
             raise RuntimeError(
                 f"A storage of {self.name} that is {self.state.value} cannot be {state.value}. "
                 "This is a defect of the offloader; please report it."
@@ -135,13 +107,9 @@ class Blob:
         """What became of the copy on the host; None if there is none."""
         if self.lease is None:
             return None
-        return (
-            "reloaded"
-            if self.state in (State.RELOADING, State.RELOADED)
-            else "forwarded"
-            if self.needed
-            else "dropped"
-        )
+        if self.state in (State.RELOADING, State.RELOADED):
+            return "reloaded"
+        return "forwarded" if self.needed else "dropped"
 
     def __del__(self) -> None:
         self.transfers.drop(self)
@@ -156,12 +124,13 @@ class Handle:
     alias of the tensor shares its version counter and none of its memory.
     """
 
-    __slots__ = ("_alias", "_version", "blob", "owner", "tensor", "view")
+    __slots__ = ("_alias", "_version", "blob", "nbytes", "owner", "tensor", "view")
 
     def __init__(self, tensor: Tensor, owner: Any) -> None:
         self.tensor: Tensor | None = tensor
         self.owner = owner
         self.blob: Blob | None = None
+        self.nbytes = tensor.nbytes
         self._alias = tensor.detach()
         self._alias.data = tensor.new_empty(0)
         self._version = tensor._version
@@ -175,15 +144,9 @@ class Handle:
 
     @property
     def storage_bytes(self) -> int:
-        """Size of the tensor's storage."""
+        """Size of the tensor's storage now; 0 if somebody emptied it."""
         assert self.tensor is not None
         return self.tensor.untyped_storage().nbytes()
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor."""
-        assert self.tensor is not None
-        return self.tensor.nbytes
 
     def join(self, blob: Blob) -> None:
         """Leave the tensor to ``blob``."""
@@ -213,10 +176,8 @@ class Handle:
 class OpenRegion:
     """A region while it is open: everything that autograd saves in it gets a handle.
 
-    Args:
-        span: where in the model.
-        chunk: the forward pass.
-        owner: has ``need(blob)`` and ``transfers``.
+    ``span`` and ``chunk`` say where in the model and in which forward pass; ``owner`` has
+    ``need(blob)`` and ``transfers``.
     """
 
     def __init__(self, span: Any, chunk: Any, owner: Any) -> None:

@@ -6,6 +6,7 @@ own, Megatron sees its defaults, and the model is hooked into after it is built.
 """
 
 import dataclasses
+import functools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -33,13 +34,19 @@ _MEGATRON = {
 }
 """Megatron's destinations and their defaults."""
 
-_NUMBERS = {
-    "min_tensor_bytes": "min_offloaded_tensor_size",
+_SETTINGS = {
+    "modules": "echo_offload_modules",
+    "fraction": "echo_activation_offload_fraction",
+    "min_tensor_bytes": "echo_min_offloaded_tensor_size",
+    "policy": "offload_policy",
     "target_bytes": "offload_target_bytes",
     "max_slowdown": "offload_max_slowdown",
     "max_host_bytes": "offload_host_bytes",
+    "strict": "offload_strict",
 }
-"""Numbers of the offloader's settings and the flags that give them."""
+"""The offloader's settings, and where the flags put them."""
+
+_flag = functools.partial(flag, group="offload")
 
 _WHOLE_STEP = "full_iteration"
 """The ``--cuda-graph-impl`` that has the copies in its graph."""
@@ -52,64 +59,51 @@ _HIGHEST = ("peak_device_bytes", "host_bytes", "host_allocated_bytes")
 class OffloadArguments:
     """Flags beside Megatron's for offloading."""
 
-    offload_implementation: str = flag(
+    offload_implementation: str = _flag(
         "echo",
         "Whose manager --fine-grained-activation-offloading starts. echo: this package's; works "
         "without Transformer Engine and knows the modules router and shared_experts too. "
         "megatron: the stock one.",
-        group="offload",
         choices=("echo", "megatron"),
     )
-    offload_policy: str = flag(
+    offload_policy: str = _flag(
         "earliest",
         "Which storages go first where --activation-offload-fraction or --offload-target-bytes "
         "leave a choice.",
-        group="offload",
         choices=POLICIES,
     )
-    offload_target_bytes: int | None = flag(
+    offload_target_bytes: int | None = _flag(
         None,
         "Offload no more than brings the saved bytes of the modules down to this.",
-        group="offload",
         metavar="N",
     )
-    offload_max_slowdown: float = flag(
+    offload_max_slowdown: float = _flag(
         0.0,
         "How much longer a step may take for offloading, 0.05 for 5 %. What the link cannot move "
         "within that stays on the device.",
-        group="offload",
         metavar="X",
     )
-    offload_host_bytes: int | None = flag(
+    offload_host_bytes: int | None = _flag(
         None,
         "Most host memory on each rank; when it is full, tensors stay on the device.",
-        group="offload",
         metavar="N",
     )
-    offload_strict: bool = flag(
+    offload_strict: bool = _flag(
         False,
         "A module name that matches nothing, or saves nothing, is an error, not a warning.",
-        group="offload",
     )
 
 
 def add_offload_arguments(parser: ArgumentParser, argv: Sequence[str]) -> None:
-    """Add what Megatron's offloading flags lack, and take those over.
+    """Add what Megatron's offloading flags lack, and let those set names of our own, ``echo_...``.
 
-    Args:
-        parser: Megatron's.
-        argv: the command line; with ``--offload-implementation megatron`` in it Megatron's flags
-            stay as they are.
+    With ``--offload-implementation megatron`` in ``argv``, the command line, they stay as they are.
     """
     add_flags(parser, dataclasses.fields(OffloadArguments))
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--offload-implementation")
-    if peek.parse_known_args(argv)[0].offload_implementation != "megatron":
-        _take_over(parser)
-
-
-def _take_over(parser: ArgumentParser) -> None:
-    """Let Megatron's offloading flags set names of our own, ``echo_...``."""
+    if peek.parse_known_args(argv)[0].offload_implementation == "megatron":
+        return
     for action in parser._actions:
         if action.dest in _MEGATRON:
             parser.set_defaults(**{action.dest: _MEGATRON[action.dest]})
@@ -132,21 +126,15 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     """
     if args.offload_implementation == "megatron":
         return None
-    for setting, name in _NUMBERS.items():
-        value = getattr(args, f"echo_{name}" if name in _MEGATRON else name)
+    settings = {setting: getattr(args, name) for setting, name in _SETTINGS.items()}
+    for setting, value in settings.items():
         problem = setting_refusal(setting, value)
         if problem is not None:
-            raise ValueError(f"{flag_name(name)} {value} {problem}")
-    config = OffloadConfig(
-        modules=tuple(args.echo_offload_modules),
-        fraction=args.echo_activation_offload_fraction,
-        min_tensor_bytes=args.echo_min_offloaded_tensor_size * args.params_dtype.itemsize,
-        policy=args.offload_policy,
-        target_bytes=args.offload_target_bytes,
-        max_slowdown=args.offload_max_slowdown,
-        max_host_bytes=args.offload_host_bytes,
-        strict=args.offload_strict,
-    )
+            name = flag_name(_SETTINGS[setting].removeprefix("echo_"))
+            raise ValueError(f"{name} {value} {problem}")
+    settings["modules"] = tuple(settings["modules"])
+    settings["min_tensor_bytes"] *= args.params_dtype.itemsize
+    config = OffloadConfig(**settings)
     if not args.echo_fine_grained_activation_offloading:
         return None
     has_graph = args.cuda_graph_impl == _WHOLE_STEP
@@ -200,12 +188,7 @@ class OffloadedTraining(StepHook):
     """
 
     def __init__(self, config: OffloadConfig, model_config: Any) -> None:
-        """Hook into a model that is going to be built.
-
-        Args:
-            config: what to offload.
-            model_config: Megatron's, for example ``GPTModelConfig``.
-        """
+        """Hook into a model that is built of ``model_config``, for example a ``GPTModelConfig``."""
         super().__init__(model_config)
         self.offloader = ActivationOffloader(config)
         self._is_replayed = False

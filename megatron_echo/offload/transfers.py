@@ -24,10 +24,6 @@ from megatron_echo.offload.storages import Blob, Outbound, State
 class Transfers:
     """Moves blobs, and counts the bytes of blobs on the device.
 
-    Args:
-        backend: where the copies run.
-        arena: host memory.
-
     Attributes:
         pending: copies to the host that compute did not wait for yet, oldest first.
         reloading_bytes: brought back or on the way, and not needed yet.
@@ -98,11 +94,11 @@ class Transfers:
 
     def trim(self, most_bytes: int) -> None:
         """Release the oldest originals until no more than ``most_bytes`` are pending."""
-        total = sum(outbound.nbytes for outbound in self.pending)
+        total = sum(outbound.source.numel() for outbound in self.pending)
         for outbound in list(self.pending):
             if total <= most_bytes:
                 return
-            total -= outbound.nbytes
+            total -= outbound.source.numel()
             self.release(outbound)
 
     def join(self) -> None:

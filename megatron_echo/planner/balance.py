@@ -103,14 +103,9 @@ def planner_backend(name: str) -> Callable[..., ClonePlan]:
 
 
 def plan_clones_reference(
-    counts: Tensor,
-    num_slots: int,
-    tolerance: float = 0.0,
-    min_tokens_per_clone: int = 0,
-    ranks_per_node: int | None = None,
-    within_node: bool = False,
-    price: ClonePrice | None = None,
-) -> ClonePlan:
+    counts: Tensor, num_slots: int, tolerance: float = 0.0, min_tokens_per_clone: int = 0,
+    ranks_per_node: int | None = None, within_node: bool = False, price: ClonePrice | None = None,
+) -> ClonePlan:  # fmt: skip
     """The planner in torch operations, on any device; ``plan_clones`` without the checks."""
     ranks, experts = counts.shape
     per_rank = experts // ranks
@@ -118,13 +113,8 @@ def plan_clones_reference(
     load_before = tokens.reshape(ranks, per_rank).sum(1)
     size, nodes = domain(ranks, ranks_per_node, within_node)
     of_domain = tokens.reshape(nodes, -1)
-    goal = Goal(
-        of_domain.sum(1).amax(),
-        num_slots,
-        tolerance,
-        None if within_node else ranks_per_node,
-        price,
-    )
+    fullest, inner_nodes = of_domain.sum(1).amax(), None if within_node else ranks_per_node
+    goal = Goal(fullest, num_slots, tolerance, inner_nodes, price)
     parts = [_moves(part, size, goal, min_tokens_per_clone) for part in of_domain.unbind()]
     moved = parts[0]
     if nodes > 1:
@@ -159,13 +149,9 @@ def _moves(tokens: Tensor, ranks: int, goal: Goal, minimum: int) -> Tensor:
 
 
 def _check(
-    counts: Tensor,
-    num_slots: int,
-    tolerance: float,
-    min_tokens_per_clone: int,
-    ranks_per_node: int | None,
-    within_node: bool,
-) -> None:
+    counts: Tensor, num_slots: int, tolerance: float, min_tokens_per_clone: int,
+    ranks_per_node: int | None, within_node: bool,
+) -> None:  # fmt: skip
     if counts.dtype != torch.int64 or counts.dim() != 2:
         raise ValueError(
             f"counts is {counts.dtype} {tuple(counts.shape)}. Give an int64 tensor [R, E]."

@@ -41,12 +41,8 @@ def balance_bound[Number: (int, Tensor)](
 
     The one place where the bound is computed, in integers: the tolerance is rounded to millionths
     once, ``max(ceil(total / R), floor((10^6 + round(10^6 tolerance)) total / (10^6 R)))``. It also
-    sizes the receive buffer, from the token budget ``T * K`` of a rank times R.
-
-    Args:
-        total: tokens over all ranks, an int or an int64 tensor, up to 2^49.
-        num_ranks: R.
-        tolerance: allowed excess over the mean, 0.02 for 2 %.
+    sizes the receive buffer, from the token budget ``T * K`` of a rank times R. ``total`` are the
+    tokens over all ranks, up to 2^49.
     """
     return _bound_at(total, num_ranks, balance_scale(tolerance))
 

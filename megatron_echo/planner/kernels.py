@@ -42,16 +42,9 @@ def _sum_counts(
 
 @triton.jit
 def _give_up_small_clones(
-    moved,
-    load,
-    bound,
-    minimum,
-    R: tl.constexpr,
-    M: tl.constexpr,
-    PRICED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    moved, load, bound, minimum, R: tl.constexpr, M: tl.constexpr, PRICED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Home ranks with room take their smallest clones back, smallest first."""
     rank = tl.arange(0, BLOCK_R)
     cell = tl.arange(0, BLOCK_H)
@@ -99,8 +92,8 @@ def _write_plan(
         piece = tl.load(moved + cell, mask=inside, other=0)
         stay = tl.load(tokens + expert, mask=expert < E, other=0) - tl.sum(piece, axis=0)
         is_home = (expert // M)[None, :] == rank[:, None]
-        place = allocation + expert[None, :] * WIDTH + rank[:, None]
-        tl.store(place, tl.where(is_home, stay[None, :], piece), mask=inside)
+        cell = expert[None, :] * WIDTH + rank[:, None]
+        tl.store(allocation + cell, tl.where(is_home, stay[None, :], piece), mask=inside)
         gone = tl.where(is_home, tl.sum(piece, axis=0)[None, :], 0)
         after += tl.sum(piece, axis=1) - tl.sum(gone, axis=1)
         used = (piece > 0).to(tl.int32)
@@ -181,8 +174,8 @@ def _plan_kernel(
     """One plan of one domain; what it reaches and costs goes to ``scores [N, TRIALS, 2]``."""
     trial = tl.program_id(0)
     domain = tl.program_id(1)
-    place = domain * TRIALS + trial
-    moved += place * (E * R)
+    plan = domain * TRIALS + trial
+    moved += plan * (E * R)
     tokens += domain * E  # programs of a domain write the same values there
     _sum_counts(counts + domain * E, tokens, N * R, N, E, BLOCK_ALL, BLOCK_E)
     rank = tl.arange(0, BLOCK_R)
@@ -192,7 +185,7 @@ def _plan_kernel(
     target = _target(load, total, scale, trial, R, EXACT, PRICED, TRIALS) if TRIALS > 1 else bound
     most = 0
     if EXACT:
-        quota += place * (R * R)
+        quota += plan * (R * R)
         over = tl.where(rank < R, load - target, 0)
         if TRIALS == 1 or trial % 2 == 0:
             over = _alias_table(quota, over, node_size, R, BY_NODE, BLOCK_R)
@@ -204,7 +197,7 @@ def _plan_kernel(
         )  # fmt: skip
     else:
         cost, over = _greedy(
-            moved, left + place * E, tokens, load, target, node_size, price_inside, price_across,
+            moved, left + plan * E, tokens, load, target, node_size, price_inside, price_across,
             R, S, M, BY_NODE, PRICED, BLOCK_R, BLOCK_M,
         )  # fmt: skip
     tl.debug_barrier()
@@ -217,8 +210,8 @@ def _plan_kernel(
         highest = tl.max(tl.where(rank < R, over + target, 0), axis=0)
         if PRICED:
             cost += tl.maximum(highest, _bound_at(total, R, 1000000))
-        tl.store(scores + 2 * place, tl.where(most <= S, tl.maximum(highest, bound), _FAR))
-        tl.store(scores + 2 * place + 1, cost)
+        tl.store(scores + 2 * plan, tl.where(most <= S, tl.maximum(highest, bound), _FAR))
+        tl.store(scores + 2 * plan + 1, cost)
 
 
 @triton.jit
@@ -232,9 +225,9 @@ def _best_kernel(
     """The best of a domain's plans: the lowest maximum above the bound, then the lowest cost."""
     domain = tl.program_id(0)
     trial = tl.arange(0, TRIALS)
-    place = scores + 2 * (domain * TRIALS + trial)
-    reached = tl.load(place)
-    cost = tl.where(reached == tl.min(reached, axis=0), tl.load(place + 1), 2 * _FAR)
+    scores += 2 * (domain * TRIALS + trial)
+    reached = tl.load(scores)
+    cost = tl.where(reached == tl.min(reached, axis=0), tl.load(scores + 1), 2 * _FAR)
     _, best = _first_max(-cost, trial, 0)
     load = _load_of(tokens + domain * E, R, M, BLOCK_R, BLOCK_M)
     total = tl.load(fullest) if N > 1 else tl.sum(load, axis=0)
@@ -252,14 +245,8 @@ def constants(
 ) -> dict[str, int | bool]:  # fmt: skip
     """The kernels' compile-time arguments; one compilation a configuration.
 
-    Args:
-        ranks: of a domain, as ``experts``.
-        experts: E.
-        num_slots: S.
-        relaxed: with a tolerance.
-        by_node: whether nodes matter inside a domain.
-        priced: with a price.
-        domains: N.
+    ``ranks`` and ``experts`` are those of a domain. ``relaxed``: with a tolerance; ``priced``: with
+    a price; ``by_node``: nodes matter inside a domain.
     """
     per_rank = experts // ranks
     block_ranks = triton.next_power_of_2(ranks)
@@ -289,23 +276,13 @@ def constants(
 
 
 def plan_tensors(
-    counts: Tensor,
-    num_slots: int,
-    tolerance: float,
-    min_tokens_per_clone: int,
-    ranks_per_node: int | None,
-    within_node: bool = False,
-    price: ClonePrice | None = None,
-) -> dict[str, Tensor]:
+    counts: Tensor, num_slots: int, tolerance: float, min_tokens_per_clone: int,
+    ranks_per_node: int | None, within_node: bool = False, price: ClonePrice | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of a :class:`~megatron_echo.planner.plan.ClonePlan`, planned by two launches.
 
-    Args:
-        counts: int64 ``[R, E]`` on a CUDA device (or on the CPU in Triton's interpreter), with
-            R > 1; the other arguments are those of ``plan_clones``, checked by it, with
-            ``num_slots`` above 0.
-
-    Returns:
-        ``slot_expert``, ``allocation``, ``load_before``, ``load_after``, ``num_clones``.
+    ``counts`` are on a CUDA device, or on the CPU in Triton's interpreter. The arguments are those
+    of ``plan_clones``, checked by it, with R > 1 and ``num_slots`` above 0.
     """
     all_ranks, all_experts = counts.shape
     ranks, domains = domain(all_ranks, ranks_per_node, within_node)

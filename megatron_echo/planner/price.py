@@ -63,15 +63,10 @@ class ClonePrice:
 
 
 def clone_time(is_clone: Tensor, price: ClonePrice, ranks_per_node: int | None) -> Tensor:
-    """Time of the clones of the busiest rank, in rows: those it sends or those it receives.
+    """Time of the clones of the busiest rank, in rows, int64 ``[...]``: those it sends or receives.
 
-    Args:
-        is_clone: bool ``[..., E, R]``, whether rank ``r`` computes tokens of ``e`` as a clone.
-        price: of a clone.
-        ranks_per_node: None if all links are alike.
-
-    Returns:
-        int64 ``[...]``.
+    ``is_clone``, bool ``[..., E, R]``, says whether rank ``r`` computes tokens of ``e`` as a clone;
+    ``ranks_per_node`` is None if all links are alike.
     """
     ranks = is_clone.shape[-1]
     pairs = is_clone.unflatten(-2, (ranks, -1)).sum(-2)  # [..., home, receiver]

@@ -22,8 +22,8 @@ def auto_slots(ranks: int, experts: int) -> int:
     (:func:`~megatron_echo.planner.plan_clones`), with fewer it is what the planner reached on the
     loads of the table's benchmark. Many ranks need few slots: each takes over a small part only.
     """
-    local = experts // ranks
+    per_rank = experts // ranks
     rows = [row for known, row in SLOTS.items() if known <= ranks]
-    fits = [slots for known, slots in rows[-1].items() if known >= local] if rows else []
+    fits = [slots for known, slots in rows[-1].items() if known >= per_rank] if rows else []
     least = LEAST_OF_FEW if ranks < FEW_RANKS else LEAST
-    return min(local, max(fits[0], least)) if fits else local
+    return min(per_rank, max(fits[0], least)) if fits else per_rank

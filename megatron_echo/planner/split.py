@@ -34,18 +34,11 @@ def split_up_to(
     allows: for each expert and node it is the smaller of the two sums, which no split exceeds.
     Since sources lie in rank order, those up to a rank fill a line up to one point.
 
-    Args:
-        counts: int64 ``[R, E]``, tokens of each source rank for each expert.
-        allocation: int64 ``[E, R]``, tokens of each expert computed on each rank.
-        rank: the source rank.
-        ranks_per_node: ranks of a node, consecutive; None leaves the second pass out.
+    Without ``ranks_per_node`` the second pass is left out.
 
     Returns:
         int64 ``[2, E, R]``: of all ranks below ``rank``, and of those and ``rank``. For the
         last rank the latter is ``allocation``.
-
-    Raises:
-        ValueError: ``rank`` or ``ranks_per_node`` does not fit the number of ranks.
     """
     ranks, experts = counts.shape
     if not 0 <= rank < ranks:

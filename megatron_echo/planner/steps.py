@@ -81,7 +81,7 @@ def exact(tokens: Tensor, load: Tensor, goal: Goal) -> Tensor:
     bounds. See :func:`_best`.
     """
     ranks = load.shape[0]
-    experts = tokens.reshape(ranks, -1)
+    at_home = tokens.reshape(ranks, -1)
     extra = balance_scale(goal.tolerance) - _MILLION
     if goal.price is not None:
         bounds = goal.ladder(load, NUM_BOUNDS)
@@ -91,10 +91,10 @@ def exact(tokens: Tensor, load: Tensor, goal: Goal) -> Tensor:
     excess = load - bounds[:, None]
     table = _alias_table(excess, goal.ranks_per_node)
     if goal.price is None and extra == 0:
-        return _serve_quotas(table, experts)[0]
+        return _serve_quotas(table, at_home)[0]
     fits = _closest_fits(excess, goal.ranks_per_node)
     quota = torch.stack((table, fits), dim=1).flatten(0, 1)
-    return _best(_serve_quotas(quota, experts), load, goal)
+    return _best(_serve_quotas(quota, at_home), load, goal)
 
 
 def _best(plans: Tensor, load: Tensor, goal: Goal) -> Tensor:
@@ -127,10 +127,7 @@ def _alias_table(excess: Tensor, ranks_per_node: int | None) -> Tensor:
     R - 1 times, the fullest donor fills the emptiest open receiver up to the bound; the donor may
     fall below it and become a receiver. Nodes that can serve themselves do so first, the smallest
     hole first, so that few and large ones are left to the others.
-
-    Args:
-        excess: int64 ``[V, R]``, load minus bound, for V bounds at once.
-        ranks_per_node: as for ``plan_clones``.
+    ``excess`` is load minus bound, int64 ``[V, R]``, for V bounds at once.
     """
     variants, ranks = excess.shape
     is_open = torch.ones_like(excess, dtype=torch.bool)
@@ -218,21 +215,17 @@ def _cost(home: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor | int:
     return torch.where(inside, INTRA_NODE_COST, INTER_NODE_COST)
 
 
-def _serve_quotas(quota: Tensor, experts: Tensor) -> Tensor:
-    """Deal each home rank's quotas ``[V, R, R]`` over its experts' tokens: ``[V, E, R]``.
+def _serve_quotas(quota: Tensor, at_home: Tensor) -> Tensor:
+    """Deal quotas ``[V, home, receiver]`` over the tokens ``[R, m]`` of home ranks: ``[V, E, R]``.
 
     For all home ranks at once, the largest open quota takes from the largest remaining expert. A
-    round ends a quota or an expert, so ``R - 2 + E // R`` rounds serve all.
-
-    Args:
-        quota: int64, ``[V, home, receiver]``.
-        experts: int64 ``[R, E // R]``, tokens of each home rank's experts.
+    round ends a quota or an expert, so ``R - 2 + m`` rounds serve all.
     """
-    ranks, per_rank = experts.shape
+    ranks, per_rank = at_home.shape
     variants = quota.shape[0]
     moved = quota.new_zeros(variants, ranks, per_rank * ranks)
     quota_keys = _keys(quota)
-    expert_keys = _keys(experts).expand(variants, ranks, per_rank).clone()
+    expert_keys = _keys(at_home).expand(variants, ranks, per_rank).clone()
     for _ in range(ranks - 2 + per_rank):
         wanted, receiver = _first_max(quota_keys)
         held, expert = _first_max(expert_keys)

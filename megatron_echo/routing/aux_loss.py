@@ -16,8 +16,8 @@ of weights a group. A level is a choice of groups and of the counts that make ``
 
 and the z loss (ST-MoE, arXiv 2202.08906, eq. 5) is the mean of ``logsumexp(logits) ** 2``.
 
-Shapes: logits and scores ``[S, B, E]`` (sequence, batch, experts), ``valid`` bool ``[S, B]`` or
-None (every token counts), rows and counts ``[G, E]`` with G of 1 or B. Arithmetic is in fp32, or
+Shapes: logits and scores ``[s, b, E]`` (sequence, batch, experts), ``valid`` bool ``[s, b]`` or
+None (every token counts), rows and counts ``[g, E]`` with g of 1 or b. Arithmetic is in fp32, or
 in fp64 where logits are. Nothing reads a value on the host.
 """
 
@@ -37,11 +37,8 @@ def router_scores(logits: Tensor, function: str, dtype: torch.dtype | None = Non
 
     Args:
         logits: ``[..., E]``.
-        function: one of :data:`SCORE_FUNCTIONS`.
+        function: one of :data:`SCORE_FUNCTIONS`; another is a ``ValueError``.
         dtype: of the scores; fp32, or fp64 where the logits are, by default.
-
-    Raises:
-        ValueError: another function.
     """
     dtype = dtype or torch.promote_types(logits.dtype, torch.float32)
     if function == "softmax":
@@ -54,37 +51,26 @@ def router_scores(logits: Tensor, function: str, dtype: torch.dtype | None = Non
 
 
 def count_tokens(routing_map: Tensor, valid: Tensor | None) -> Tensor:
-    """Token-expert pairs of each sequence and expert, int64 ``[B, E]``.
-
-    Args:
-        routing_map: bool ``[S, B, E]``.
-        valid: bool ``[S, B]``, False for padding; None if there is none.
-    """
+    """Pairs of each sequence and expert, int64 ``[b, E]``, of a bool map of choices."""
     if valid is not None:
         routing_map = routing_map & valid[..., None]
     return routing_map.sum(0)
 
 
 def balance_rows(counts: Tensor, tokens: Tensor) -> Tensor:
-    """The rows ``E * f / tokens`` of a load-balancing loss, fp64 ``[G, E]``.
+    """The rows ``E * f / tokens`` of a load-balancing loss, fp64 ``[g, E]``.
 
-    A group without tokens has a row of zeros.
-
-    Args:
-        counts: ``[G, E]``, the pairs that make ``f``.
-        tokens: ``[G]``, valid tokens of each group whose scores are summed.
+    ``counts`` are the pairs that make ``f``, ``tokens`` ``[g]`` the valid ones of each group whose
+    scores are summed. A group without tokens has a row of zeros.
     """
     per_token = load_fractions(counts) * counts.shape[-1]
     return per_token / tokens.clamp(min=1).double()[..., None]
 
 
 def score_sums(scores: Tensor, function: str, valid: Tensor | None) -> Tensor:
-    """The normalised scores of each sequence's valid tokens, added up: ``[B, E]``.
+    """The normalised scores of each sequence's valid tokens, added up: ``[b, E]``.
 
-    Args:
-        scores: ``[S, B, E]``, from :func:`router_scores`.
-        function: that function.
-        valid: as above.
+    ``scores`` are those of :func:`router_scores` with the same ``function``.
     """
     weights = None if valid is None else valid.to(scores.dtype)
     if function != "softmax":
@@ -106,13 +92,9 @@ def z_sum(logits: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def balance_gradient(scores: Tensor, function: str, rows: Tensor, valid: Tensor | None) -> Tensor:
-    """The gradient of :func:`balance_loss` by the scores before normalisation, ``[S, B, E]``.
+    """The gradient of :func:`balance_loss` by the scores before normalisation, ``[s, b, E]``.
 
-    Args:
-        scores: ``[S, B, E]``, from :func:`router_scores`.
-        function: that function.
-        rows: ``[1, E]`` or ``[B, E]``, the sum of all losses' rows.
-        valid: as above.
+    ``rows``, ``[1, E]`` or ``[b, E]``, are the sum of all losses' rows.
     """
     if function == "softmax":
         grad = rows.expand_as(scores).clone()
@@ -124,7 +106,7 @@ def balance_gradient(scores: Tensor, function: str, rows: Tensor, valid: Tensor 
 
 
 def scores_gradient_(grad: Tensor, scores: Tensor, function: str) -> Tensor:
-    """Turn a gradient by the scores into one by the logits, ``[S, B, E]``, in its memory."""
+    """Turn a gradient by the scores into one by the logits, ``[s, b, E]``, in its memory."""
     if function == "sqrtsoftplus":
         slope = -torch.expm1(-scores.square()) / (2 * scores)
         return grad.mul_(torch.where(scores > 0, slope, 0))
@@ -137,7 +119,7 @@ def scores_gradient_(grad: Tensor, scores: Tensor, function: str) -> Tensor:
 def add_z_gradient_(
     grad: Tensor, logits: Tensor, coefficient: Tensor | float, valid: Tensor | None
 ) -> Tensor:
-    """Add the gradient of ``coefficient * z_sum`` by the logits to ``grad``, ``[S, B, E]``."""
+    """Add the gradient of ``coefficient * z_sum`` by the logits to ``grad``, ``[s, b, E]``."""
     logits = logits.to(grad.dtype)
     z = torch.logsumexp(logits, dim=-1, keepdim=True)
     slope = 2 * coefficient * z

@@ -1,7 +1,7 @@
 """One autograd node a layer that adds the gradient of all its losses in backward.
 
-    logits = attach_losses(logits, valid, losses, call)           # the same logits
-    scores = attach_losses_to_scores(logits, valid, losses, call) # the same scores
+    logits = attach_losses(logits, valid, losses, call)                  # the same logits
+    scores = attach_losses(logits, valid, losses, call, to_scores=True)  # their scores
 
 The output of the forward pass does not depend on the losses, and no scalar leaves the layer, so
 there is nothing that a pipeline stage could lose. The node saves the logits only. What weighs the
@@ -51,13 +51,13 @@ class Losses(Protocol):
         """Record the losses of one call and weigh their gradients.
 
         Args:
-            sums: ``[B, E]``, :func:`~megatron_echo.routing.aux_loss.score_sums`; ``[1, 1]``
+            sums: ``[b, E]``, :func:`~megatron_echo.routing.aux_loss.score_sums`; ``[1, 1]``
                 zeros without load-balancing losses.
             squares: scalar, :func:`~megatron_echo.routing.aux_loss.z_sum`; 0 without z loss.
             call: what the node was made with.
 
         Returns:
-            The rows of the load-balancing losses, ``[B, E]`` like ``sums``, and the coefficient
+            The rows of the load-balancing losses, ``[b, E]`` like ``sums``, and the coefficient
             of ``squares``, a scalar; both with all factors, in the dtype of ``sums``.
         """
 
@@ -88,13 +88,11 @@ def measure(
 ) -> tuple[Tensor, Tensor]:
     """Sum up the scores and squares of a call, for ``Losses.weigh``.
 
-    Args:
-        logits: ``[S, B, E]``.
-        scores: theirs, before normalisation; None will do without load-balancing losses.
-        valid: as for :func:`attach_losses`.
-        losses: which sums there are.
+    ``scores`` are those of the logits before normalisation; None will do without load-balancing
+    losses. The rest as for :func:`attach_losses`.
     """
-    sums = logits.new_zeros(1, 1, dtype=_score_dtype(logits, losses))
+    dtype = losses.score_dtype or torch.promote_types(logits.dtype, torch.float32)
+    sums = logits.new_zeros(1, 1, dtype=dtype)
     squares = sums.new_zeros(())
     if losses.has_balance_loss:
         assert scores is not None
@@ -104,16 +102,6 @@ def measure(
     return sums, squares
 
 
-def _weights(
-    logits: Tensor, scores: Tensor | None, valid: Tensor | None, losses: Losses, call: int
-) -> tuple[Tensor, Tensor]:
-    """Ask what the sums of a call weigh."""
-    sums, squares = measure(logits, scores, valid, losses)
-    if torch.compiler.is_compiling():
-        return _weigh(sums, squares, losses.key, call)
-    return losses.weigh(sums, squares, call)
-
-
 def _loss_gradient(
     logits: Tensor, valid: Tensor | None, losses: Losses, call: int, grad_scores: Tensor | None
 ) -> Tensor:
@@ -121,77 +109,55 @@ def _loss_gradient(
     function, scores = losses.score_function, None
     if losses.has_balance_loss or grad_scores is not None:
         scores = router_scores(logits, function, losses.score_dtype)
-    rows, coefficient = _weights(logits, scores, valid, losses, call)
+    sums, squares = measure(logits, scores, valid, losses)
+    if torch.compiler.is_compiling():
+        rows, coefficient = _weigh(sums, squares, losses.key, call)
+    else:
+        rows, coefficient = losses.weigh(sums, squares, call)
     if scores is None:
         grad = torch.zeros_like(logits, dtype=rows.dtype)
     else:
-        if not losses.has_balance_loss:
-            assert grad_scores is not None
-            grad = grad_scores.clone()
-        else:
-            grad = balance_gradient(scores, function, rows, valid)
-            grad = grad if grad_scores is None else grad.add_(grad_scores)
+        grad = balance_gradient(scores, function, rows, valid) if losses.has_balance_loss else None
+        if grad_scores is not None:
+            grad = grad_scores.clone() if grad is None else grad.add_(grad_scores)
+        assert grad is not None
         grad = scores_gradient_(grad, scores, function)
     del scores
     return add_z_gradient_(grad, logits, coefficient, valid) if losses.has_z_loss else grad
 
 
-def _score_dtype(logits: Tensor, losses: Losses) -> torch.dtype:
-    return losses.score_dtype or torch.promote_types(logits.dtype, torch.float32)
-
-
-class _ToLogits(torch.autograd.Function):
+class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, valid: Tensor | None, losses: Losses, call: int
+        ctx: Any, logits: Tensor, valid: Tensor | None, losses: Losses, call: int, to_scores: bool
     ) -> Tensor:
         ctx.save_for_backward(logits, valid)
-        ctx.losses, ctx.call = losses, call
+        ctx.losses, ctx.call, ctx.to_scores = losses, call, to_scores
+        if to_scores:
+            return router_scores(logits, losses.score_function, losses.score_dtype)
         return logits.view_as(logits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, valid = ctx.saved_tensors
-        added = _loss_gradient(logits, valid, ctx.losses, ctx.call, None)
-        return added.add_(grad).to(logits.dtype), None, None, None
+        grad_scores = grad if ctx.to_scores else None
+        added = _loss_gradient(logits, valid, ctx.losses, ctx.call, grad_scores)
+        whole = added if ctx.to_scores else added.add_(grad)
+        return whole.to(logits.dtype), None, None, None, None
 
 
-class _ToScores(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, valid: Tensor | None, losses: Losses, call: int
-    ) -> Tensor:
-        ctx.save_for_backward(logits, valid)
-        ctx.losses, ctx.call = losses, call
-        return router_scores(logits, losses.score_function, losses.score_dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, valid = ctx.saved_tensors
-        added = _loss_gradient(logits, valid, ctx.losses, ctx.call, grad)
-        return added.to(logits.dtype), None, None, None
-
-
-def attach_losses(logits: Tensor, valid: Tensor | None, losses: Losses, call: int) -> Tensor:
-    """The logits, with the gradient of all losses added in backward.
+def attach_losses(
+    logits: Tensor, valid: Tensor | None, losses: Losses, call: int, to_scores: bool = False
+) -> Tensor:
+    """The logits, with the gradient of all losses added in backward; or their scores.
 
     Args:
-        logits: ``[S, B, E]``.
-        valid: bool ``[S, B]``, False for padding; None if there is none.
+        logits: ``[s, b, E]``.
+        valid: bool ``[s, b]``, False for padding; None if there is none.
         losses: asked in backward.
         call: handed back to ``losses``.
+        to_scores: give ``router_scores`` of the logits: where routing goes on from the scores of
+            all experts, this is then the one node that saves a tensor of their size.
     """
-    return _ToLogits.apply(logits, valid, losses, call)
-
-
-def attach_losses_to_scores(
-    logits: Tensor, valid: Tensor | None, losses: Losses, call: int
-) -> Tensor:
-    """``router_scores`` of the logits, with the gradient of all losses added in backward.
-
-    Where routing goes on from the scores of all experts, this is the one node that saves a tensor
-    of their size. Arguments as for :func:`attach_losses`.
-    """
-    return _ToScores.apply(logits, valid, losses, call)
+    return _Attach.apply(logits, valid, losses, call, to_scores)

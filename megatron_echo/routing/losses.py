@@ -23,7 +23,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
@@ -36,11 +35,7 @@ from megatron_echo.step.counts import CountExchange
 
 
 def estimate_whole(
-    seen: Tensor,
-    calls: Tensor | int,
-    total: Tensor | int,
-    previous: Tensor,
-    variance: Tensor,
+    seen: Tensor, calls: Tensor | int, total: Tensor | int, previous: Tensor, variance: Tensor
 ) -> Tensor:
     """Counts in proportion to those of a step of which some calls are still to come, fp64 ``[E]``.
 
@@ -106,50 +101,47 @@ class LayerLosses:
         self._share = 1 / calls_per_microbatch
         self._previous = previous
         self._tokens: dict[int, int | None] = {}  # of a call; None if some may be padding
-        self.row = exchange.register(calls_per_microbatch, previous)
+        self.counts = exchange.register(calls_per_microbatch, previous)
         self.key = register(self)
 
     def enter(self, role: Role, tokens: int, has_padding: bool) -> tuple[int, bool]:
-        """Begin a forward pass: see :meth:`CountExchange.enter`."""
-        call, is_new = self.exchange.enter(self.row, role)
+        """Begin a forward pass: see :meth:`LayerCounts.enter`."""
+        call, is_new = self.counts.enter(role)
         self._tokens[call] = None if has_padding else tokens
         return call, is_new
 
     def write(self, call: int, counts: Tensor) -> None:
-        """Hand over the counts of a call, int64 ``[B, E]``, this rank's."""
+        """Hand over the counts of a call, int64 ``[b, E]``, this rank's."""
         is_padded = self._tokens[call] is None
         over_batch = "global_aux_loss" in self.settings.coefficients
         if not self.settings.counts_sequences:
             counts = counts.sum(0, keepdim=True)
-        self.exchange.write(self.row, call, counts, over_batch or (self.has_z_loss and is_padded))
+        self.counts.write(call, counts, over_batch or (self.has_z_loss and is_padded))
 
     @torch.no_grad()
     def record_at_end(self, logits: Tensor, valid: Tensor | None, call: int) -> None:
         """Record the losses of a call that no backward pass will reach, when the step ends.
 
-        In graphs of single layers at once, with what is counted by then.
-
-        Args:
-            logits: ``[S, B, E]``, without gradient.
-            valid: bool ``[S, B]``, None if every token counts.
-            call: its number.
+        In graphs of single layers at once, with what is counted by then. The logits need no
+        gradient.
         """
         scores = router_scores(logits, self.score_function, self.score_dtype)
         sums, squares = measure(logits, scores, valid, self)
         if self.exchange.has_layer_graphs:
             self.weigh(sums, squares, call)
-            return
-        self.exchange.at_end(self.row, call, partial(self.weigh, sums, squares, call))
+        else:
+            self.counts.at_end(call, partial(self.weigh, sums, squares, call))
 
     @torch.no_grad()
     def weigh(self, sums: Tensor, squares: Tensor, call: int) -> tuple[Tensor, Tensor]:
         """Record the losses of a call and weigh their gradients; see ``injection.Losses``."""
         rows = torch.zeros_like(sums, dtype=torch.float64)
-        wide_sums = sums.double()
         for name, strength in self.settings.coefficients.items():
             counts, tokens, sequences = self._level(name, call)
             unit = balance_rows(counts, tokens) / sequences
-            self._record(LOSS_NAMES[name], balance_loss(wide_sums, unit), name == "global_aux_loss")
+            self._record(
+                LOSS_NAMES[name], balance_loss(sums.double(), unit), name == "global_aux_loss"
+            )
             rows += unit * strength * self._weight(name, tokens, sequences)
         coefficient = torch.zeros_like(squares, dtype=torch.float64)
         if self.has_z_loss:
@@ -157,15 +149,17 @@ class LayerLosses:
             self._record("z_loss", squares.double() / tokens, True)
             weight = self._weight("z_loss", tokens, 1)
             coefficient = coefficient + self.settings.z_coefficient * weight / tokens
-        scale = self._scale(sums)
+        scale = rows.new_full((), self._share)
+        if MoEAuxLossAutoScaler.main_loss_backward_scale is not None:
+            scale = MoEAuxLossAutoScaler.main_loss_backward_scale.double().reshape(()) * self._share
         return (rows * scale).to(sums.dtype), (coefficient * scale).to(squares.dtype)
 
     def _level(self, name: str, call: int) -> tuple[Tensor, Tensor, int]:
-        """Counts ``[G, E]``, valid tokens ``[G]`` and number of groups of a loss."""
+        """Counts ``[g, E]``, valid tokens ``[g]`` and number of groups of a loss."""
         if name == "global_aux_loss":
-            own = self.exchange.of_batch(self.row, call)[None]
+            own = self.counts.of_batch(call)[None]
             return self._batch_counts(call)[None], own.sum(-1) // self._topk, 1
-        counts = self.exchange.of_sequences(self.row, call)
+        counts = self.counts.of_sequences(call)
         if name == "aux_loss":
             counts = counts.sum(0, keepdim=True)
         return counts, counts.sum(-1) // self._topk, counts.shape[0]
@@ -181,16 +175,16 @@ class LayerLosses:
         """The counts that a batch-wise loss uses, fp64 ``[E]``; only their ratios matter."""
         source = self.settings.source
         if source == "microbatch":
-            return self.exchange.of_batch(self.row, call).double()
+            return self.counts.of_batch(call).double()
         up_to = call if source == "cumulative" else None
-        seen, calls = self.exchange.of_seen(self.row, up_to)
+        seen, calls = self.counts.of_seen(up_to)
         if not self.settings.keeps_previous:
             return seen
         assert self._previous is not None
         previous, variance = self._previous().double()
         if source == "previous_step":
             return torch.where(previous.sum() > 0, previous, seen)
-        total = calls.clamp(min=self.exchange.calls_in_step(self.row))
+        total = calls.clamp(min=self.counts.calls_in_step())
         return estimate_whole(seen, calls, total, previous, variance.sum())
 
     def _batch_tokens(self, call: int, like: Tensor) -> Tensor:
@@ -198,23 +192,16 @@ class LayerLosses:
         tokens = self._tokens[call]
         if tokens is not None:
             return like.new_full((), tokens * self._batch_group.size(), dtype=torch.float64)
-        valid = self.exchange.of_batch(self.row, call).sum() // self._topk
+        valid = self.counts.of_batch(call).sum() // self._topk
         return valid.clamp(min=1).double()
-
-    def _scale(self, like: Tensor) -> Tensor:
-        scale = MoEAuxLossAutoScaler.main_loss_backward_scale
-        if scale is None:
-            return like.new_full((), self._share, dtype=torch.float64)
-        return scale.double().reshape(()) * self._share
 
     def _record(self, name: str, value: Tensor, over_batch: bool) -> None:
         """Add a loss, without its coefficient, to what Megatron logs."""
-        group: dist.ProcessGroup = self._batch_group if over_batch else self._sequence_group
         get_moe_metrics_tracker().record(
             name,
             value * self._share,
             self.layer_number,
             self._num_layers,
-            reduce_group=group,
+            reduce_group=self._batch_group if over_batch else self._sequence_group,
             needs_dp_avg=not over_batch,
         )

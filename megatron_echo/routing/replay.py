@@ -3,8 +3,9 @@
 A folder holds one of two things for a step:
 
 * what ``--moe-echo-capture-routing`` wrote, one file a rank, of any parallel layout of that run;
-* ``step-<iteration, 8 digits>.npz`` with ``ids``, integers ``[samples * S, L, K]``: the samples of
-  the step one after the other, the MoE layers by their depth, as inference engines record them.
+* ``step-<iteration, 8 digits>.npz`` with ``ids``, integers ``[samples * s, layers, K]``: the
+  samples of the step one after the other, the MoE layers by their depth, as inference engines
+  record them.
 
 The probabilities are those of this run's scores at the replayed experts. A call of a layer takes
 the next microbatch of its step; a recomputation, which runs in the same order, that of its first
@@ -32,11 +33,7 @@ class ReplayedRouting(PerModel):
     """The experts of every token of the step in progress, for the layers of a model."""
 
     def __init__(self, config: Any) -> None:
-        """Use :meth:`of`.
-
-        Args:
-            config: the model's ``TransformerConfig``.
-        """
+        """Use :meth:`of`, with the model's ``TransformerConfig``."""
         self._folder = Path(echo_setting(config, "moe_echo_replay_routing"))
         self._experts, self._topk = config.num_moe_experts, config.moe_router_topk
         self._is_sequence_parallel = config.sequence_parallel
@@ -47,21 +44,12 @@ class ReplayedRouting(PerModel):
         self.iteration = 1
 
     def end_step(self, iteration: int) -> None:
-        """Begin the next step.
-
-        Args:
-            iteration: the one that has ended, from 1.
-        """
+        """Begin the next step; ``iteration`` is the one that has ended, from 1."""
         self.iteration = iteration + 1
         self._calls, self._step = {}, {}
 
     def ids(self, layer: int, role: Role, tokens: int) -> Tensor:
-        """The experts of the next call of a layer, int64 ``[T, K]`` on the host.
-
-        Args:
-            layer: its number.
-            role: of the call.
-            tokens: T.
+        """The experts of the T ``tokens`` of a layer's next call, int64 ``[T, K]`` on the host.
 
         Raises:
             ValueError: the folder does not have them.
@@ -92,7 +80,7 @@ class ReplayedRouting(PerModel):
         return torch.from_numpy(recorded[places].astype(np.int64))
 
     def _read(self) -> dict[int, np.ndarray]:
-        """The experts of all tokens of the step, ``[samples * S, K]``, by layer."""
+        """The experts of all tokens of the step, ``[samples * s, K]``, by layer."""
         path = self._folder / f"step-{self.iteration:08d}.npz"
         layers = self._of_an_engine(path) if path.exists() else self._captured()
         for layer, ids in layers.items():
@@ -116,7 +104,7 @@ class ReplayedRouting(PerModel):
                 "layers",
                 "Write them as [tokens, MoE layers, experts of a token].",
             )
-        return {layer: ids[:, place] for place, layer in enumerate(self._moe_layers)}
+        return {layer: ids[:, depth] for depth, layer in enumerate(self._moe_layers)}
 
     def _captured(self) -> dict[int, np.ndarray]:
         """Put together what the ranks of a run captured; those of one place have the same."""
@@ -160,11 +148,7 @@ class ReplayedLayer:
     """Stands in a router where Megatron's ``RouterReplay`` does."""
 
     def __init__(self, routing: ReplayedRouting) -> None:
-        """Set up for one layer.
-
-        Args:
-            routing: of the model.
-        """
+        """Set up for one layer; ``routing`` is the model's."""
         self._routing = routing
         self.layer_number = 0
 
@@ -176,14 +160,9 @@ class ReplayedLayer:
         group_topk: int | None = None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The scores at the replayed experts, the best first as ``topk`` has them, and those.
+        """The scores ``[T, K]`` at the replayed experts, the best first as in ``topk``, and those.
 
-        Args:
-            scores: ``[T, E]``.
-            topk: K.
-            num_groups: for ``default_compute_topk``, which chooses in passes that train nothing.
-            group_topk: likewise.
-            default_compute_topk: Megatron's.
+        In passes that train nothing Megatron's ``default_compute_topk`` chooses.
         """
         role = role_of_call()
         if role is Role.UNRECORDED:

@@ -21,7 +21,7 @@ from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import has_layer_graphs
 from megatron_echo.config import echo_setting
 from megatron_echo.routing.aux_loss import count_tokens, router_scores
-from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores
+from megatron_echo.routing.injection import attach_losses
 from megatron_echo.routing.losses import LayerLosses, RouterLossSettings
 from megatron_echo.routing.replay import ReplayedLayer, ReplayedRouting
 from megatron_echo.step.counts import CountExchange
@@ -89,11 +89,7 @@ class EchoRouter(TopKRouter):
         pg_collection: ProcessGroupCollection,
         is_mtp_layer: bool = False,
     ) -> None:
-        """Build the router; the arguments are those of Megatron's.
-
-        Raises:
-            ValueError: settings of the losses that contradict each other.
-        """
+        """Build Megatron's router; settings of losses that contradict are a ``ValueError``."""
         super().__init__(config, pg_collection, is_mtp_layer)
         settings = RouterLossSettings.from_config(config)
         self.losses: LayerLosses | None = None
@@ -109,14 +105,16 @@ class EchoRouter(TopKRouter):
         if settings.keeps_previous:
             zeros = torch.zeros(2, config.num_moe_experts, device=torch.cuda.current_device())
             self.register_buffer("previous_counts", zeros)
+        step = StepEnd.of(config)
+        if step.exchange is None:  # all routers of a model share it
+            of_sequences = self.tp_cp_group if settings.counts_sequences else None
+            in_graphs = has_layer_graphs(config)
+            step.exchange = CountExchange(of_sequences, self.tp_dp_cp_group, in_graphs)
         is_repeated = is_mtp_layer and config.mtp_use_repeated_layer
+        calls_per_microbatch = (config.mtp_num_layers or 1) if is_repeated else 1
+        previous = (lambda: self.previous_counts) if settings.keeps_previous else None
         self.losses = LayerLosses(
-            settings,
-            config,
-            self,
-            _exchange(config, settings, self),
-            (config.mtp_num_layers or 1) if is_repeated else 1,
-            (lambda: self.previous_counts) if settings.keeps_previous else None,
+            settings, config, self, step.exchange, calls_per_microbatch, previous
         )
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -139,11 +137,11 @@ class EchoRouter(TopKRouter):
         """Choose experts.
 
         Args:
-            logits: ``[S, B, E]``.
-            padding_mask: bool ``[S, B]``, True for padding.
+            logits: ``[s, b, E]``.
+            padding_mask: bool ``[s, b]``, True for padding.
 
         Returns:
-            Probabilities ``[S * B, E]`` and the map of choices, bool ``[S * B, E]``.
+            Probabilities ``[T, E]`` and the map of choices, bool ``[T, E]``.
         """
         role = role_of_call() if self.training else Role.UNRECORDED
         with _replayed_again(self.router_replay, role):
@@ -181,15 +179,17 @@ class EchoRouter(TopKRouter):
     def _route(self, logits: Tensor, valid: Tensor | None, call: int) -> tuple[Tensor, Tensor]:
         """Probabilities and map of choices, with the losses attached where there are gradients."""
         assert self.losses is not None
-        is_attached = torch.is_grad_enabled()
-        if self._routes_from_scores():
-            if is_attached:
-                scores = attach_losses_to_scores(logits, valid, self.losses, call)
-            else:
-                scores = router_scores(logits, self.score_function, torch.float32)
-            return self._choose(scores.view(-1, scores.shape[-1]), logits.dtype)
-        if is_attached:
-            logits = attach_losses(logits, valid, self.losses, call)
+        # One node can serve routing and losses, so that only one tensor is saved.
+        from_scores = not self.config.moe_router_fusion and (
+            self.score_function != "softmax" or self.config.moe_router_pre_softmax
+        )
+        dtype = logits.dtype
+        if torch.is_grad_enabled():
+            logits = attach_losses(logits, valid, self.losses, call, from_scores)
+        elif from_scores:
+            logits = router_scores(logits, self.score_function, torch.float32)
+        if from_scores:
+            return self._choose(logits.view(-1, logits.shape[-1]), dtype)
         return topk_routing_with_score_function(
             logits.view(-1, logits.shape[-1]),
             self.topk,
@@ -202,12 +202,6 @@ class EchoRouter(TopKRouter):
             fused=self.config.moe_router_fusion,
             router_replay=self.router_replay,
         )
-
-    def _routes_from_scores(self) -> bool:
-        """Whether one node can serve routing and losses, so that only one tensor is saved."""
-        if self.config.moe_router_fusion:
-            return False
-        return self.score_function != "softmax" or self.config.moe_router_pre_softmax
 
     def _choose(self, scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What Megatron's ``topk_routing_with_score_function`` does after the score function."""
@@ -232,8 +226,7 @@ class EchoRouter(TopKRouter):
         ) -> tuple[Tensor, Tensor]:
             if group_topk:
                 return group_limited_topk(scores, topk, *scores.shape, num_groups, group_topk)
-            values, chosen = scores.topk(topk, dim=1, sorted=torch.is_grad_enabled())
-            return values, chosen
+            return tuple(scores.topk(topk, dim=1, sorted=torch.is_grad_enabled()))
 
         if self.router_replay is None:
             return choose(ranked, self.topk, groups, group_topk)[1]
@@ -241,7 +234,7 @@ class EchoRouter(TopKRouter):
 
     @torch.no_grad()
     def _counted_map(self, logits: Tensor, routing_map: Tensor) -> Tensor:
-        """The choices that the losses count, bool ``[S * B, E]``."""
+        """The choices that the losses count, bool ``[T, E]``."""
         assert self.losses is not None
         is_plain = (
             self.expert_bias is None
@@ -299,24 +292,13 @@ class EchoRouter(TopKRouter):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _exchange(config: Any, settings: RouterLossSettings, router: TopKRouter) -> CountExchange:
-    """The exchange that all routers of a model share."""
-    step = StepEnd.of(config)
-    if step.exchange is None:
-        sequence_group = router.tp_cp_group if settings.counts_sequences else None
-        step.exchange = CountExchange(
-            sequence_group, router.tp_dp_cp_group, has_layer_graphs(config)
-        )
-    return step.exchange
-
-
 class SkewedEchoRouter(EchoRouter):
     """:class:`EchoRouter` under ``--moe-echo-force-skew``.
 
-    Adds ``-alpha * log(place)`` to the logits, the places in a fixed order for each layer.
+    Adds ``-alpha * log(position)`` to the logits, the positions in a fixed order for each layer.
 
-    Softmax turns that into Zipf's law, ``place ** -alpha``, on top of what the router has learnt.
-    The order depends on the layer's number only: the same on every rank and in every run.
+    Softmax turns that into Zipf's law, ``position ** -alpha``, on top of what the router has
+    learnt. The order depends on the layer's number only: the same on every rank and in every run.
     """
 
     _cached_bias: Tensor | None = None
@@ -324,14 +306,11 @@ class SkewedEchoRouter(EchoRouter):
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``[..., E]``."""
         if self._cached_bias is None or self._cached_bias.device != input.device:
-            self._cached_bias = self._bias(input.device)
+            generator = torch.Generator().manual_seed(self.layer_number or 0)
+            position = torch.randperm(self.config.num_moe_experts, generator=generator) + 1
+            bias = -self.config.moe_echo_force_skew * position.to(input.device).float().log()
+            self._cached_bias = bias
         return super().gating(input) + self._cached_bias
-
-    def _bias(self, device: Any) -> Tensor:
-        experts = self.config.num_moe_experts
-        generator = torch.Generator().manual_seed(self.layer_number or 0)
-        place = torch.randperm(experts, generator=generator).to(device) + 1
-        return -self.config.moe_echo_force_skew * place.float().log()
 
 
 def router_class(config: Any) -> type[EchoRouter]:

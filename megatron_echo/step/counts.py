@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ from megatron_echo.call_roles import Role, checkpoint_run_again, checkpoints_of_
 
 @dataclass
 class _Call:
-    """One call of a layer; counts ``[B, E]`` of this rank, then over the two groups.
+    """One call of a layer; counts ``[b, E]`` of this rank, then over the two groups.
 
     Attributes:
         owners: the checkpoints whose first pass it was; none for a recorded one.
@@ -67,26 +68,24 @@ class _Call:
         is_recorded = self.is_run_again or not self.owners
         return is_recorded or any(owner() is not None for owner in self.owners)
 
+    def wait(self) -> None:
+        """Wait for ``sequence`` and ``batch``."""
+        for work in self.work:
+            work.wait()
+        self.work = ()
 
-@dataclass
-class _Totals:
-    """Sums over the calls of a step, int64 on the device; ``calls`` is a scalar.
 
-    Attributes:
-        local: ``[E]``, this rank's counts.
-        batch: ``[E]``, those over all ranks of the stage.
-        squares: ``[E]``, of the latter.
-        calls: their number.
-    """
+class _Totals(NamedTuple):
+    """Sums over the calls of a step, int64 on the device."""
 
     local: Tensor
+    """``[E]``: this rank's counts."""
     batch: Tensor
+    """``[E]``: those over all ranks of the stage."""
     squares: Tensor
+    """``[E]``: of the latter."""
     calls: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
-        return self.local, self.batch, self.squares, self.calls
+    """Scalar: their number."""
 
     @classmethod
     def of(cls, local: list[Tensor], batch: list[Tensor]) -> "_Totals":
@@ -103,21 +102,160 @@ class _Totals:
         return torch.stack((self.batch.double() / calls, variance))
 
 
-@dataclass
-class _Row:
-    """One layer.
+class LayerCounts:
+    """The calls of one layer in a step, each named by its number.
 
     Attributes:
-        calls_per_microbatch: of one microbatch, above 1 for a repeated MTP layer.
-        previous: the layer's buffer for mean and variance of the step's calls; None if not kept.
         calls: of the step.
         totals: in graphs of single layers, from the first call on.
     """
 
-    calls_per_microbatch: int
-    previous: Callable[[], Tensor] | None
-    calls: list[_Call] = field(default_factory=list)
-    totals: _Totals | None = None
+    def __init__(
+        self,
+        exchange: "CountExchange",
+        calls_per_microbatch: int,
+        previous: Callable[[], Tensor] | None,
+    ) -> None:
+        """See :meth:`CountExchange.register`."""
+        self._exchange = exchange
+        self._calls_per_microbatch = calls_per_microbatch
+        self._previous = previous
+        self._first_passes: weakref.WeakKeyDictionary[FunctionCtx, deque[int]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.calls: list[_Call] = []
+        self.last_calls: list[_Call] = []
+        self.totals: _Totals | None = None
+
+    def enter(self, role: Role) -> tuple[int, bool]:
+        """Begin a forward pass of the layer in training, of any role but UNRECORDED.
+
+        Returns:
+            The number of the call, and True if its counts are to be written. A repeated pass is
+            never asked for its number.
+        """
+        if role is Role.REPEATED:
+            return -1, False
+        again = checkpoint_run_again()
+        first = None if again is None else self._first_passes.get(again)
+        if first:
+            number = first[0]
+            first.rotate(-1)
+            self.calls[number].is_run_again = True
+        else:
+            number = len(self.calls)
+            self.calls.append(_Call())
+        if role is Role.FIRST_PASS:
+            for checkpoint in checkpoints_of_first_pass():
+                self.calls[number].owners.append(weakref.ref(checkpoint))
+                self._first_passes.setdefault(checkpoint, deque()).append(number)
+        return number, not first
+
+    def write(self, call: int, counts: Tensor, over_batch: bool) -> None:
+        """Hand over this rank's counts of a call, int64 ``[b, E]`` or ``[1, E]``.
+
+        ``over_batch`` says whether :meth:`of_batch` will be asked for.
+        """
+        entry = self.calls[call]
+        entry.local, entry.over_batch = counts, over_batch
+        self._exchange.send(self, entry)
+        if self._exchange.has_layer_graphs:
+            self._add_to_totals(call)
+
+    @torch.no_grad()
+    def _add_to_totals(self, call: int) -> None:
+        entry = self._arrived(call)
+        assert entry.local is not None
+        local = entry.local.sum(0)
+        new = _Totals.of([local], [self.of_batch(call) if entry.over_batch else local])
+        if self.totals is None:
+            self.totals = _Totals(*map(torch.zeros_like, new))
+        for total, more in zip(self.totals, new, strict=True):
+            total += more
+        entry.seen = _Totals(*(total.clone() for total in self.totals))
+
+    def at_end(self, call: int, function: Callable[[], object]) -> None:
+        """Call a function when the step ends, if the call belongs to it: in each replay too."""
+        self.calls[call].at_end = function
+
+    def of_sequences(self, call: int) -> Tensor:
+        """The counts of a call over the ranks that share its sequences, ``[b, E]``."""
+        entry = self._arrived(call)
+        assert entry.sequence is not None
+        return entry.sequence
+
+    def of_batch(self, call: int) -> Tensor:
+        """The counts of a call over all ranks of the stage, ``[E]``."""
+        entry = self._arrived(call)
+        return self.of_sequences(call).sum(0) if entry.batch is None else entry.batch
+
+    def of_seen(self, up_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """The counts of the step's calls so far, up to one of them, over all ranks of the stage.
+
+        Returns:
+            Their sum, fp64 ``[E]``, and their number, a scalar.
+        """
+        totals = self.totals if up_to is None else self.calls[up_to].seen
+        if totals is None:
+            totals = self._sum(up_to)
+        return totals.batch.double(), totals.calls
+
+    def _sum(self, up_to: int | None = None) -> _Totals:
+        local, batch = [], []
+        for number in self.seen():
+            call = self.calls[number]
+            if call.local is not None and (up_to is None or number <= up_to):
+                local.append(call.local.sum(0))
+                batch.append(self.of_batch(number) if call.over_batch else local[-1])
+        return _Totals.of(local, batch)
+
+    def seen(self) -> list[int]:
+        """The calls of this step whose counts are written."""
+        return [number for number, call in enumerate(self.calls) if call.is_in_step]
+
+    def calls_in_step(self) -> int:
+        """How many calls this step will have; 0 where nobody knows."""
+        try:
+            return get_num_microbatches() * self._calls_per_microbatch
+        except AttributeError:  # Megatron's calculator is not set up
+            return 0
+
+    def begin_step(self) -> None:
+        """In graphs of single layers: clear the totals and drop the calls of captures."""
+        self.calls = []
+        for total in self.totals or ():
+            total.zero_()
+
+    def sum_up(self) -> Tensor | None:
+        """Counts of the step on this rank, int64 ``[E]``; None if the layer was not called."""
+        seen = self.seen()
+        for call in seen:
+            if (function := self.calls[call].at_end) is not None:
+                function()
+        totals = self._sum() if self.totals is None and seen else self.totals
+        if totals is None:
+            return None
+        if self._previous is not None:
+            kept = self._previous()
+            kept.copy_(torch.where(totals.calls > 0, totals.mean_and_variance(), kept))
+        return totals.local
+
+    def end_step(self) -> None:
+        """Forget the calls."""
+        self.calls = []
+        self._first_passes.clear()
+
+    def wait(self) -> None:
+        """Wait for the counts of all calls."""
+        for call in self.calls:
+            call.wait()
+
+    def _arrived(self, call: int) -> _Call:
+        entry = self.calls[call]
+        if entry.sequence is None:
+            self._exchange.launch()
+        entry.wait()
+        return entry
 
 
 class CountExchange:
@@ -138,7 +276,7 @@ class CountExchange:
 
         Args:
             sequence_group: ranks that share sequences (tensor and context parallel); None if
-                nobody asks for :meth:`of_sequences`.
+                nobody asks for :meth:`LayerCounts.of_sequences`.
             batch_group: all ranks of the pipeline stage.
             has_layer_graphs: whether single layers are in CUDA graphs.
         """
@@ -148,231 +286,87 @@ class CountExchange:
         self._same_ranks = (
             sequence_group is not None and sequence_group.size() == batch_group.size()
         )
-        self._rows: list[_Row] = []
-        self._first_passes: weakref.WeakKeyDictionary[FunctionCtx, dict[int, deque[int]]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._pending: list[tuple[int, _Call]] = []
-        self._last_rows: set[int] = set()
-        self._last_calls: list[list[_Call]] = []
+        self.layers: list[LayerCounts] = []
+        self._pending: list[tuple[LayerCounts, _Call]] = []
+        self._last_layers: set[LayerCounts] = set()
         self.last_step: Tensor | None = None
 
     def register(
         self, calls_per_microbatch: int = 1, previous: Callable[[], Tensor] | None = None
-    ) -> int:
-        """A row for a layer.
+    ) -> LayerCounts:
+        """The counts of one more layer.
 
         Args:
-            calls_per_microbatch: how often one microbatch passes the layer.
+            calls_per_microbatch: how often one microbatch passes it, 1 but for MTP.
             previous: gives a buffer ``[2, E]``, filled at the end of each step with mean and
                 variance of its calls, for which all calls are written with ``over_batch``.
         """
-        self._rows.append(_Row(calls_per_microbatch, previous))
-        return len(self._rows) - 1
+        self.layers.append(LayerCounts(self, calls_per_microbatch, previous))
+        return self.layers[-1]
 
-    def enter(self, row: int, role: Role) -> tuple[int, bool]:
-        """Begin a forward pass of a layer in training.
+    def send(self, layer: LayerCounts, call: _Call) -> None:
+        """Add written counts to what waits, and launch when the stage is through."""
+        if any(waiting is layer for waiting, _ in self._pending):
+            self.launch()  # the stage begins again: what waits is a whole microbatch
+        self._pending.append((layer, call))
+        if self.has_layer_graphs or layer in self._last_layers:
+            self.launch()
 
-        Args:
-            row: from :meth:`register`.
-            role: of the pass; not UNRECORDED.
-
-        Returns:
-            The number of the call, and True if its counts are to be written. A repeated pass is
-            never asked for its number.
-        """
-        if role is Role.REPEATED:
-            return -1, False
-        calls, again = self._rows[row].calls, checkpoint_run_again()
-        first = None if again is None else self._first_passes.get(again, {}).get(row)
-        if first:
-            number = first[0]
-            first.rotate(-1)
-            calls[number].is_run_again = True
-        else:
-            number = len(calls)
-            calls.append(_Call())
-        if role is Role.FIRST_PASS:
-            for checkpoint in checkpoints_of_first_pass():
-                calls[number].owners.append(weakref.ref(checkpoint))
-                rows = self._first_passes.setdefault(checkpoint, {})
-                rows.setdefault(row, deque()).append(number)
-        return number, not first
-
-    def write(self, row: int, call: int, counts: Tensor, over_batch: bool) -> None:
-        """Hand over the counts of a call.
-
-        Args:
-            row: from :meth:`register`.
-            call: from :meth:`enter`.
-            counts: int64 ``[B, E]`` or ``[1, E]``, this rank's.
-            over_batch: whether :meth:`of_batch` will be asked for.
-        """
-        if any(waiting == row for waiting, _ in self._pending):
-            self._launch()  # the stage begins again: what waits is a whole microbatch
-        entry = self._rows[row].calls[call]
-        entry.local, entry.over_batch = counts, over_batch
-        self._pending.append((row, entry))
-        if self.has_layer_graphs:
-            self._launch()
-            self._add_to_totals(row, call)
-        elif row in self._last_rows:
-            self._launch()
-
-    @torch.no_grad()
-    def _add_to_totals(self, row: int, call: int) -> None:
-        state, entry = self._rows[row], self._arrived(row, call)
-        assert entry.local is not None
-        local = entry.local.sum(0)
-        new = _Totals.of([local], [self.of_batch(row, call) if entry.over_batch else local])
-        if state.totals is None:
-            state.totals = _Totals(*map(torch.zeros_like, new.tensors()))
-        for total, more in zip(state.totals.tensors(), new.tensors(), strict=True):
-            total += more
-        entry.seen = _Totals(*(total.clone() for total in state.totals.tensors()))
-
-    def at_end(self, row: int, call: int, function: Callable[[], object]) -> None:
-        """Call a function when the step ends, if the call belongs to it: in each replay too."""
-        self._rows[row].calls[call].at_end = function
-
-    def of_sequences(self, row: int, call: int) -> Tensor:
-        """The counts of a call over the ranks that share its sequences, ``[B, E]``."""
-        entry = self._arrived(row, call)
-        assert entry.sequence is not None
-        return entry.sequence
-
-    def of_batch(self, row: int, call: int) -> Tensor:
-        """The counts of a call over all ranks of the stage, ``[E]``."""
-        entry = self._arrived(row, call)
-        if entry.batch is not None:
-            return entry.batch
-        assert entry.sequence is not None
-        return entry.sequence.sum(0)
-
-    def of_seen(self, row: int, up_to: int | None = None) -> tuple[Tensor, Tensor]:
-        """The counts of the calls of this step so far, over all ranks of the stage.
-
-        Args:
-            row: from :meth:`register`.
-            up_to: the last call to take; all that are written for None.
-
-        Returns:
-            Their sum, fp64 ``[E]``, and their number, a scalar.
-        """
-        state = self._rows[row]
-        totals = state.totals if up_to is None else state.calls[up_to].seen
-        if totals is None:
-            totals = self._totals(row, up_to)
-        return totals.batch.double(), totals.calls
-
-    def _totals(self, row: int, up_to: int | None = None) -> _Totals:
-        local, batch = [], []
-        for number in self.seen(row):
-            call = self._rows[row].calls[number]
-            if call.local is not None and (up_to is None or number <= up_to):
-                local.append(call.local.sum(0))
-                batch.append(self.of_batch(row, number) if call.over_batch else local[-1])
-        return _Totals.of(local, batch)
-
-    def seen(self, row: int) -> list[int]:
-        """The calls of this step whose counts are written."""
-        calls = enumerate(self._rows[row].calls)
-        return [number for number, call in calls if call.is_in_step]
-
-    def calls_in_step(self, row: int) -> int:
-        """How many calls this step will have; 0 where nobody knows."""
-        try:
-            return get_num_microbatches() * self._rows[row].calls_per_microbatch
-        except AttributeError:  # Megatron's calculator is not set up
-            return 0
-
-    def begin_step(self) -> None:
-        """Clear the totals, and drop the calls of captures: their graphs are whole by now."""
-        if not self.has_layer_graphs:
-            return
-        for row in self._rows:
-            row.calls = []
-            if row.totals is not None:
-                for total in row.totals.tensors():
-                    total.zero_()
-
-    @torch.no_grad()
-    def end_step(self, is_replayed: bool = False) -> None:
-        """Sum up the step and begin the next. Nothing is read; a second call does nothing.
-
-        Args:
-            is_replayed: the step was the replay of a CUDA graph, which filled the tensors of the
-                last step's calls again.
-        """
-        if is_replayed:
-            for row, calls in zip(self._rows, self._last_calls, strict=False):
-                row.calls = calls
-        if any(state.totals or self.seen(row) for row, state in enumerate(self._rows)):
-            self._sum_up()
-            self._last_calls = [row.calls for row in self._rows]
-        for row in self._rows:
-            row.calls = []
-        self._pending = []
-        self._first_passes.clear()
-
-    def join(self) -> None:
-        """Inside a CUDA graph, start what has not begun and wait for all: nothing may stay open."""
-        if self._pending:
-            self._launch()
-        self._wait()
-
-    def _wait(self) -> None:
-        for row in self._rows:
-            for call in row.calls:
-                for work in call.work:
-                    work.wait()
-                call.work = ()
-
-    def _sum_up(self) -> None:
-        self._wait()
-        sums = []
-        for row, state in enumerate(self._rows):
-            seen = self.seen(row)
-            for call in seen:
-                if (function := state.calls[call].at_end) is not None:
-                    function()
-            totals = self._totals(row) if state.totals is None and seen else state.totals
-            sums.append(None if totals is None else totals.local)
-            if state.previous is not None and totals is not None:
-                kept = state.previous()
-                kept.copy_(torch.where(totals.calls > 0, totals.mean_and_variance(), kept))
-        some = next(each for each in sums if each is not None)
-        self.last_step = torch.stack([torch.zeros_like(some) if e is None else e for e in sums])
-
-    def _arrived(self, row: int, call: int) -> _Call:
-        entry = self._rows[row].calls[call]
-        if entry.sequence is None:
-            self._launch()
-        for work in entry.work:
-            work.wait()
-        entry.work = ()
-        return entry
-
-    def _launch(self) -> None:
+    def launch(self) -> None:
         """Start the all-reduce of everything that waits; remember which layer came last."""
-        self._last_rows.add(self._pending[-1][0])
+        self._last_layers.add(self._pending[-1][0])
         calls = [call for _, call in self._pending]
         self._pending = []
         local = torch.stack([call.local for call in calls if call.local is not None])
         batch, work = None, []
         if any(call.over_batch for call in calls) and not self._same_ranks:
             batch = local.sum(1)
-            work += self._all_reduce(batch, self.batch_group)
+            work += _all_reduce(batch, self.batch_group)
         if self._sequence_group is not None:
-            work += self._all_reduce(local, self._sequence_group)
+            work += _all_reduce(local, self._sequence_group)
         for index, call in enumerate(calls):
             call.sequence, call.work = local[index], tuple(work)
             call.batch = None if batch is None else batch[index]
 
-    @staticmethod
-    def _all_reduce(counts: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
-        if group.size() == 1:
-            return []
-        work = dist.all_reduce(counts, group=group, async_op=True)
-        assert work is not None
-        return [work]
+    def begin_step(self) -> None:
+        """Clear the totals, and drop the calls of captures: their graphs are whole by now."""
+        if self.has_layer_graphs:
+            for layer in self.layers:
+                layer.begin_step()
+
+    @torch.no_grad()
+    def end_step(self, is_replayed: bool = False) -> None:
+        """Sum up the step and begin the next. Nothing is read; a second call does nothing.
+
+        ``is_replayed``: the step was the replay of a CUDA graph, which filled the tensors of the
+        last step's calls again.
+        """
+        if is_replayed:
+            for layer in self.layers:
+                layer.calls = layer.last_calls
+        if any(layer.totals or layer.seen() for layer in self.layers):
+            for layer in self.layers:
+                layer.wait()
+            sums = [layer.sum_up() for layer in self.layers]
+            some = next(each for each in sums if each is not None)
+            self.last_step = torch.stack([torch.zeros_like(some) if e is None else e for e in sums])
+            for layer in self.layers:
+                layer.last_calls = layer.calls
+        for layer in self.layers:
+            layer.end_step()
+        self._pending = []
+
+    def join(self) -> None:
+        """Inside a CUDA graph, start what has not begun and wait for all: nothing may stay open."""
+        if self._pending:
+            self.launch()
+        for layer in self.layers:
+            layer.wait()
+
+
+def _all_reduce(counts: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
+    if group.size() == 1:
+        return []
+    work = dist.all_reduce(counts, group=group, async_op=True)
+    assert work is not None
+    return [work]

@@ -40,9 +40,7 @@ def read_load_metrics(exchange: CountExchange | None) -> dict[str, float]:
     """:func:`load_metrics` of the last step as means over the layers of all pipeline stages.
 
     All ranks of the job call it together, at the end of a step: it reads values on the host.
-
-    Args:
-        exchange: of this rank's routers; None on a rank without any.
+    ``exchange`` is that of this rank's routers, None on a rank without any.
 
     Returns:
         The three means, and ``expert_overload_max`` over layers; nothing if no router counted.

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from megatron_echo.flags import flag_name
+
 _BOUND = 1 << 62
 
 
@@ -32,12 +34,10 @@ class OverflowCheck:
     """
 
     def __init__(self, policy: str, is_auto: bool, bound: int | None = None) -> None:
-        """Set the policy.
+        """Set the policy, ``raise`` or ``drop``.
 
-        Args:
-            policy: ``raise`` or ``drop``.
-            is_auto: whether the receive buffers are as large as anything that may come.
-            bound: ``--moe-echo-max-tokens-per-rank``, None if ranks must bring as many.
+        ``is_auto``: the receive buffers are as large as anything that may come. ``bound`` is
+        ``--moe-echo-max-tokens-per-rank``, None if ranks must bring as many.
         """
         self._bound = bound
         self._policy = policy
@@ -55,9 +55,8 @@ class OverflowCheck:
     def record_tokens(self, tokens: int, group: dist.ProcessGroup) -> None:
         """Note what this rank brings to one call of a layer: a host value, nothing is sent.
 
-        Args:
-            tokens: T; with a bound, that or more.
-            group: the expert-parallel group, whose ranks must bring as many.
+        ``tokens`` are T, or with a bound at least T; ``group`` is the expert-parallel one, whose
+        ranks must bring as many.
         """
         self._group = group
         self._order = zlib.crc32(tokens.to_bytes(8), self._order)
@@ -65,25 +64,20 @@ class OverflowCheck:
 
     @torch.no_grad()
     def record_rows(self, need: Tensor, dropped: Tensor, counts: bool) -> None:
-        """Add what one layer's receive buffer saw. Nothing is read.
+        """Add what one layer's receive buffer saw: int64 scalars, of which none is read.
 
-        Args:
-            need: int64 scalar, the capacity that would have sufficed, in millionths.
-            dropped: int64 scalar, pairs without a row.
-            counts: whether this pass of the tokens is the one that counts.
+        ``need`` is the capacity that would have sufficed, in millionths, ``dropped`` the pairs
+        without a row; ``counts`` says whether this pass of the tokens is the one that counts.
         """
         zero = torch.zeros_like(need)
         self._add(torch.stack((need, (dropped > 0).to(torch.int64), zero, zero)), dropped, counts)
 
     @torch.no_grad()
     def record_wire(self, need: Tensor, cut: Tensor, dropped: Tensor, counts: bool) -> None:
-        """Add what one layer's all-to-all saw. Nothing is read.
+        """Add what one layer's all-to-all saw, as :meth:`record_rows` does.
 
-        Args:
-            need: int64 scalar, the peer capacity that would have sufficed, in millionths.
-            cut: int64 scalar, receive capacity that the pairs cut off would take, in millionths.
-            dropped: int64 scalar, those pairs.
-            counts: as for :meth:`record_rows`.
+        ``need`` is the peer capacity that would have sufficed, in millionths, ``dropped`` the pairs
+        cut off, and ``cut`` the receive capacity that they would take, in millionths.
         """
         zero = torch.zeros_like(need)
         self._add(torch.stack((zero, zero, need * (cut > 0), cut)), dropped, counts)
@@ -138,11 +132,20 @@ class OverflowCheck:
             )
         # What the wire cut off might all have been for the fullest rank.
         rows = rows + cut if rows_over or (peer and not self._is_auto) else 0
+        advice = _advice(moe_received_token_capacity=rows, moe_echo_peer_capacity=peer)
         if (rows_over or peer) and self._policy == "raise":
-            raise MoEOverflowError(_message(dropped, _advice(rows, peer)))
-        if dropped:
-            self.dropped += dropped
-            _log(dropped, self.dropped, _advice(rows, peer))
+            raise MoEOverflowError(
+                f"Token-expert pairs of this step ({dropped}) had no row in a MoE layer's receive "
+                f"buffer. Use {advice}, or --moe-echo-overflow drop to train without such pairs. "
+                "Weights, optimizer state and checkpoints are as they were before the step."
+            )
+        self.dropped += dropped
+        if dropped and (not dist.is_initialized() or dist.get_rank() == 0):
+            print(
+                f"WARNING: {dropped} token-expert pairs dropped in this step, {self.dropped} since "
+                f"the start. Use {advice} to keep such pairs.",
+                flush=True,
+            )
 
 
 def too_many_tokens(tokens: int, bound: int) -> str:
@@ -154,27 +157,10 @@ def too_many_tokens(tokens: int, bound: int) -> str:
     )
 
 
-def _message(dropped: int, advice: str) -> str:
-    return (
-        f"Token-expert pairs of this step ({dropped}) had no row in a MoE layer's receive buffer. "
-        f"Use {advice}, or --moe-echo-overflow drop to train without such pairs. Weights, "
-        "optimizer state and checkpoints are as they were before the step."
+def _advice(**millionths: int) -> str:
+    """The flags that would have sufficed, by their names, rounded up to hundredths."""
+    return " and ".join(
+        f"{flag_name(name)} {math.ceil(need / 10**4) / 100:.2f} or more"
+        for name, need in millionths.items()
+        if need
     )
-
-
-def _advice(rows: int, peer: int) -> str:
-    needs = (("--moe-received-token-capacity", rows), ("--moe-echo-peer-capacity", peer))
-    return " and ".join(f"{flag} {_rounded_up(need)} or more" for flag, need in needs if need)
-
-
-def _rounded_up(millionths: int) -> str:
-    return f"{math.ceil(millionths / 10**4) / 100:.2f}"
-
-
-def _log(dropped: int, in_total: int, advice: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(
-            f"WARNING: {dropped} token-expert pairs dropped in this step, {in_total} since the "
-            f"start. Use {advice} to keep such pairs.",
-            flush=True,
-        )

@@ -47,11 +47,7 @@ class SelfCheck:
     """
 
     def __init__(self, every: int) -> None:
-        """Set the interval.
-
-        Args:
-            every: N, 0 for never.
-        """
+        """Set the interval N, 0 for never."""
         self._every = every
         self.ranks: int | None = None
         self._layers = 0
@@ -84,14 +80,9 @@ class SelfCheck:
     def record(
         self, actual: Tensor, expected: Tensor, plan: ClonePlan, group: Any, dtype: torch.dtype
     ) -> None:
-        """Compare; nothing is read.
+        """Compare what the layer gave with what it gives without clones; nothing is read.
 
-        Args:
-            actual: what the layer gave.
-            expected: what it gives without clones.
-            plan: the plan; its hash is compared over the group.
-            group: the expert-parallel group.
-            dtype: of the experts.
+        The plan's hash is compared over the expert-parallel ``group``. ``dtype`` is the experts'.
         """
         hashes = all_gather(plan_hash(plan)[None], group)
         differs = (hashes != hashes[0]).any().double()

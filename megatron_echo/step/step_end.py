@@ -60,19 +60,16 @@ class StepEnd(PerModel, EndOfStep):
         trace: ``--moe-echo-trace-dir``.
         capture: ``--moe-echo-capture-routing``, None without it.
         replay: ``--moe-echo-replay-routing``, None without it.
+        steps: that have ended.
     """
 
     def __init__(self, config: Any) -> None:
-        """Use :meth:`of`.
-
-        Args:
-            config: the model's ``TransformerConfig``.
-        """
+        """Use :meth:`of`, with the model's ``TransformerConfig``."""
         super().__init__(config.finalize_model_grads_func)
         config.finalize_model_grads_func = self
         self.exchange: CountExchange | None = None
         self._has_clones = num_clone_slots(config) > 0
-        self._steps = 0
+        self.steps = 0
         self._is_open = False
         self._sees_calls = False
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
@@ -108,25 +105,18 @@ class StepEnd(PerModel, EndOfStep):
         """The object of a model, from its ``TransformerConfig``; installed on first use."""
         return super().of(config, config)
 
-    @property
-    def steps(self) -> int:
-        """Steps that have ended."""
-        return self._steps
-
     def note(self, role: Role) -> None:
-        """The model, or a layer of it, is called in training."""
+        """The model, or a layer of it, is called in training.
+
+        With the first call of a step: what layers left on the device before belongs to none. In
+        the capture of a whole step this becomes part of the graph.
+        """
         if is_graph_capturing() or is_graph_warmup():
             return  # Megatron makes graphs of single layers, between two steps
         self._sees_calls = True
-        if role.counts and not self._is_open:
-            self._is_open = True
-            self._begin()
-
-    def _begin(self) -> None:
-        """The first call of a step: what layers left on the device before belongs to none.
-
-        In the capture of a whole step this becomes part of the graph.
-        """
+        if not role.counts or self._is_open:
+            return
+        self._is_open = True
         if is_capturing():
             _gather_again(self._chunks)
         if self.exchange is not None:
@@ -152,28 +142,20 @@ class StepEnd(PerModel, EndOfStep):
         if self._is_open or is_replayed:
             self._stepped.clear()
             self.end_step()
-        if self._steps:  # an optimizer that loads its state may step before there is any
+        if self.steps:  # an optimizer that loads its state may step before there is any
             self._stepped.add(optimizer)
 
     def record_routing(self, layer: int, experts: Tensor, weights: Tensor) -> None:
         """Capture one forward pass of a layer, the one that counts, if asked for.
 
-        Args:
-            layer: its number.
-            experts: int32 ``[T, K]``, the number of experts for none.
-            weights: ``[T, K]``, the probabilities.
+        ``experts`` are int32 ``[T, K]``, E for none, ``weights`` ``[T, K]`` the probabilities.
         """
         if self.capture is not None:
             self.capture.record(layer, experts, weights)
 
     def end_step(self) -> None:
-        """Check, raise, publish and write.
-
-        Raises:
-            MoEOverflowError: see :meth:`OverflowCheck.check`.
-            EchoCheckError: see :meth:`SelfCheck.check`.
-        """
-        self._steps += 1
+        """Check, raise what :class:`OverflowCheck` and :class:`SelfCheck` do, publish and write."""
+        self.steps += 1
         is_replayed = self._is_in_graph and not self._is_open
         self._is_open = False
         if self.exchange is not None:
@@ -181,11 +163,13 @@ class StepEnd(PerModel, EndOfStep):
         try:
             self.overflow.check()
             error = self.self_check.check()
-        except RuntimeError:
-            self._forget()
+        except RuntimeError:  # nothing of the step goes to the next one, which clears the device
+            self.self_check.forget()
+            if self.capture is not None:
+                self.capture.forget()
             raise
         args = _training_args()
-        iteration = self._steps if args is None else args.curr_iteration + 1
+        iteration = self.steps if args is None else args.curr_iteration + 1
         self.statistics.end_step()
         self.trace.end_step(iteration)
         if self.capture is not None:
@@ -194,12 +178,6 @@ class StepEnd(PerModel, EndOfStep):
             self.replay.end_step(iteration)
         if args is not None:
             self._publish(iteration, iteration % args.log_interval == 0, error)
-
-    def _forget(self) -> None:
-        """Leave nothing of a step that failed to the next one, which clears the device."""
-        self.self_check.forget()
-        if self.capture is not None:
-            self.capture.forget()
 
     def _publish(self, iteration: int, at_log_interval: bool, error: float | None) -> None:
         """Hand the metrics of the interval to TensorBoard, wandb and the console."""
@@ -223,10 +201,7 @@ def _gather_again(chunks: Iterable[nn.Module]) -> None:
     """Let the hooks of ``--overlap-param-gather`` gather the parameters in the pass to come.
 
     After an evaluation or a save they are gathered already, and a step captured then would never
-    do it again.
-
-    Args:
-        chunks: of the model, in Megatron's data-parallel wrapper or another.
+    do it again. The chunks are in Megatron's data-parallel wrapper or another.
     """
     for chunk in chunks:
         for name in ("bucket_groups", "expert_parallel_bucket_groups"):

@@ -50,7 +50,7 @@ def steps(source: str, order: str, count: int = 3, microbatches: int = 4) -> lis
         router.weight.grad, waiting = None, []
         for word in order.split():
             if word == "F":
-                index = len(found) * microbatches + len(router.losses.exchange.seen(0))
+                index = len(found) * microbatches + len(router.losses.counts.seen())
                 waiting.append(router(tokens(S, B, index))[0])
             else:
                 (0 * waiting.pop(0 if word == "B" else -1)).sum().backward()

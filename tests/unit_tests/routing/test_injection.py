@@ -1,5 +1,6 @@
 """The node that injects the losses: against an explicit loss, and compiled without a break."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from megatron_echo import cpu_backend
 from megatron_echo.routing import aux_loss
-from megatron_echo.routing.injection import attach_losses, attach_losses_to_scores, register
+from megatron_echo.routing.injection import attach_losses, register
 
 S, B, E = 5, 2, 4
-ATTACH: dict[str, Callable] = {"logits": attach_losses, "scores": attach_losses_to_scores}
+ATTACH: dict[str, Callable] = {
+    "logits": attach_losses,
+    "scores": functools.partial(attach_losses, to_scores=True),
+}
 
 
 class FixedLosses:

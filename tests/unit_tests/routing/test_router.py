@@ -578,7 +578,7 @@ def test_step_end() -> None:
         loss_gradient(each, tokens(S, B))
     made.finalize_model_grads_func("model")
     assert calls == [("model",)]
-    assert router.losses.exchange.seen(0) == []
+    assert router.losses.counts.seen() == []
     assert router.losses.exchange.last_step.sum() == 2 * S * B * TOPK
 
 

@@ -120,7 +120,7 @@ def test_a_step_ends_once(
         train(model, stepping, step, finalizes)
         assert len(found) == step + 1
         assert model.step_end.exchange is not None
-        assert model.step_end.exchange.seen(0) == []
+        assert model.step_end.exchange.layers[0].seen() == []
 
 
 def test_replaced_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
