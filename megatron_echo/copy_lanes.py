@@ -9,6 +9,7 @@ the simulated backend proves holds on a device too.
 import contextlib
 import enum
 import fractions
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -92,19 +93,15 @@ class Backend:
 class StreamBackend(Backend):
     """Lanes are streams of the default priority, ordered by events; for CUDA's stand-ins too.
 
-    CUDA has no lower one: it counts down from 0, which is what the compute stream has too.
-
     Nothing calls ``record_stream``: memory is freed, in the compute stream's order, only after
-    the compute stream waited for the copy. In a capture that is what makes the memory of an
-    original free for the operations behind it: a block with ``record_stream`` comes back only when
-    the capture is over (torch 2.11 without ``graph_capture_record_stream_reuse``), so that a graph
+    the compute stream waited for the copy. A block with ``record_stream`` would come back only when
+    a capture is over (torch 2.11 without ``graph_capture_record_stream_reuse``), so that a graph
     would hold every original for good.
 
     In a capture a side stream joins by its first wait for the captured stream, and its copies
-    become nodes of the graph with the addresses of the capture: those on the device lie in the
-    graph's pool, since all memory is allocated on the captured stream, and those on the host are
-    the arena's. An event of a capture orders nothing outside of it, nor the other way round; CUDA
-    refuses both. So whoever begins or ends a capture forgets the events that it holds.
+    become nodes of the graph with their addresses: in the graph's pool, since all memory is
+    allocated on the captured stream, and in the host's arena. CUDA refuses events of a capture
+    outside of it, and the other way round. So whoever begins or ends one forgets its events.
     """
 
     def __init__(self) -> None:
@@ -134,10 +131,6 @@ class StreamBackend(Backend):
 class CudaBackend(StreamBackend):
     """Copies between a GPU and pinned memory. A tick is a nanosecond."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._link: Link | None = None
-
     def accepts(self, tensor: Tensor) -> bool:
         """True for a CUDA tensor."""
         return tensor.is_cuda
@@ -160,41 +153,32 @@ class CudaBackend(StreamBackend):
         """Nanoseconds."""
         return round(start.elapsed_time(end) * 1e6)
 
-    @property
+    @functools.cached_property
     def link(self) -> Link:
         """Measured with one pinned copy in each direction, the first time it is asked for."""
-        if self._link is None:
-            device = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
-            host = self.allocate_host(_PROBE_BYTES)
-            rates = []
-            for target, source in ((host, device), (device, host)):
-                target.copy_(source, non_blocking=True)  # the first touches the pages
-                start = self.timestamp()
-                target.copy_(source, non_blocking=True)
-                end = self.timestamp()
-                self.synchronize()
-                rates.append(_SUSTAINED * _PROBE_BYTES / self.ticks(start, end))
-            self._link = Link(*rates)
-        return self._link
+        device = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
+        host = self.allocate_host(_PROBE_BYTES)
+        rates = []
+        for target, source in ((host, device), (device, host)):
+            target.copy_(source, non_blocking=True)  # the first touches the pages
+            start = self.timestamp()
+            target.copy_(source, non_blocking=True)
+            end = self.timestamp()
+            self.synchronize()
+            rates.append(_SUSTAINED * _PROBE_BYTES / self.ticks(start, end))
+        return Link(*rates)
 
 
 class Errand:
     """Work beside what compute is given next, until compute waits for it.
 
     It begins behind all that compute was given before. What it uses is kept meanwhile: memory that
-    is let go of may be handed out again, in compute's order, while the errand still uses it.
-
-    Attributes:
-        result: what the work returned; good behind :meth:`wait`.
+    is let go of may be handed out again, in compute's order, while the errand still uses it. Its
+    ``result`` is good behind :meth:`wait`.
     """
 
     def __init__(self, backend: Backend, work: Callable[[], Any]) -> None:
-        """Launch it.
-
-        Args:
-            backend: where it runs; with the eager one it is done at once.
-            work: launches operations.
-        """
+        """Launch ``work``, which launches operations; with the eager backend it is done at once."""
         backend.wait(Lane.BESIDE, backend.record(Lane.COMPUTE))
         with backend.inside(Lane.BESIDE):
             self.result = work()

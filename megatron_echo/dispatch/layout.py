@@ -36,48 +36,40 @@ def round_rows(rows: int, alignment: int = 1) -> int:
 
 @dataclass(frozen=True)
 class RowMap:
-    """Rows of a buffer and the tokens that they are copies of, both ways.
-
-    Attributes:
-        row_src: int32 ``[B]``, the pair ``n * K + k`` that sits in a row, ``N * K`` in an empty
-            row.
-        row_of: int32 ``[N, C]``, the rows that hold copies of token ``n``, ``B`` for none.
-        pairs_per_token: K; ``row_src // K`` is the token. C may differ: a token is sent to each of
-            C ranks once.
-        used: int32 ``[1]``, rows in use; nothing reads those behind. None if all are.
-    """
+    """Rows of a buffer and the tokens that they are copies of, both ways."""
 
     row_src: Tensor
+    """int32 ``[B]``, the pair ``t * K + k`` that sits in a row, ``T * K`` in an empty one."""
     row_of: Tensor
+    """int32 ``[T, copies]``, the rows with copies of a token, ``B`` for none: K of them, or one for
+    each rank that it is sent to."""
     pairs_per_token: int
+    """K; ``row_src // K`` is the token."""
     used: Tensor | None = None
+    """int32 ``[1]``, rows in use; nothing reads those behind. None if all are."""
 
     @property
     def token_of_row(self) -> Tensor:
-        """int32 ``[B]``: the token that sits in a row, N in an empty row."""
+        """int32 ``[B]``: the token that sits in a row, T in an empty row."""
         return self.row_src // self.pairs_per_token
 
 
 @dataclass(frozen=True)
 class DispatchLayout:
-    """Where the pairs of one dispatch are computed on this rank. B rows, G groups.
-
-    Attributes:
-        rows: the map between rows and pairs; its ``row_of`` is ``[N, K]``.
-        group_rows: int64 ``[G]``, pairs of each group, before the buffer's limit.
-        padded_rows: int64 ``[G]``, the same rounded up to the row alignment; 0 stays 0.
-        ends: int32 ``[G]``, end offset of each padded group, not above B: what ``grouped_mm``
-            takes.
-        need: int64 scalar, rows that would hold everything.
-        dropped: int64 scalar, pairs without a row; above 0 only if ``over``.
-    """
+    """Where the pairs of one dispatch are computed on this rank. B rows, G groups."""
 
     rows: RowMap
+    """The map between rows and pairs; its ``row_of`` is ``[T, K]``."""
     group_rows: Tensor
+    """int64 ``[G]``, pairs of each group, before the buffer's limit."""
     padded_rows: Tensor
+    """int64 ``[G]``, the same rounded up to the row alignment; 0 stays 0."""
     ends: Tensor
+    """int32 ``[G]``, end of each padded group, not above B: what ``grouped_mm`` takes."""
     need: Tensor
+    """int64 scalar, rows that would hold everything."""
     dropped: Tensor
+    """int64 scalar, pairs without a row; above 0 only if ``over``."""
 
     @property
     def over(self) -> Tensor:
@@ -86,21 +78,15 @@ class DispatchLayout:
 
 
 def histogram(index: Tensor, size: int) -> Tensor:
-    """int64 ``[size]``, how often each number below ``size`` is in ``index``, int64 ``[N]``."""
+    """int64 ``[size]``, how often each number below ``size`` is in a vector of int64."""
     return index.new_zeros(size).scatter_add_(0, index, torch.ones_like(index))
 
 
 def place_groups(size: Tensor, num_rows: int, alignment: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Put groups one after the other, each padded to a multiple of ``alignment`` rows.
+    """Put groups of these sizes one after the other, each padded to a multiple of ``alignment``.
 
-    Args:
-        size: int64 ``[..., G]``, rows of each group.
-        num_rows: B, rows of the buffer.
-        alignment: 1 for no padding.
-
-    Returns:
-        First row and end of each group as if there were room for all, and how many rows of each
-        are behind row B; all int64 ``[..., G]``.
+    Gives first row and end of each group as if there were room for all, and how many rows of each
+    are behind row B; all int64 ``[..., G]``, as ``size``.
     """
     padded = size if alignment == 1 else (size + (alignment - 1)) // alignment * alignment
     ends = padded.cumsum(-1)
@@ -117,8 +103,8 @@ def build_layout(
     What does not fit ``num_rows`` is dropped from the last groups first, the same on every run.
 
     Args:
-        groups: integer ``[N, K]``, the local group of each pair; ``num_groups`` for pairs that are
-            computed elsewhere or do not exist. Tokens are in the order of their source ranks.
+        groups: integer ``[T, K]``, the local group of each pair; G for pairs that are computed
+            elsewhere or do not exist. Tokens are in the order of their source ranks.
         num_groups: G, experts and clone slots on this rank.
         num_rows: B, rows of the buffer.
         alignment: rows of each group are padded to a multiple of this.
@@ -152,17 +138,11 @@ def build_layout(
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Pairs of one call for each physical expert, int64 ``[R, G]``; known before tokens travel.
+    """Pairs of one call for each physical expert, int64 ``[R, G]``; known before tokens travel."""
 
-    Attributes:
-        total: from all source ranks.
-        below: from the ranks below this one.
-        own: from this rank.
-    """
-
-    total: Tensor
-    below: Tensor
-    own: Tensor
+    total: Tensor  # from all source ranks
+    below: Tensor  # from the ranks below this one
+    own: Tensor  # from this rank
 
     @classmethod
     def of(cls, counts: Tensor, rank: int) -> Self:
@@ -174,22 +154,19 @@ class PairCounts:
 
 @dataclass(frozen=True)
 class PairPlaces:
-    """Where the pairs of one source rank go, and what comes to it. B rows on each of R ranks.
-
-    Attributes:
-        place: int32 ``[T, K]``, ``r * (B + 1) + row`` for a row of rank ``r``; row B of this rank
-            where a pair has none.
-        received: int32 ``[B]``, of each row of this rank its own number, B if it is empty.
-        ends: int32 ``[G]``, end offset of each padded group of this rank, not above B.
-        need: int64 scalar, rows that would hold everything that this rank computes.
-        dropped: int64 scalar, pairs without a row on this rank.
-    """
+    """Where the pairs of one source rank go, and what comes to it. B rows on each of R ranks."""
 
     place: Tensor
+    """int32 ``[T, K]``, ``r * (B + 1) + row`` for a row of rank ``r``; row B of this rank where a
+    pair has none."""
     received: Tensor
+    """int32 ``[B]``, of each row of this rank its own number, B if it is empty."""
     ends: Tensor
+    """int32 ``[G]``, end of each padded group of this rank, not above B."""
     need: Tensor
+    """int64 scalar, rows that would hold everything that this rank computes."""
     dropped: Tensor
+    """int64 scalar, pairs without a row on this rank."""
 
 
 def place_pairs(
@@ -197,12 +174,8 @@ def place_pairs(
 ) -> PairPlaces:
     """Find, at its source, the row of each pair that :func:`build_layout` finds where it arrives.
 
-    Args:
-        experts: integer ``[T, K]``, physical experts ``r * G + g``; ``R * G`` for none.
-        counts: of this call; ``own`` is the histogram of ``experts``.
-        rank: this source rank.
-        num_rows: B.
-        alignment: rows of each group are padded to a multiple of this.
+    ``experts`` are integer ``[T, K]``, physical ones ``r * G + g``, ``R * G`` for none;
+    ``counts.own`` is their histogram. ``rank`` is this source rank, ``num_rows`` B.
     """
     num_groups = counts.total.shape[1]
     starts, ends, behind = place_groups(counts.total, num_rows, alignment)

@@ -17,22 +17,21 @@ class OffloadConfig:
         modules: names of regions whose saved tensors may be offloaded, Megatron's
             ``--offload-modules`` plus ``router`` and ``shared_experts``.
         extra_regions: further regions, name to a glob over dotted module paths; each module that
-            matches is a region. For models that are not built of Megatron's layers.
+            matches is a region.
         fraction: of the eligible bytes of each microbatch, in the policy's order, 0 to 1. The
-            first steps, whose sizes nobody knows yet, offload everything unless it is 0, which
-            switches it all off.
+            first steps offload everything unless it is 0, which switches it all off.
         min_tensor_bytes: smaller storages stay on the device.
         policy: which storages come first. ``earliest``: in forward order; ``largest``;
             ``longest-lifetime``: longest between saving and use.
         target_bytes: offload no more than brings the forecast peak of the regions' saved bytes
             on the device down to this. None: as much as ``fraction`` allows.
-        max_slowdown: how much longer than without offloading a planned step may take, as a
-            share of its time. What the link cannot move within that stays on the device.
+        max_slowdown: how much longer a planned step may take, as a share of its time. What the
+            link cannot move within that stays on the device.
         max_host_bytes: most bytes of host memory, as they are pinned: in powers of two. When it is
             full, tensors stay on the device.
         slab_bytes: host memory is pinned in pieces of this size at least.
         learning_steps: steps with the same schedule that are timed before they are planned; the
-            shortest times count, so that one-time costs of the first step do not.
+            shortest times count.
         strict: a configured name that matches no module or saves nothing in the first step is an
             error in place of a warning.
     """

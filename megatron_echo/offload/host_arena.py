@@ -28,17 +28,11 @@ def size_class(nbytes: int) -> int:
 
 @dataclasses.dataclass
 class Lease:
-    """A block on loan.
+    """A block on loan."""
 
-    Attributes:
-        block: uint8 ``[size_class(nbytes)]`` on the host.
-        guard: event of the last read of the block; whoever writes next waits for it.
-        is_of_graph: a captured copy has the block's address, so that replays write it.
-    """
-
-    block: Tensor
-    guard: Any = None
-    is_of_graph: bool = False
+    block: Tensor  # uint8 ``[size_class(nbytes)]`` on the host
+    guard: Any = None  # event of its last read; whoever writes next waits for it
+    is_of_graph: bool = False  # a captured copy has its address, so that replays write it
 
 
 class HostArena:
@@ -51,7 +45,7 @@ class HostArena:
     back to PyTorch, which would ask an event of the capture whether the copies are done.
 
     Args:
-        allocate: gives a uint8 tensor of so many bytes, pinned where there is a device. It is asked
+        allocate: gives so many bytes as a uint8 tensor, pinned where there is a device. It is asked
             for powers of two only: to them PyTorch rounds what it pins.
         max_bytes: most bytes to allocate, None for no limit.
         slab_bytes: bytes of one allocation at least, rounded up, where the limit leaves them.
@@ -99,8 +93,7 @@ class HostArena:
     def begin_capture(self) -> None:
         """Pin nothing from now on, and forget the guards: a capture begins with an idle device.
 
-        Raises:
-            RuntimeError: an earlier step still holds blocks.
+        Blocks that an earlier step still holds are a ``RuntimeError``.
         """
         if self.leased_bytes:
             gc.collect()  # what only cycles hold is not in use

@@ -48,8 +48,8 @@ class ActivationOffloader:
     goes and when. A step that departs from the plan goes on without one, and is learnt.
 
     A step with a plan can be captured in a CUDA graph, whole: its copies, waits and frees are then
-    in the graph, the same in every replay, and :meth:`statistics` are those of each replay. Keep
-    the offloader, whose host memory the graph uses. Another schedule needs another capture.
+    in the graph, and :meth:`statistics` are those of each replay. Keep the offloader, whose host
+    memory the graph uses. Another schedule needs another capture.
 
     ``backend`` says where copies run, by default in CUDA's streams for a model on a GPU.
     """
@@ -63,9 +63,7 @@ class ActivationOffloader:
         self._hooks: list[Any] = []
         self._open: list[OpenRegion] = []
         self._chunks: dict[int, Chunk] = {}
-        self._blobs: weakref.WeakValueDictionary[tuple[int, int], Blob] = (
-            weakref.WeakValueDictionary()
-        )
+        self._blobs = weakref.WeakValueDictionary[tuple[int, int], Blob]()
         self._excluded: set[int] = set()
         self._lock = threading.RLock()
         self._record: StepRecord | None = None
@@ -86,9 +84,8 @@ class ActivationOffloader:
         models = [model] if isinstance(model, nn.Module) else list(model)
         if self._backend is None:
             self._backend = backend_for(p for m in models for p in m.parameters())
-        arena = HostArena(
-            self._backend.allocate_host, self.config.max_host_bytes, self.config.slab_bytes
-        )
+        limits = self.config.max_host_bytes, self.config.slab_bytes
+        arena = HostArena(self._backend.allocate_host, *limits)
         self.transfers = Transfers(self._backend, arena)
         self._scheduler = Scheduler(self.config, self._backend)
         if self.config.fraction > 0:
@@ -123,8 +120,6 @@ class ActivationOffloader:
         self._hooks.clear()
         self._models = []
 
-    # ------------------------------------------------------------------------- steps
-
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """One training step: forward and backward passes of all its microbatches."""
@@ -139,8 +134,7 @@ class ActivationOffloader:
     def step_begin(self) -> None:
         """Begin a step. Optional: the first forward pass with gradients begins one.
 
-        Raises:
-            RuntimeError: it is captured in a CUDA graph and not ready for that.
+        One that is captured in a CUDA graph and not ready for that is a ``RuntimeError``.
         """
         if self._record is not None:
             self.step_abort()
@@ -230,8 +224,6 @@ class ActivationOffloader:
     def report(self) -> str:
         """A table of the last step by module."""
         return as_table(self._last_step)
-
-    # ------------------------------------------------------------------------- forward
 
     def _begin_chunk(self, index: int, failed: bool) -> None:
         self._close_all()  # of a forward pass that was interrupted
@@ -323,31 +315,29 @@ class ActivationOffloader:
         self._bytes[blob.name][reason or "offloaded"] += blob.nbytes
 
     def _act(self, record: StepRecord, position: int, needed: Blob | None = None) -> None:
-        """Releases and reloads at this mark: the plan's, or without one those of a rule.
+        """Releases and reloads at this mark: the plan's, or those of a rule while there is none.
 
-        The rule: few originals wait for their copies in forward, and the storages that backward
-        needs next, the newest first, come back while few have.
+        Few originals wait for their copies in forward; what backward needs next comes back while
+        few have.
         """
         if record.plan is not None:
             for index in record.plan.release[position]:
                 blob = record.entries[index].blob()
                 if blob is not None and blob.outbound is not None:
                     self.transfers.release(blob.outbound)
-            for index in record.plan.reload[position]:
-                self._prefetch(record.entries[index].blob())
+            wanted = (record.entries[index] for index in record.plan.reload[position])
         elif needed is None:
             self.transfers.trim(_PENDING_BLOBS * self._largest)
+            return
         else:
-            for entry in record.next_needed(needed.index):
-                if self.transfers.reloading_bytes >= _AHEAD_BLOBS * self._largest:
-                    break
-                self._prefetch(entry.blob())
-
-    def _prefetch(self, blob: Blob | None) -> None:
-        if blob is not None and blob.state is State.HOST:
-            self.transfers.fetch(blob)
-
-    # ------------------------------------------------------------------------- backward
+            most = _AHEAD_BLOBS * self._largest
+            wanted = itertools.takewhile(
+                lambda _: self.transfers.reloading_bytes < most, record.next_needed(needed.index)
+            )
+        for entry in wanted:
+            blob = entry.blob()
+            if blob is not None and blob.state is State.HOST:
+                self.transfers.fetch(blob)
 
     def need(self, blob: Blob) -> Tensor:
         """The bytes of a storage for backward, on the device, uint8 ``[blob.nbytes]``."""

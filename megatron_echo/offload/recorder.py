@@ -18,17 +18,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Chunk:
-    """The ``number``-th forward pass of the step, one of model chunk ``model``.
-
-    Attributes:
-        entries: its storages, in closing order.
-        is_ready: the pass is over.
-    """
+    """The ``number``-th forward pass of the step, one of model chunk ``model``."""
 
     number: int
     model: int
-    entries: list["Entry"] = dataclasses.field(default_factory=list)
-    is_ready: bool = False
+    entries: list["Entry"] = dataclasses.field(default_factory=list)  # in closing order
+    is_ready: bool = False  # the pass is over
 
 
 @dataclasses.dataclass
@@ -47,45 +42,29 @@ class Entry:
 class StepRecord:
     """Marks, storages and times of one step, and the plan that it follows so far.
 
-    A replay of a CUDA graph repeats the copies, waits and frees of the capture, so a captured step
-    must be the planned one.
-
-    Args:
-        backend: for timestamps.
-        is_timed: whether to take them.
-        plan: of the step, None while it is learnt.
-        is_captured: it is captured in a CUDA graph.
-
-    Attributes:
-        marks: what happened, in order.
-        entries: all storages, in closing order.
-        chunks: all forward passes, in order.
-        is_broken: one of them failed.
-        fates: bytes that went to the host, by ``Blob.fate``, of storages that are gone.
+    A step that is captured in a CUDA graph has to be as planned, as replays repeat all copies.
     """
 
     def __init__(
         self, backend: Backend, is_timed: bool, plan: Plan | None, is_captured: bool
     ) -> None:
         self._backend = backend
-        self.is_timed = is_timed
-        self.plan = plan
+        self.is_timed = is_timed  # the backend gives timestamps
+        self.plan = plan  # None while the schedule is learnt
         self.is_captured = is_captured
-        self.marks: list[Hashable] = []
-        self.entries: list[Entry] = []
-        self.chunks: list[Chunk] = []
-        self.is_broken = False
-        self.fates: collections.Counter[str] = collections.Counter()
+        self.marks: list[Hashable] = []  # what happened, in order
+        self.entries: list[Entry] = []  # all storages, in closing order
+        self.chunks: list[Chunk] = []  # all forward passes, in order
+        self.is_broken = False  # one of them failed
+        self.fates: collections.Counter[str] = collections.Counter()  # bytes of storages now gone
         self._stamps: list[tuple[Any, Any]] = []
 
     @contextlib.contextmanager
     def mark(self, what: Hashable) -> Iterator[int]:
         """A mark; the time inside, which is waiting, does not count. Gives its index.
 
-        A step whose next mark is not the planned one leaves the plan.
-
-        Raises:
-            RuntimeError: it is captured, and would leave the plan in every replay.
+        A step whose next mark is not the planned one leaves the plan; a captured one would do so
+        in every replay, which is a ``RuntimeError``.
         """
         position = len(self.marks)
         if self.plan is not None and self.plan.marks[position : position + 1] != (what,):

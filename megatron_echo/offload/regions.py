@@ -38,39 +38,36 @@ class Span(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """A span relative to a transformer layer; paths are globs, and one ``*`` matches in both."""
+    """A span relative to a transformer layer; paths are globs, and one ``*`` matches in both.
+
+    It opens before or ``after`` a module, and closes behind it or before the module ``until``.
+    """
 
     opens: str
-    opens_after: bool
-    closes: str
-    closes_after: bool
-
-
-def _whole(path: str) -> _Rule:
-    return _Rule(path, False, path, True)
-
-
-def _activation(experts: str) -> _Rule:
-    return _Rule(f"{experts}.linear_fc1", True, f"{experts}.linear_fc2", False)
+    until: str | None = None
+    after: bool = False
 
 
 _RULES: dict[str, tuple[_Rule, ...]] = {
-    "attn_norm": (_Rule("", False, "self_attention", False),),
+    "attn_norm": (_Rule("", until="self_attention"),),
     "qkv_linear": (
-        _whole("self_attention.linear_qkv"),
-        _whole("self_attention.linear_q_proj"),
-        _whole("self_attention.linear_*_down_proj"),
+        _Rule("self_attention.linear_qkv"),
+        _Rule("self_attention.linear_q_proj"),
+        _Rule("self_attention.linear_*_down_proj"),
     ),
-    "core_attn": (_whole("self_attention.core_attention"),),
-    "attn_proj": (_whole("self_attention.linear_proj"),),
-    "mlp_norm": (_Rule("cross_attention", True, "mlp", False),),
+    "core_attn": (_Rule("self_attention.core_attention"),),
+    "attn_proj": (_Rule("self_attention.linear_proj"),),
+    "mlp_norm": (_Rule("cross_attention", until="mlp", after=True),),
     "expert_fc1": (
-        _whole("mlp.experts.linear_fc1"),
-        _whole("mlp.experts.local_experts.*.linear_fc1"),
+        _Rule("mlp.experts.linear_fc1"),
+        _Rule("mlp.experts.local_experts.*.linear_fc1"),
     ),
-    "moe_act": (_activation("mlp.experts"), _activation("mlp.experts.local_experts.*")),
-    "router": (_whole("mlp.router"),),
-    "shared_experts": (_whole("mlp.shared_experts"),),
+    "moe_act": tuple(
+        _Rule(f"{experts}.linear_fc1", until=f"{experts}.linear_fc2", after=True)
+        for experts in ("mlp.experts", "mlp.experts.local_experts.*")
+    ),
+    "router": (_Rule("mlp.router"),),
+    "shared_experts": (_Rule("mlp.shared_experts"),),
 }
 
 REGION_NAMES = tuple(_RULES)
@@ -83,11 +80,8 @@ def find_spans(
     """All spans of a model.
 
     A transformer layer is any module with ``self_attention``, ``mlp`` and ``input_layernorm``.
-
-    Args:
-        model: one model chunk, wrapped or not.
-        names: some of :data:`REGION_NAMES`.
-        extra_regions: name to a glob over dotted module paths.
+    ``names`` are some of :data:`REGION_NAMES`; ``extra_regions`` maps names to globs over dotted
+    module paths.
     """
     spans = []
     for module in model.modules():
@@ -107,13 +101,10 @@ def _matches(layer: nn.Module, name: str, rule: _Rule) -> Iterator[Span]:
     modules = dict(layer.named_modules())
     for path, module in modules.items():
         if fnmatch.fnmatchcase(path, rule.opens) and path.count(".") == rule.opens.count("."):
-            closing = path if rule.closes == rule.opens else rule.closes
+            closing = path if rule.until is None else rule.until
             if "*" in closing:
                 closing = path.removesuffix(rule.opens.rpartition("*")[2])
-                closing += rule.closes.rpartition("*")[2]
+                closing += rule.until.rpartition("*")[2]
             if closing in modules:
-                yield Span(
-                    name,
-                    Edge(module, rule.opens_after),
-                    Edge(modules[closing], rule.closes_after),
-                )
+                closes = Edge(modules[closing], rule.until is None)
+                yield Span(name, Edge(module, rule.after), closes)

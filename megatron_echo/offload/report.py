@@ -22,9 +22,8 @@ USES = ("prefetched", "exposed", "hidden_bytes", "exposed_bytes", "planned_bytes
 class StepSummary:
     """Bytes and counts of one step.
 
-    Attributes:
-        by_module: bytes by what became of them, ``offloaded`` or one of :data:`REASONS`.
-        scalars: the others, by name.
+    ``by_module`` has bytes by what became of them, ``offloaded`` or one of :data:`REASONS`;
+    ``scalars`` the others.
     """
 
     by_module: Mapping[str, Counter[str]] = dataclasses.field(default_factory=dict)
@@ -35,11 +34,7 @@ class StepSummary:
         cls, transfers: Transfers, by_module: Mapping[str, Counter[str]], uses: Counter[str],
         record: StepRecord,
     ) -> "StepSummary":  # fmt: skip
-        """The summary of a step that is over.
-
-        Raises:
-            RuntimeError: bytes went to the host and are not accounted for.
-        """
+        """The summary of a step that is over; lost bytes are a ``RuntimeError``."""
         live = [entry.nbytes for entry in record.entries if entry.blob() is not None]
         offloaded = sum(kinds["offloaded"] for kinds in by_module.values())
         scalars = {

@@ -23,37 +23,23 @@ KEPT_REASONS = ("fraction", "target", "link", "held")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A storage of ``nbytes`` that could be offloaded.
-
-    Attributes:
-        chunk: number of the forward pass in the step.
-        close: index of the mark at which its region closed.
-        need: index of the mark of its first use in backward; the number of marks if none.
-        drop: it was dropped before the mark of this index.
-        held: something else kept it alive on the device, so that offloading freed nothing.
-    """
+    """A storage that could be offloaded; marks by their index."""
 
     nbytes: int
-    chunk: int
-    close: int
-    need: int
-    drop: int
-    held: bool = False
+    chunk: int  # number of the forward pass in the step
+    close: int  # mark at which its region closed
+    need: int  # mark of its first use in backward; the number of marks if none
+    drop: int  # it was dropped before this mark
+    held: bool = False  # something else kept it on the device, so that offloading freed nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """A recorded step.
+    """A recorded step."""
 
-    Attributes:
-        marks: what each mark was, in order; equal steps have equal marks.
-        items: in closing order.
-        times: tick of each mark on the compute lane, waits left out; None if not measured.
-    """
-
-    marks: tuple[Hashable, ...]
-    items: tuple[Item, ...]
-    times: tuple[int, ...] | None = None
+    marks: tuple[Hashable, ...]  # what each was, in order; equal steps have equal marks
+    items: tuple[Item, ...]  # in closing order
+    times: tuple[int, ...] | None = None  # of each mark on the compute lane, without waits
 
     @property
     def signature(self) -> Hashable:
@@ -66,21 +52,13 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to do at each mark.
+    """What to do at each mark."""
 
-    Attributes:
-        marks: those of the timeline; a step with others cannot follow the plan.
-        kept: for each item None (offload it) or one of :data:`KEPT_REASONS`.
-        release: for each mark the items to let go of.
-        reload: for each mark the items to begin to bring back.
-        peak_bytes: forecast of the most bytes of all items on the device at once.
-    """
-
-    marks: tuple[Hashable, ...]
-    kept: tuple[str | None, ...]
-    release: tuple[tuple[int, ...], ...]
-    reload: tuple[tuple[int, ...], ...]
-    peak_bytes: int
+    marks: tuple[Hashable, ...]  # of the timeline; a step with others cannot follow the plan
+    kept: tuple[str | None, ...]  # for each item None (offload it) or one of KEPT_REASONS
+    release: tuple[tuple[int, ...], ...]  # for each mark the items to let go of
+    reload: tuple[tuple[int, ...], ...]  # for each mark the items to begin to bring back
+    peak_bytes: int  # forecast of the most bytes of all items on the device at once
 
 
 def make_plan(

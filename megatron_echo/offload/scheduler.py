@@ -16,11 +16,7 @@ _MOST_PLANS = 8
 
 
 class Scheduler:
-    """Chooses the plan of the next step: the one of a step like the last, if it is known.
-
-    Attributes:
-        plan: for the next step, None while there is something to learn.
-    """
+    """Chooses the plan of the next step: the one of a step like the last, if it is known."""
 
     def __init__(self, config: OffloadConfig, backend: Backend) -> None:
         self._config = config
@@ -28,7 +24,7 @@ class Scheduler:
         self._plans: dict[Hashable, Plan] = {}
         self._observed: Timeline | None = None
         self._observations = 0
-        self.plan: Plan | None = None
+        self.plan: Plan | None = None  # for the next step; None while there is something to learn
 
     @property
     def wants_times(self) -> bool:

@@ -25,12 +25,9 @@ class State(enum.Enum):
 
 
 class Outbound:
-    """A copy to the host that nobody waited for yet; it keeps its source alive.
+    """A copy to the host that nobody waited for yet; it keeps its ``source`` alive, not the blob.
 
-    Attributes:
-        source: uint8 ``[nbytes]``, the whole storage.
-        copied: the event at the end of the copy.
-        blob: whose copy it is, a weak reference.
+    ``source`` is the whole storage, uint8; ``copied`` the event at the end of the copy.
     """
 
     def __init__(self, source: Tensor, copied: Any, blob: "Blob") -> None:
@@ -38,46 +35,31 @@ class Outbound:
 
 
 class Blob:
-    """One storage with saved tensors in it. It lives as long as one of their handles.
-
-    Attributes:
-        name: its region's.
-        index: its number in the step.
-        identity: a weak reference to the original storage.
-        source: uint8 ``[nbytes]``, the original, while this object keeps it.
-        address: where the original was when it was saved.
-        home: its device.
-        copied, loaded: events at the ends of the copies to the host and back.
-        device: uint8 ``[nbytes]``, the reloaded copy.
-        outbound: the copy to the host, until compute waited for it.
-        is_captured: it is one of a capture, and so are its events.
-        is_held: something else kept the original, or emptied it, so that freeing it is in vain.
-        needed: backward asked for it.
-        on_drop: called at the end.
-    """
+    """One storage with saved tensors in it. It lives as long as one of their handles."""
 
     def __init__(self, transfers: Any, name: str, handle: "Handle") -> None:
         """The storage of a handle's tensor; ``transfers`` are asked to adopt and drop it."""
         assert handle.tensor is not None
         storage = handle.tensor.untyped_storage()
         self.transfers = transfers
-        self.name = name
-        self.index = -1
+        self.name = name  # its region's
+        self.index = -1  # its number in the step
         self.nbytes = storage.nbytes()
         self.identity = StorageWeakRef(storage)
         self.address = storage.data_ptr()
         self.home = handle.tensor.device
+        # The original, uint8 ``[nbytes]``, while this object keeps it.
         self.source: Tensor | None = torch.empty(0, dtype=torch.uint8, device=self.home)
         self.source.set_(storage)
         self.state = State.RESIDENT
         self.lease: Lease | None = None
-        self.outbound: Outbound | None = None
-        self.copied: Any = None
-        self.device: Tensor | None = None
-        self.loaded: Any = None
-        self.is_captured = is_capturing()
-        self.is_held = False
-        self.needed = False
+        self.outbound: Outbound | None = None  # the copy to the host, until compute waited for it
+        self.copied: Any = None  # event at its end
+        self.device: Tensor | None = None  # the reloaded copy, uint8 ``[nbytes]``
+        self.loaded: Any = None  # event at its end
+        self.is_captured = is_capturing()  # and so are its events
+        self.is_held = False  # something else keeps the original, or emptied it: freeing is in vain
+        self.needed = False  # backward asked for it
         self.on_drop: Callable[[Blob], None] | None = None
         transfers.adopt(self)
 

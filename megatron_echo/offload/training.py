@@ -116,10 +116,7 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     """The offloader's settings from a validated command line, see :func:`add_offload_arguments`.
 
     ``--min-offloaded-tensor-size`` counts elements in Megatron; here it becomes bytes of the
-    parameters' dtype.
-
-    Returns:
-        None if offloading was not asked for, or Megatron's manager was.
+    parameters' dtype. None if offloading was not asked for, or Megatron's manager was.
 
     Raises:
         ValueError: a setting is out of range or does not fit another flag, and what to use.

@@ -22,21 +22,15 @@ from megatron_echo.offload.storages import Blob, Outbound, State
 
 
 class Transfers:
-    """Moves blobs, and counts the bytes of blobs on the device.
-
-    Attributes:
-        pending: copies to the host that compute did not wait for yet, oldest first.
-        reloading_bytes: brought back or on the way, and not needed yet.
-        device_bytes: of blobs, originals and reloaded ones, until they are let go of.
-    """
+    """Moves blobs, and counts their bytes on the device."""
 
     def __init__(self, backend: Backend, arena: HostArena) -> None:
         self.backend = backend
         self.arena = arena
-        self.pending: dict[Outbound, None] = {}
+        self.pending: dict[Outbound, None] = {}  # compute did not wait for yet, oldest first
         self._working: dict[Lane, None] = {}
-        self.reloading_bytes = 0
-        self.device_bytes = 0
+        self.reloading_bytes = 0  # brought back or on the way, and not needed yet
+        self.device_bytes = 0  # originals and reloaded ones, until they are let go of
         self.peak_device_bytes = 0
 
     def reset_peaks(self) -> None:

@@ -19,35 +19,23 @@ class ClonePlan:
 
     counts: Tensor
     """``[R, E]``: tokens that source rank ``r`` routes to expert ``e``; what was planned for."""
-
     slot_expert: Tensor
     """``[R, S]``: the expert cloned in the slot, ascending on each rank; -1 where unused."""
-
     allocation: Tensor
-    """``[E, R]``: tokens of ``e`` computed on rank ``r``, the home's share included. Row sums are
-    ``counts.sum(0)``."""
-
+    """``[E, R]``: tokens of ``e`` computed on rank ``r``, home's included; sums to ``counts``."""
     load_before: Tensor
     """``[R]``: tokens that each rank would compute without clones."""
-
     load_after: Tensor
     """``[R]``: tokens that each rank computes under the plan; certifies the balance reached."""
-
     num_clones: Tensor
     """Scalar: used slots over all ranks."""
-
     ranks_per_node: int | None = None
     """Ranks that share a node, for the split; None if all links are alike."""
-
     price: ClonePrice | None = None
     """Of a clone, where the plan is that of the shortest predicted time."""
 
     def rows_saved(self) -> Tensor:
-        """What the clones save by prediction, in rows' time: int64 scalar, 0 without clones.
-
-        Raises:
-            ValueError: the plan was made without a price.
-        """
+        """What the clones save by prediction, in rows' time: int64 scalar, 0 without clones."""
         if self.price is None:
             raise ValueError("This plan knows no price of a clone. Give plan_clones one.")
         experts, ranks = self.allocation.shape

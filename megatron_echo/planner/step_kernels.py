@@ -181,18 +181,18 @@ def _serve_quotas(
             cost += tl.sum(clones * _cost(home[:, None], rank[None, :], node_size, BY_NODE), axis=0)
     tl.debug_barrier()
     if PRICED:
-        near = tl.maximum(tl.max(sent_near, axis=0), tl.max(received_near, axis=0))
-        far = tl.maximum(tl.max(sent_far, axis=0), tl.max(received - received_near, axis=0))
-        total = _clone_time(near, far, price_inside, price_across)
+        inside = _busiest(sent_near, received_near) * price_inside
+        across = _busiest(sent_far, received - received_near) * price_across
+        total = tl.maximum(inside, across)  # links inside and across work together
     else:
         total = tl.sum(cost, axis=0).to(tl.int64)
     return total, tl.max(received, axis=0)
 
 
 @triton.jit
-def _clone_time(near, far, price_inside, price_across):
-    """What the most clones of a rank cost, in rows: links inside and across work together."""
-    return tl.maximum(near.to(tl.int64) * price_inside, far.to(tl.int64) * price_across)
+def _busiest(sent, received):
+    """The most clones that a rank sends or receives."""
+    return tl.maximum(tl.max(sent, axis=0), tl.max(received, axis=0)).to(tl.int64)
 
 
 @triton.jit
@@ -249,9 +249,9 @@ def _greedy(
         step = tl.where(given, step + 1, R * S)
     if PRICED:
         received_far = tl.where(rank < R, S - free - received_near, 0)
-        near = tl.maximum(tl.max(sent_near, axis=0), tl.max(received_near, axis=0))
-        far = tl.maximum(tl.max(sent_far, axis=0), tl.max(received_far, axis=0))
-        total = _clone_time(near, far, price_inside, price_across)
+        inside_time = _busiest(sent_near, received_near) * price_inside
+        across_time = _busiest(sent_far, received_far) * price_across
+        total = tl.maximum(inside_time, across_time)
     else:
         total = cost.to(tl.int64)
     return total, excess

@@ -42,21 +42,13 @@ def _first_max(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the plan of a domain is to reach.
+    """What the plan of a domain is to reach."""
 
-    Attributes:
-        total: scalar, tokens of the domain; of the fullest one, where others wait for it.
-        num_slots: S of a rank.
-        tolerance: with it no rank may be above :func:`.balance_bound` where slots allow it.
-        ranks_per_node: None if all links are alike.
-        price: of a clone; None: of the plans within the bound the one with the fewest clones.
-    """
-
-    total: Tensor
-    num_slots: int
-    tolerance: float
-    ranks_per_node: int | None
-    price: ClonePrice | None
+    total: Tensor  # scalar, tokens of the domain; of the fullest one, where others wait for it
+    num_slots: int  # S
+    tolerance: float  # no rank may be above the ``balance_bound`` where slots allow it
+    ranks_per_node: int | None  # None if all links are alike
+    price: ClonePrice | None  # of a clone; None: of the plans within the bound the fewest clones
 
     def bound(self, ranks: int) -> Tensor:
         """The highest load allowed."""
@@ -73,12 +65,11 @@ class Goal:
 
 
 def exact(tokens: Tensor, load: Tensor, goal: Goal) -> Tensor:
-    """Tokens moved, ``[E, R]``, with no rank above the bound; needs ``E // R`` slots.
+    """Tokens moved, ``[E, R]``, with no rank above the bound; needs ``m`` slots.
 
     With a tolerance there is slack to save clones with: the closest fits are tried as well, both
     at the bound and, because a tighter one sometimes suits the experts' sizes better, at those of
-    a half, a quarter and none of the tolerance. With a price both are tried at ``NUM_BOUNDS``
-    bounds. See :func:`_best`.
+    a half, a quarter and none of it. With a price both are tried at ``NUM_BOUNDS`` bounds.
     """
     ranks = load.shape[0]
     at_home = tokens.reshape(ranks, -1)
@@ -112,7 +103,8 @@ def _best(plans: Tensor, load: Tensor, goal: Goal) -> Tensor:
     reached = torch.where(has_slots, torch.maximum(highest, goal.bound(ranks)), FAR)
     if goal.price is None:
         home = torch.arange(ranks, device=load.device).repeat_interleave(by_home.shape[2])
-        cost = (is_clone * _cost(home, ranks, goal.ranks_per_node)).flatten(1).sum(1)
+        is_inside = _inside(home[:, None], ranks, goal.ranks_per_node)
+        cost = (is_clone * torch.where(is_inside, INTRA_NODE_COST, INTER_NODE_COST)).sum((1, 2))
     else:
         cost = clone_time(is_clone, goal.price, goal.ranks_per_node)
         cost = cost + torch.maximum(highest, balance_bound(goal.total, ranks))
@@ -155,8 +147,7 @@ def _closest_fits(excess: Tensor, ranks_per_node: int | None) -> Tensor:
     The donor with the smallest excess goes first. It takes the smallest hole that holds all of
     its excess, in its node if there is one, or else as much as the largest hole takes. Every step
     ends a donor or fills a hole, so R steps serve all; the holes' sum is at least the excesses'.
-    Nodes that can serve themselves do so first here too. The arguments are those of
-    :func:`_alias_table`.
+    Arguments and first nodes are those of :func:`_alias_table`.
     """
     variants, ranks = excess.shape
     first = _first_to_serve(excess, ranks_per_node)
@@ -190,10 +181,7 @@ def _inside(donor: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor:
 
 
 def _first_to_serve(excess: Tensor, ranks_per_node: int | None) -> Tensor | None:
-    """:data:`FAR` for ranks whose node can hold all of its load, else 0: ``[V, R]``.
-
-    None where nodes do not matter.
-    """
+    """``[V, R]``: ``FAR`` for ranks whose node can hold its load, else 0; None without nodes."""
     if ranks_per_node is None:
         return None
     by_node = excess.unflatten(-1, (-1, ranks_per_node))
@@ -205,14 +193,6 @@ def _raise(values: Tensor, first: Tensor, excess: Tensor | None = None) -> Tenso
     """Donors' values, those of the ranks to serve first above all others."""
     excess = values if excess is None else excess
     return values + torch.where(excess > 0, first, 0)
-
-
-def _cost(home: Tensor, ranks: int, ranks_per_node: int | None) -> Tensor | int:
-    """The cost of a clone of each home rank's experts on each rank: ``[..., R]``."""
-    if ranks_per_node is None:
-        return INTRA_NODE_COST
-    inside = _inside(home.unsqueeze(-1), ranks, ranks_per_node)
-    return torch.where(inside, INTRA_NODE_COST, INTER_NODE_COST)
 
 
 def _serve_quotas(quota: Tensor, at_home: Tensor) -> Tensor:
@@ -244,7 +224,7 @@ def greedy(tokens: Tensor, load: Tensor, goal: Goal) -> Tensor:
     as much of it as it needs. Where experts are large enough, the fullest donor gives, one in the
     receiver's node before others; where none is, the one with the largest, as a slot is what is
     scarce. A donor may fall below the target and become a receiver. Several targets are tried at
-    once, because a bound that the slots cannot reach is a bad target. See :func:`_best`.
+    once, because a bound that the slots cannot reach is a bad target.
     """
     ranks, num_slots = load.shape[0], goal.num_slots
     per_rank = tokens.shape[0] // ranks

@@ -31,34 +31,22 @@ from megatron_echo.routing.aux_loss import (
 
 
 class Losses(Protocol):
-    """What a node asks in backward.
+    """What a node asks in backward."""
 
-    Attributes:
-        key: from :func:`register`.
-        score_function: see ``aux_loss.SCORE_FUNCTIONS``.
-        score_dtype: of the scores, None for the default of ``aux_loss.router_scores``.
-        has_balance_loss: whether any load-balancing loss is on.
-        has_z_loss: whether the z loss is on.
-    """
-
-    key: int
-    score_function: str
-    score_dtype: torch.dtype | None
+    key: int  # from :func:`register`
+    score_function: str  # see ``aux_loss.SCORE_FUNCTIONS``
+    score_dtype: torch.dtype | None  # None for the default of ``aux_loss.router_scores``
     has_balance_loss: bool
     has_z_loss: bool
 
     def weigh(self, sums: Tensor, squares: Tensor, call: int) -> tuple[Tensor, Tensor]:
-        """Record the losses of one call and weigh their gradients.
+        """Record the losses of the call that the node was made with, and weigh their gradients.
 
-        Args:
-            sums: ``[b, E]``, :func:`~megatron_echo.routing.aux_loss.score_sums`; ``[1, 1]``
-                zeros without load-balancing losses.
-            squares: scalar, :func:`~megatron_echo.routing.aux_loss.z_sum`; 0 without z loss.
-            call: what the node was made with.
-
-        Returns:
-            The rows of the load-balancing losses, ``[b, E]`` like ``sums``, and the coefficient
-            of ``squares``, a scalar; both with all factors, in the dtype of ``sums``.
+        ``sums`` are ``[b, E]``, :func:`~megatron_echo.routing.aux_loss.score_sums`, or ``[1, 1]``
+        zeros without load-balancing losses; ``squares`` a scalar,
+        :func:`~megatron_echo.routing.aux_loss.z_sum`, or 0. Gives the rows of the load-balancing
+        losses, like ``sums``, and the coefficient of ``squares``, a scalar; both with all factors,
+        in the dtype of ``sums``.
         """
 
 
@@ -117,10 +105,12 @@ def _loss_gradient(
     if scores is None:
         grad = torch.zeros_like(logits, dtype=rows.dtype)
     else:
-        grad = balance_gradient(scores, function, rows, valid) if losses.has_balance_loss else None
-        if grad_scores is not None:
-            grad = grad_scores.clone() if grad is None else grad.add_(grad_scores)
-        assert grad is not None
+        if losses.has_balance_loss:
+            grad = balance_gradient(scores, function, rows, valid)
+            grad = grad if grad_scores is None else grad.add_(grad_scores)
+        else:
+            assert grad_scores is not None
+            grad = grad_scores.clone()
         grad = scores_gradient_(grad, scores, function)
     del scores
     return add_z_gradient_(grad, logits, coefficient, valid) if losses.has_z_loss else grad

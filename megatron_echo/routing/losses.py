@@ -59,12 +59,7 @@ def estimate_whole(
 
 
 class LayerLosses:
-    """The losses of one router, weighed in backward; see ``injection.Losses``.
-
-    Attributes:
-        settings: what they are.
-        layer_number: Megatron's, from 1, for its tracker; None records nothing.
-    """
+    """The losses of one router, weighed in backward; see ``injection.Losses``."""
 
     score_dtype: torch.dtype | None = torch.float32  # as Megatron, whatever the logits are
 
@@ -77,20 +72,15 @@ class LayerLosses:
         calls_per_microbatch: int = 1,
         previous: Callable[[], Tensor] | None = None,
     ) -> None:
-        """Set up for one layer.
+        """Set up for one layer, with at least one loss.
 
-        Args:
-            settings: with at least one loss.
-            config: ``TransformerConfig``: experts, top-k, score function, layers.
-            groups: with ``tp_cp_group`` and ``tp_dp_cp_group``.
-            exchange: of the model.
-            calls_per_microbatch: how often a microbatch passes the layer (repeated MTP layers);
-                each call then weighs one part of that.
-            previous: gives the buffer ``[2, E]`` for counts of the step before, if kept.
+        ``groups`` has ``tp_cp_group`` and ``tp_dp_cp_group``; ``exchange`` is the model's. Each of
+        several ``calls_per_microbatch`` (repeated MTP layers) weighs one part. ``previous`` gives
+        the buffer ``[2, E]`` for counts of the step before, if kept.
         """
         self.settings = settings
         self.exchange = exchange
-        self.layer_number: int | None = None
+        self.layer_number: int | None = None  # from 1, for Megatron's tracker; None records nothing
         self.score_function = config.moe_router_score_function
         self.has_balance_loss = bool(settings.coefficients)
         self.has_z_loss = settings.z_coefficient > 0

@@ -73,11 +73,8 @@ class EchoRouter(TopKRouter):
 
     Stands in ``MoESubmodules.router``. The losses are Megatron's own flags:
     ``--moe-router-load-balancing-type``, ``--moe-aux-loss-coeff`` and ``--moe-z-loss-coeff``.
-    Without any of them, in evaluation, and with ``--moe-echo-aux-mcore-compat`` the forward pass
-    is Megatron's.
-
-    What a pass does depends on its role (``call_roles.py``): one of evaluation or of a reference
-    model, without gradients, is Megatron's and leaves no trace. ``StepEnd`` ends the step.
+    Without any of them, with ``--moe-echo-aux-mcore-compat``, and in evaluation or a reference
+    model's pass (``call_roles.py``) the forward pass is Megatron's and leaves no trace.
     """
 
     previous_counts: Tensor
@@ -134,14 +131,9 @@ class EchoRouter(TopKRouter):
         return logits[:0].view(*input.shape[:-1], logits.shape[-1])
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Choose experts.
+        """Choose experts from logits ``[s, b, E]``; padding is bool ``[s, b]``.
 
-        Args:
-            logits: ``[s, b, E]``.
-            padding_mask: bool ``[s, b]``, True for padding.
-
-        Returns:
-            Probabilities ``[T, E]`` and the map of choices, bool ``[T, E]``.
+        Gives the probabilities ``[T, E]`` and the map of choices, bool ``[T, E]``.
         """
         role = role_of_call() if self.training else Role.UNRECORDED
         with _replayed_again(self.router_replay, role):
@@ -226,7 +218,8 @@ class EchoRouter(TopKRouter):
         ) -> tuple[Tensor, Tensor]:
             if group_topk:
                 return group_limited_topk(scores, topk, *scores.shape, num_groups, group_topk)
-            return tuple(scores.topk(topk, dim=1, sorted=torch.is_grad_enabled()))
+            values, chosen = scores.topk(topk, dim=1, sorted=torch.is_grad_enabled())
+            return values, chosen
 
         if self.router_replay is None:
             return choose(ranked, self.topk, groups, group_topk)[1]

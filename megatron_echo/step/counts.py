@@ -36,29 +36,17 @@ from megatron_echo.call_roles import Role, checkpoint_run_again, checkpoints_of_
 
 @dataclass
 class _Call:
-    """One call of a layer; counts ``[b, E]`` of this rank, then over the two groups.
+    """One call of a layer; counts ``[b, E]`` of this rank, then over the two groups."""
 
-    Attributes:
-        owners: the checkpoints whose first pass it was; none for a recorded one.
-        is_run_again: whether one of them has run again.
-        local: of this rank, None until it is written.
-        over_batch: whether ``batch`` will be asked for.
-        sequence: over the ranks that share its sequences.
-        batch: ``[E]``, over all ranks of the stage; None where ``sequence`` says it.
-        work: to wait for before either of the latter is read.
-        seen: with totals, what they were after this call.
-        at_end: called when the step ends, if the call belongs to it.
-    """
-
-    owners: list[weakref.ref[FunctionCtx]] = field(default_factory=list)
-    is_run_again: bool = False
-    local: Tensor | None = None
-    over_batch: bool = False
-    sequence: Tensor | None = None
-    batch: Tensor | None = None
-    work: tuple[dist.Work, ...] = ()
-    seen: "_Totals | None" = None
-    at_end: Callable[[], object] | None = None
+    owners: list[weakref.ref[FunctionCtx]] = field(default_factory=list)  # whose first pass it was
+    is_run_again: bool = False  # one of these checkpoints was
+    local: Tensor | None = None  # this rank's, None until it is written
+    over_batch: bool = False  # ``batch`` will be asked for
+    sequence: Tensor | None = None  # over the ranks that share its sequences
+    batch: Tensor | None = None  # ``[E]``, over all ranks of the stage; None: ``sequence`` says it
+    work: tuple[dist.Work, ...] = ()  # to wait for before either is read
+    seen: "_Totals | None" = None  # with totals, what they were after this call
+    at_end: Callable[[], object] | None = None  # called when the step ends, if it belongs to it
 
     @property
     def is_in_step(self) -> bool:
@@ -78,14 +66,10 @@ class _Call:
 class _Totals(NamedTuple):
     """Sums over the calls of a step, int64 on the device."""
 
-    local: Tensor
-    """``[E]``: this rank's counts."""
-    batch: Tensor
-    """``[E]``: those over all ranks of the stage."""
-    squares: Tensor
-    """``[E]``: of the latter."""
-    calls: Tensor
-    """Scalar: their number."""
+    local: Tensor  # ``[E]``: this rank's counts
+    batch: Tensor  # ``[E]``: those over all ranks of the stage
+    squares: Tensor  # ``[E]``: of the latter
+    calls: Tensor  # scalar: their number
 
     @classmethod
     def of(cls, local: list[Tensor], batch: list[Tensor]) -> "_Totals":
@@ -103,12 +87,7 @@ class _Totals(NamedTuple):
 
 
 class LayerCounts:
-    """The calls of one layer in a step, each named by its number.
-
-    Attributes:
-        calls: of the step.
-        totals: in graphs of single layers, from the first call on.
-    """
+    """The calls of one layer in a step, each named by its number."""
 
     def __init__(
         self,
@@ -120,19 +99,16 @@ class LayerCounts:
         self._exchange = exchange
         self._calls_per_microbatch = calls_per_microbatch
         self._previous = previous
-        self._first_passes: weakref.WeakKeyDictionary[FunctionCtx, deque[int]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._first_passes = weakref.WeakKeyDictionary[FunctionCtx, deque[int]]()
         self.calls: list[_Call] = []
-        self.last_calls: list[_Call] = []
-        self.totals: _Totals | None = None
+        self.last_calls: list[_Call] = []  # of the last whole step
+        self.totals: _Totals | None = None  # in graphs of single layers, from the first call on
 
     def enter(self, role: Role) -> tuple[int, bool]:
         """Begin a forward pass of the layer in training, of any role but UNRECORDED.
 
-        Returns:
-            The number of the call, and True if its counts are to be written. A repeated pass is
-            never asked for its number.
+        Gives the number of the call, which a repeated pass does not need, and whether its counts
+        are to be written.
         """
         if role is Role.REPEATED:
             return -1, False
@@ -190,10 +166,9 @@ class LayerCounts:
         return self.of_sequences(call).sum(0) if entry.batch is None else entry.batch
 
     def of_seen(self, up_to: int | None = None) -> tuple[Tensor, Tensor]:
-        """The counts of the step's calls so far, up to one of them, over all ranks of the stage.
+        """The sum of the step's calls so far, up to one of them, and their number, a scalar.
 
-        Returns:
-            Their sum, fp64 ``[E]``, and their number, a scalar.
+        The sum is over all ranks of the stage, fp64 ``[E]``.
         """
         totals = self.totals if up_to is None else self.calls[up_to].seen
         if totals is None:
@@ -262,8 +237,7 @@ class CountExchange:
     """The calls of all layers on this rank; one object a model, see ``step/step_end.py``.
 
     Attributes:
-        batch_group: all ranks of the pipeline stage.
-        last_step: int64 ``[L, E]``, this rank's counts of the last whole step, over its calls.
+        last_step: int64 ``[layers, E]``, this rank's counts of the last whole step, over its calls.
     """
 
     def __init__(
@@ -281,11 +255,8 @@ class CountExchange:
             has_layer_graphs: whether single layers are in CUDA graphs.
         """
         self.has_layer_graphs = has_layer_graphs
-        self._sequence_group = sequence_group
-        self.batch_group = batch_group
-        self._same_ranks = (
-            sequence_group is not None and sequence_group.size() == batch_group.size()
-        )
+        self._sequence_group, self.batch_group = sequence_group, batch_group
+        self._same_ranks = sequence_group and sequence_group.size() == batch_group.size()
         self.layers: list[LayerCounts] = []
         self._pending: list[tuple[LayerCounts, _Call]] = []
         self._last_layers: set[LayerCounts] = set()
@@ -338,8 +309,7 @@ class CountExchange:
     def end_step(self, is_replayed: bool = False) -> None:
         """Sum up the step and begin the next. Nothing is read; a second call does nothing.
 
-        ``is_replayed``: the step was the replay of a CUDA graph, which filled the tensors of the
-        last step's calls again.
+        A replay of a CUDA graph has filled the tensors of the last step's calls again.
         """
         if is_replayed:
             for layer in self.layers:

@@ -17,15 +17,12 @@ def load_fractions(counts: Tensor) -> Tensor:
 
 
 def load_metrics(counts: Tensor) -> dict[str, Tensor]:
-    """How evenly the experts of each layer are used.
-
-    Args:
-        counts: ``[L, E]``, tokens of each expert over all ranks and microbatches of a step.
+    """How evenly experts are used, from their tokens ``[layers, E]`` over all ranks of a step.
 
     Returns:
         ``expert_overload``: the fullest expert's load over the mean, 1.0 in balance;
         ``expert_entropy``: of the load fractions, as a part of ``log(E)``, 1.0 in balance;
-        ``dead_experts``: experts without a token. Each fp64 ``[L]``.
+        ``dead_experts``: experts without a token. Each fp64 ``[layers]``.
     """
     fractions = load_fractions(counts)
     experts = counts.shape[-1]
@@ -39,20 +36,17 @@ def load_metrics(counts: Tensor) -> dict[str, Tensor]:
 def read_load_metrics(exchange: CountExchange | None) -> dict[str, float]:
     """:func:`load_metrics` of the last step as means over the layers of all pipeline stages.
 
-    All ranks of the job call it together, at the end of a step: it reads values on the host.
-    ``exchange`` is that of this rank's routers, None on a rank without any.
-
-    Returns:
-        The three means, and ``expert_overload_max`` over layers; nothing if no router counted.
+    With ``expert_overload_max`` over layers; empty if no router counted. All ranks of the job call
+    it together, at the end of a step: it reads values on the host. ``exchange`` is that of this
+    rank's routers, None on a rank without any.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sums, highest = torch.zeros(2, 4, dtype=torch.float64, device=device)
     if exchange is not None and exchange.last_step is not None:
         counts = exchange.last_step.clone()
         dist.all_reduce(counts, group=exchange.batch_group)
-        layers = torch.stack(
-            [*load_metrics(counts).values(), counts.new_ones(len(counts)).double()]
-        )
+        ones = torch.ones_like(counts[:, 0], dtype=torch.float64)
+        layers = torch.stack([*load_metrics(counts).values(), ones])
         sums += layers.sum(1) / exchange.batch_group.size()  # each of its ranks adds the same
         highest += layers.amax(1)
     dist.all_reduce(sums)

@@ -103,13 +103,7 @@ class OverflowCheck:
         return found[2:] * is_wrong
 
     def check(self) -> None:
-        """Read the record of this step on all ranks and forget it.
-
-        Raises:
-            UnevenTokensError: on every rank, if ranks of a group brought different numbers, or one
-                more than the bound.
-            MoEOverflowError: something did not fit on some rank, and the policy is ``raise``.
-        """
+        """Read the record of this step on all ranks, which raise the same errors, and forget it."""
         if self._seen is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._seen = torch.zeros(5, dtype=torch.int64, device=device)

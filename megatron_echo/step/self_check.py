@@ -96,8 +96,7 @@ class SelfCheck:
     def check(self) -> float | None:
         """End a step; in a step with a check read its result, on all ranks.
 
-        Returns:
-            The largest relative error on any rank, None if no rank compared anything.
+        Gives the largest relative error on any rank, None if no rank compared anything.
 
         Raises:
             EchoCheckError: the error is above the rounding of the experts' dtype, or plans differ.
