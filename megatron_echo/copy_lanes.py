@@ -1,9 +1,8 @@
 """Where copies run: on side streams, or at once.
 
-Lanes of work: the compute stream, one lane of copies to the host in each direction, and one for
-work beside compute (:class:`Errand`). A backend only copies, records and waits; which order is
-needed is decided by its callers, for activations only in ``offload/transfers.py``, so that what
-the simulated backend proves holds on a device too.
+A backend only copies, records and waits; which order is needed is decided by its callers, for
+activations only in ``offload/transfers.py``, so that what the simulated backend proves holds on a
+device too.
 """
 
 import contextlib

@@ -162,9 +162,6 @@ def moe_module_spec(config: TransformerConfig) -> functools.partial:
     Megatron's ``HybridModel`` takes it in the ``moe_layer`` of its stack spec. Call it on every
     rank, also on those of pipeline stages without MoE layers: they take part in the checks at the
     end of a step.
-
-    Raises:
-        ValueError: graphs that Megatron's layer around it would replay in evaluation too.
     """
     if config.cuda_graph_impl == "local":
         raise ValueError(

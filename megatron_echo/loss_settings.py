@@ -23,24 +23,20 @@ class RouterLossSettings:
     """The losses of a model's routers, as Megatron's flags and this package's say.
 
     Attributes:
-        coefficients: by load-balancing type, those above 0.
-        z_coefficient: of the z loss, 0 without it.
         counted: ``--moe-echo-aux-counts``. unbiased: the top-k of the scores, as DeepSeek-V3's
             eq. 18 and Megatron; assigned: what the router chose with bias, groups and replay.
         source: ``--moe-echo-aux-count-source``, whose counts a batch-wise loss uses. microbatch:
             its own. cumulative: and those before it. late: all whose forward pass came before
             this backward pass. previous_step: those of the step before. late+previous: late, and
             the rest estimated from these and from the step before.
-        per_token: ``--calculate-per-token-loss``.
-        mcore_compat: leave everything to Megatron's router.
     """
 
-    coefficients: dict[str, float]
-    z_coefficient: float = 0.0
+    coefficients: dict[str, float]  # by load-balancing type, those above 0
+    z_coefficient: float = 0.0  # 0 without z loss
     counted: str = "unbiased"
     source: str = DEFAULT_SOURCE
-    per_token: bool = False
-    mcore_compat: bool = False
+    per_token: bool = False  # ``--calculate-per-token-loss``
+    mcore_compat: bool = False  # leave everything to Megatron's router
 
     @classmethod
     def from_config(cls, config: Any) -> "RouterLossSettings":

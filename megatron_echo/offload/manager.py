@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -17,7 +17,7 @@ from megatron_echo.copy_lanes import Backend, backend_for
 from megatron_echo.environment import is_capturing
 from megatron_echo.offload.config import OffloadConfig
 from megatron_echo.offload.host_arena import HostArena
-from megatron_echo.offload.recorder import Chunk, StepRecord
+from megatron_echo.offload.recorder import Chunk, Entry, StepRecord
 from megatron_echo.offload.regions import Edge, Span, find_spans
 from megatron_echo.offload.report import StepSummary, as_table
 from megatron_echo.offload.scheduler import Scheduler
@@ -285,7 +285,7 @@ class ActivationOffloader:
                 self._blobs[key] = blob
                 new.append(blob)
             for handle in handles:
-                handle.join(blob)
+                handle.blob, handle.tensor = blob, None
         if new:
             with record.mark(("close", region.chunk.model, region.span.name, len(new))) as position:
                 for blob in new:
@@ -325,7 +325,7 @@ class ActivationOffloader:
                 blob = record.entries[index].blob()
                 if blob is not None and blob.outbound is not None:
                     self.transfers.release(blob.outbound)
-            wanted = (record.entries[index] for index in record.plan.reload[position])
+            wanted: Iterable[Entry] = [record.entries[i] for i in record.plan.reload[position]]
         elif needed is None:
             self.transfers.trim(_PENDING_BLOBS * self._largest)
             return

@@ -103,8 +103,8 @@ def _matches(layer: nn.Module, name: str, rule: _Rule) -> Iterator[Span]:
         if fnmatch.fnmatchcase(path, rule.opens) and path.count(".") == rule.opens.count("."):
             closing = path if rule.until is None else rule.until
             if "*" in closing:
-                closing = path.removesuffix(rule.opens.rpartition("*")[2])
-                closing += rule.until.rpartition("*")[2]
+                start = path.removesuffix(rule.opens.rpartition("*")[2])
+                closing = start + closing.rpartition("*")[2]
             if closing in modules:
                 closes = Edge(modules[closing], rule.until is None)
                 yield Span(name, Edge(module, rule.after), closes)

@@ -130,16 +130,8 @@ class Handle:
         assert self.tensor is not None
         return self.tensor.untyped_storage().nbytes()
 
-    def join(self, blob: Blob) -> None:
-        """Leave the tensor to ``blob``."""
-        self.blob, self.tensor = blob, None
-
     def restore(self) -> Tensor:
-        """The saved tensor, same bits, shape, strides and offset.
-
-        Raises:
-            RuntimeError: it was changed in place since.
-        """
+        """The saved tensor, same bits, shape, strides and offset; an error if it was changed."""
         if self._alias._version != self._version:
             raise RuntimeError(
                 "One of the variables needed for gradient computation has been modified by an "

@@ -79,7 +79,7 @@ class Transfers:
         """See which originals were emptied while their copies may still have been under way.
 
         Their owner computes them again before backward uses them (Megatron's checkpoint without
-        output), so they stay and the copies are not used. Must be called before that.
+        output; call this before), so they stay and the copies are not used.
         """
         for outbound in self.pending:
             blob = outbound.blob()

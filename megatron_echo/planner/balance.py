@@ -3,15 +3,12 @@
 Tokens are moved from ranks above the bound ("donors", by their home experts) to ranks below it
 ("receivers"). Two algorithms, both in integers and with trip counts that depend on shapes only:
 
-* at least ``E // R`` slots: an alias table over the *ranks*, then each donor's tokens over its
-  experts. Exact for every input. With a tolerance, also the closest fits, for fewer clones
-  (:func:`.steps.exact`).
-* fewer slots: a greedy over *experts*, run for several targets at once; the best result wins
-  (:func:`.steps.greedy`).
+* at least ``m = E // R`` slots (:func:`.steps.exact`): an alias table over the *ranks*, then each
+  donor's tokens over its experts. With a tolerance, also the closest fits, for fewer clones.
+* fewer slots (:func:`.steps.greedy`): a greedy over *experts*, for several targets at once.
 
 With the price of a clone both end with the plan of the shortest predicted time, which may be that
-without clones. Ties go to the lower index everywhere, so the same counts give the same bits on
-every device.
+without clones. Ties go to the lower index everywhere.
 """
 
 from collections.abc import Callable
@@ -45,13 +42,13 @@ def plan_clones(
 ) -> ClonePlan:
     """Plan the clones of one layer and microbatch.
 
-    With ``num_slots >= E // R`` no rank's load exceeds :func:`balance_bound`, whatever the counts:
-    every receiver is filled from one home rank and so needs at most that rank's ``E // R``
-    experts. (The alias-table construction: give the emptiest receiver its whole deficit from a
-    donor, close it, repeat. A donor has more than the bound, a deficit is at most the bound, so
-    one donor always suffices; the sum of excesses never exceeds that of deficits, so when R - 1
-    ranks are closed the last one is within the bound too.) With fewer slots the plan is the best
-    of several greedy ones; ``load_after`` certifies what was reached, never worse than before.
+    With at least ``m`` slots no rank's load exceeds :func:`balance_bound`, whatever the counts:
+    every receiver is filled from one home rank and so needs at most that rank's ``m`` experts.
+    (The alias-table construction: give the emptiest receiver its whole deficit from a donor, close
+    it, repeat. A donor has more than the bound, a deficit is at most the bound, so one donor always
+    suffices; the sum of excesses never exceeds that of deficits, so when R - 1 ranks are closed the
+    last one is within the bound too.) With fewer slots the plan is the best of several greedy
+    ones; ``load_after`` certifies what was reached, never worse than before.
 
     Args:
         counts: int64 ``[R, E]``, tokens that source rank ``r`` routes to expert ``e``.
@@ -61,11 +58,10 @@ def plan_clones(
             is also paid for with clones.
         min_tokens_per_clone: clones with fewer tokens are given up where their home rank can
             keep the tokens within the bound; the bound always wins.
-        ranks_per_node: ranks that share a node (consecutive ranks). With ``E // R`` slots a node
-            whose own ranks can hold all of its load then sends no clone out; the other nodes, and
-            any node with fewer slots, prefer receivers inside. That saves weight traffic between
-            nodes, not token traffic: a clone in another node keeps that node's tokens there. None
-            if all links are alike.
+        ranks_per_node: consecutive ranks that share a node; None if all links are alike. With ``m``
+            slots a node whose own ranks can hold all of its load then sends no clone out; the other
+            nodes, and any node with fewer slots, prefer receivers inside. That saves weight traffic
+            between nodes, not token traffic.
         within_node: each node is balanced by itself, and no clone leaves its home's node. The bound
             is then that of the fullest node, for whose ranks the others wait.
         price: of a clone. Of the plans within the bound, the lowest load where none is, the one

@@ -10,14 +10,12 @@ INTRA_NODE_COST, INTER_NODE_COST = 1, 3
 """What a clone inside the node and one across nodes cost, where plans are chosen by cost."""
 
 INTRA_NODE_WEIGHT, INTER_NODE_WEIGHT = 5, 4
-"""What a receiver inside the node is worth to a node that must send some of its excess out.
-Weight traffic falls with more of the first, token traffic between nodes rises (a clone in another
-node keeps that node's tokens there)."""
+"""What a receiver inside the node is worth to a node that must send some of its excess out. With
+more of the first, weights travel less between nodes and tokens more."""
 
 NUM_TARGETS = 16
 """Targets of the greedy: ``i * i / 5`` % of the way from the bound to the load before planning, for
-``i`` from 0. More near the bound, where most are reached; up to 45 %, where few slots serve a deep
-hole."""
+``i`` from 0. Most near the bound; up to 45 %, where few slots serve a deep hole."""
 
 NUM_BOUNDS = 8
 """Bounds at which the exact planner looks for the shortest time, the first of them the load before

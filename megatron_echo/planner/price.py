@@ -43,17 +43,10 @@ class ClonePrice:
     ) -> "ClonePrice":  # fmt: skip
         """The price in a layer of these sizes.
 
-        A row is 6 operations for each element of an expert, forward and backward. Of the rows of
-        a rank all but its own part of ``1 / R`` come from others, and go back.
-
-        Args:
-            speeds: of each rank.
-            elements: of an expert's weights.
-            row_bytes: what a row that comes from elsewhere moves in all passes together; 0 where
-                a transport's traffic does not depend on the plan.
-            clone_bytes: what a clone moves, weights and gradients; 0 likewise.
-            ranks: R.
-            ranks_per_node: ranks that share a node.
+        A row is 6 operations for each of the ``elements`` of an expert, forward and backward. Of
+        the rows of a rank all but its own part of ``1 / R`` come from others, and go back: that
+        moves ``row_bytes`` each in all passes together, 0 where a transport's traffic does not
+        depend on the plan. A clone moves ``clone_bytes``, weights and gradients; 0 likewise.
         """
         near, far = (ranks_per_node - 1) / ranks, (ranks - ranks_per_node) / ranks
         travel = row_bytes * max(near / speeds.inside, far / speeds.across)

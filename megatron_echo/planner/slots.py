@@ -17,10 +17,10 @@ FEW_RANKS, LEAST_OF_FEW, LEAST = 32, 4, 2
 def auto_slots(ranks: int, experts: int) -> int:
     """Clone slots S of a rank, for R > 1 ranks and E experts.
 
-    The table's entry for the next smaller R and the next larger E / R, which need no fewer slots;
-    E / R where it has none or more. With E / R slots balance is promised for every routing
+    The table's entry for the next smaller R and the next larger m, which need no fewer slots; m
+    where it has none or more. With m slots balance is promised for every routing
     (:func:`~megatron_echo.planner.plan_clones`), with fewer it is what the planner reached on the
-    loads of the table's benchmark. Many ranks need few slots: each takes over a small part only.
+    loads of the table's benchmark.
     """
     per_rank = experts // ranks
     rows = [row for known, row in SLOTS.items() if known <= ranks]

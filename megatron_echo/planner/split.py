@@ -27,14 +27,11 @@ def split_up_to(
 ) -> Tensor:
     """Split the tokens of source ranks over the ranks that compute their experts.
 
-    Three passes, each over what the pass before left: own rank, own node, everywhere. In a pass
-    an expert's sources and destinations are laid on two number lines in rank order and matched
-    where they overlap, so that a pass matches ``min(supply, demand)``. Both the tokens that stay
-    on their rank and those that stay in their node are therefore as many as the allocation
-    allows: for each expert and node it is the smaller of the two sums, which no split exceeds.
-    Since sources lie in rank order, those up to a rank fill a line up to one point.
-
-    Without ``ranks_per_node`` the second pass is left out.
+    Three passes, each over what the pass before left: own rank, own node (with
+    ``ranks_per_node``), everywhere. In a pass an expert's sources and destinations are laid on two
+    number lines in rank order and matched where they overlap, so that a pass matches ``min(supply,
+    demand)``: as many tokens stay on their rank and in their node as the allocation allows. Since
+    sources lie in rank order, those up to a rank fill a line up to one point.
 
     Returns:
         int64 ``[2, E, R]``: of all ranks below ``rank``, and of those and ``rank``. For the

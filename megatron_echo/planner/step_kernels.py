@@ -41,13 +41,6 @@ def _pick(values, index, wanted, axis: tl.constexpr):
 
 
 @triton.jit
-def _weight(rank, donor, node_size, BY_NODE: tl.constexpr):
-    """What each receiver is worth to a donor: more inside its node."""
-    inside = rank // node_size == donor // node_size
-    return tl.where(inside, _INTRA, _INTER) if BY_NODE else tl.where(inside, 1, 1)
-
-
-@triton.jit
 def _cost(home, receiver, node_size, BY_NODE: tl.constexpr):
     """The cost of a clone: more across nodes."""
     inside = home // node_size == receiver // node_size
@@ -80,7 +73,7 @@ def _alias_table(
         if BY_NODE:
             inside = rank // node_size == donor // node_size
             alone = _pick(first, rank, donor, 0) > 0
-            worth = need * _weight(rank, donor, node_size, BY_NODE)
+            worth = need * tl.where(inside, _INTRA, _INTER)
             worth = tl.where(alone, tl.where(inside & (need > 0), _FAR - need, 0), worth)
             _, receiver = _first_max(worth, rank, 0)
             most = _pick(need, rank, receiver, 0)
@@ -114,7 +107,7 @@ def _closest_fits(
             wanted = _pick(excess, rank, donor, 0)
             inside = rank // node_size == donor // node_size
             fit = tl.where(inside, 2 * _FAR, _FAR) - hole
-            weighted = hole * _weight(rank, donor, node_size, BY_NODE)
+            weighted = hole * tl.where(inside, _INTRA, _INTER)
             score = tl.where(hole > 0, tl.where(hole >= wanted, fit, weighted), 0)
             alone = _pick(first, rank, donor, 0) > 0
             _, receiver = _first_max(tl.where(alone & (inside == 0), 0, score), rank, 0)
@@ -220,10 +213,12 @@ def _greedy(
     while step < R * S:
         hole = tl.maximum(tl.where(free > 0, -excess, 0), 0)
         need, receiver = _first_max(hole, rank, 0)
-        fit, weight = _FAR + excess, _weight(rank, receiver, node_size, BY_NODE)
+        fit, part = _FAR + excess, largest
         if BY_NODE:
-            fit += tl.where(weight == _INTRA, _FAR, 0)
-        worth = tl.where(largest >= need, fit, largest * weight)
+            near = rank // node_size == receiver // node_size
+            fit += tl.where(near, _FAR, 0)
+            part = largest * tl.where(near, _INTRA, _INTER)
+        worth = tl.where(largest >= need, fit, part)
         worth = tl.where((excess > 0) & (need > 0), worth, 0)
         best, donor = _first_max(worth, rank, 0)
         row = left + donor * M

@@ -10,12 +10,11 @@ ranks, and sums them over the ranks that share a sequence. With that, the losses
   all ranks of the stage.
 
 With ``--calculate-per-token-loss`` Megatron divides everything by the tokens of the step, once, at
-its end. Each loss then counts by its tokens: a microbatch or a sequence weighs as much as it has
-valid ones, and the means over tokens are those of the whole step. This is the setting in which
-padding cannot make the strength of a loss depend on how a batch is cut.
+its end. Each loss then counts by its valid tokens, and padding cannot make its strength depend on
+how a batch is cut.
 
-**Scale.** The one factor that everything shares is ``MoEAuxLossAutoScaler``'s: the scale of the
-main loss's backward pass, which holds the gradient scaler, microbatches and context parallelism.
+**Scale.** All share ``MoEAuxLossAutoScaler``'s factor: the scale of the main loss's backward pass,
+which holds the gradient scaler, microbatches and context parallelism.
 """
 
 from collections.abc import Callable
@@ -44,12 +43,9 @@ def estimate_whole(
     squared distance of the two, which is at least what chance makes of it. So calls that differ
     lean on the step before while the routing stands still, and less the more it moves.
 
-    Args:
-        seen: fp64 ``[E]``, the sum of the calls seen.
-        calls: their number; with ``total`` of them the sum stays as it is.
-        total: calls of a step.
-        previous: fp64 ``[E]``, the mean call of the step before; zeros if there was none.
-        variance: scalar, of its calls, summed over experts; 0 if there was none.
+    ``seen``, fp64 ``[E]``, is the sum of as many ``calls`` of the step's ``total``; ``previous``,
+    likewise, the mean call of the step before and ``variance`` that of its calls, a scalar summed
+    over experts; both 0 if there was none.
     """
     apart = previous - seen / calls
     chance = variance * (1 / calls + 1 / total)

@@ -71,13 +71,13 @@ class ReplayedRouting(PerModel):
                 f"holds no layer {layer}",
                 "Use the model of the recorded run, and the files of all of its ranks.",
             )
-        places, recorded = self._layout.places(tokens, microbatch), self._step[layer]
-        if places.size and places[-1] >= len(recorded):
+        positions, recorded = self._layout.places(tokens, microbatch), self._step[layer]
+        if positions.size and positions[-1] >= len(recorded):
             raise self._error(
                 f"holds {len(recorded)} tokens, fewer than this step has",
                 "Use the batch size and sequence length of the recorded run.",
             )
-        return torch.from_numpy(recorded[places].astype(np.int64))
+        return torch.from_numpy(recorded[positions].astype(np.int64))
 
     def _read(self) -> dict[int, np.ndarray]:
         """The experts of all tokens of the step, ``[samples * s, K]``, by layer."""
@@ -107,28 +107,28 @@ class ReplayedRouting(PerModel):
         return {layer: ids[:, depth] for depth, layer in enumerate(self._moe_layers)}
 
     def _captured(self) -> dict[int, np.ndarray]:
-        """Put together what the ranks of a run captured; those of one place have the same."""
+        """Put together what the ranks of a run captured; those of one position have the same."""
         parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         try:
             for capture in read_captures(self._folder, iteration=self.iteration):
                 if capture.layout is None:
                     raise self._error("has no layout of its run", "Capture it with this version.")
                 for (layer, microbatch), call in capture.calls.items():
-                    places = capture.layout.places(len(call.ids), microbatch)
-                    parts.setdefault(layer, []).append((places, call.ids.numpy()))
+                    positions = capture.layout.places(len(call.ids), microbatch)
+                    parts.setdefault(layer, []).append((positions, call.ids.numpy()))
         except FileNotFoundError as error:
             raise self._error("is not there", "Capture as many steps as you replay.") from error
         return {layer: self._whole(layer, found) for layer, found in parts.items()}
 
     def _whole(self, layer: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        places, ids = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        if (found := len(np.unique(places))) <= places.max():
+        positions, ids = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if (found := len(np.unique(positions))) <= positions.max():
             raise self._error(
-                f"holds {found} of {places.max() + 1} tokens for layer {layer}",
+                f"holds {found} of {positions.max() + 1} tokens for layer {layer}",
                 "Put the files of all ranks of the recorded run there.",
             )
         whole = np.empty((found, ids.shape[1]), dtype=ids.dtype)
-        whole[places] = ids
+        whole[positions] = ids
         return whole
 
     def _error(self, fault: str, remedy: str) -> ValueError:

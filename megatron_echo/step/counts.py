@@ -4,17 +4,13 @@ The counts of a call are written in its forward pass and read in a backward pass
 microbatch. One asynchronous all-reduce carries those of all layers of a pipeline stage (or of a
 virtual stage's chunk); it starts when the last layer has written, and whoever reads waits.
 
-**Which call is it?** Each layer numbers its own calls in a step: 0, 1, 2, ... A recomputation is
-the call that its checkpoint's first pass was (``call_roles.py``), and writes nothing. Calls of a
-checkpoint that nothing refers to any more, and that never ran again, belong to no step.
+A recomputation is the call that its checkpoint's first pass was (``call_roles.py``), and writes
+nothing. Calls of a checkpoint that nothing refers to any more, and that never ran again, belong to
+no step. A reader gets exactly the calls whose forward pass came before it in the program, never
+whatever has happened to arrive: the same on every rank and in every run. The calls of the last step
+are kept: the replay of a CUDA graph calls no layer, and fills the same tensors.
 
-**What has been seen?** A reader gets exactly the calls whose forward pass came before it in the
-program, never whatever has happened to arrive: the same on every rank and in every run.
-
-**When does it end?** :meth:`CountExchange.end_step` sums up and begins at 0. The calls of the last
-step are kept: the replay of a CUDA graph calls no layer, and fills the same tensors.
-
-**In graphs of single layers** one capture serves many calls, so that none of this can be known in
+In graphs of single layers one capture serves many calls, so that none of this can be known in
 Python. There each layer reduces its counts at once, and adds them to totals on the device, which
 are the calls seen so far in any pass, replayed or not.
 """
@@ -99,7 +95,7 @@ class LayerCounts:
         self._exchange = exchange
         self._calls_per_microbatch = calls_per_microbatch
         self._previous = previous
-        self._first_passes = weakref.WeakKeyDictionary[FunctionCtx, deque[int]]()
+        self.first_passes = weakref.WeakKeyDictionary[FunctionCtx, deque[int]]()
         self.calls: list[_Call] = []
         self.last_calls: list[_Call] = []  # of the last whole step
         self.totals: _Totals | None = None  # in graphs of single layers, from the first call on
@@ -113,7 +109,7 @@ class LayerCounts:
         if role is Role.REPEATED:
             return -1, False
         again = checkpoint_run_again()
-        first = None if again is None else self._first_passes.get(again)
+        first = None if again is None else self.first_passes.get(again)
         if first:
             number = first[0]
             first.rotate(-1)
@@ -124,7 +120,7 @@ class LayerCounts:
         if role is Role.FIRST_PASS:
             for checkpoint in checkpoints_of_first_pass():
                 self.calls[number].owners.append(weakref.ref(checkpoint))
-                self._first_passes.setdefault(checkpoint, deque()).append(number)
+                self.first_passes.setdefault(checkpoint, deque()).append(number)
         return number, not first
 
     def write(self, call: int, counts: Tensor, over_batch: bool) -> None:
@@ -195,12 +191,6 @@ class LayerCounts:
         except AttributeError:  # Megatron's calculator is not set up
             return 0
 
-    def begin_step(self) -> None:
-        """In graphs of single layers: clear the totals and drop the calls of captures."""
-        self.calls = []
-        for total in self.totals or ():
-            total.zero_()
-
     def sum_up(self) -> Tensor | None:
         """Counts of the step on this rank, int64 ``[E]``; None if the layer was not called."""
         seen = self.seen()
@@ -214,11 +204,6 @@ class LayerCounts:
             kept = self._previous()
             kept.copy_(torch.where(totals.calls > 0, totals.mean_and_variance(), kept))
         return totals.local
-
-    def end_step(self) -> None:
-        """Forget the calls."""
-        self.calls = []
-        self._first_passes.clear()
 
     def wait(self) -> None:
         """Wait for the counts of all calls."""
@@ -303,7 +288,9 @@ class CountExchange:
         """Clear the totals, and drop the calls of captures: their graphs are whole by now."""
         if self.has_layer_graphs:
             for layer in self.layers:
-                layer.begin_step()
+                layer.calls = []
+                for total in layer.totals or ():
+                    total.zero_()
 
     @torch.no_grad()
     def end_step(self, is_replayed: bool = False) -> None:
@@ -323,7 +310,8 @@ class CountExchange:
             for layer in self.layers:
                 layer.last_calls = layer.calls
         for layer in self.layers:
-            layer.end_step()
+            layer.calls = []
+            layer.first_passes.clear()
         self._pending = []
 
     def join(self) -> None:

@@ -8,18 +8,14 @@ backward pass and before the optimizer's first change:
 * at the latest when PyTorch calls its hook before an optimizer's step: a script may put another
   function there, whenever it likes, and have a training loop of its own.
 
-A step is *open* once the model is called to train. So several optimizers in Megatron's chained one
-end it once, and the optimizer of another model does not end it. A rank whose pipeline stage has no
-MoE layer opens it when its part of the model is called: all ranks end as often, as the checks are
-collective.
+A step is *open* once the model is called to train, on ranks without MoE layers too. So all ranks
+end as often, several optimizers in Megatron's chained one end it once, and that of another model
+does not. With ``--cuda-graph-impl full_iteration`` that function is called inside the graph, where
+nothing may be read, and a replay calls no layer. There the hook alone ends the step: it is over
+when an optimizer steps that has stepped since the last end.
 
-With ``--cuda-graph-impl full_iteration`` that function is called inside the graph, where nothing
-may be read, and a replay calls no layer. There the hook alone ends the step: it is over when an
-optimizer steps that has stepped since the last end.
-
-A step begins with the first call of the model that trains. What layers count, they count on the
-device, in tensors that are cleared then: a replay counts as Python would, and what a graph is
-warmed up with counts for nothing.
+What layers count, they count on the device, in tensors that the first call of a step clears: a
+replay counts as Python would, and what a graph is warmed up with counts for nothing.
 """
 
 import weakref
@@ -50,26 +46,15 @@ from megatron_echo.step_hooks import EndOfStep, watch_optimizers
 
 
 class StepEnd(PerModel, EndOfStep):
-    """The end of a step for the MoE layers of a model. One object for each model: :meth:`of`.
-
-    Attributes:
-        exchange: the counts of the model's routers; None before the first one is built.
-        overflow: whether every token-expert pair had a row.
-        statistics: how even the loads of the ranks were, and what the planner did.
-        self_check: ``--moe-echo-check-every``.
-        trace: ``--moe-echo-trace-dir``.
-        capture: ``--moe-echo-capture-routing``, None without it.
-        replay: ``--moe-echo-replay-routing``, None without it.
-        steps: that have ended.
-    """
+    """The end of a step for the MoE layers of a model. One object for each model: :meth:`of`."""
 
     def __init__(self, config: Any) -> None:
         """Use :meth:`of`, with the model's ``TransformerConfig``."""
         super().__init__(config.finalize_model_grads_func)
         config.finalize_model_grads_func = self
-        self.exchange: CountExchange | None = None
+        self.exchange: CountExchange | None = None  # of the routers, once the first one is built
         self._has_clones = num_clone_slots(config) > 0
-        self.steps = 0
+        self.steps = 0  # that have ended
         self._is_open = False
         self._sees_calls = False
         self._is_in_graph = config.cuda_graph_impl == "full_iteration"
