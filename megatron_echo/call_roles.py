@@ -18,19 +18,13 @@ from torch.autograd.function import FunctionCtx
 
 
 class Role(Enum):
-    """What the pass through a layer that runs now is.
+    """What the pass through a layer that runs now is."""
 
-    RECORDED: gradients are recorded. FIRST_PASS: of a checkpoint, without gradients.
-    RECOMPUTED: that pass again, in backward, with gradients. REPEATED: again in backward, though
-    it was recorded at first (checkpoints that are not re-entrant). UNRECORDED: nothing of the kind,
-    so nothing is trained by it: ``no_grad``, inference.
-    """
-
-    RECORDED = "recorded"
-    FIRST_PASS = "first pass"
-    RECOMPUTED = "recomputed"
-    REPEATED = "repeated"
-    UNRECORDED = "unrecorded"
+    RECORDED = "recorded"  # gradients are recorded
+    FIRST_PASS = "first pass"  # of a checkpoint, without gradients
+    RECOMPUTED = "recomputed"  # that pass again, in backward, with gradients
+    REPEATED = "repeated"  # again in backward, though recorded at first (not re-entrant)
+    UNRECORDED = "unrecorded"  # nothing of the kind, trains nothing: ``no_grad``, inference
 
     @property
     def counts(self) -> bool:

@@ -23,12 +23,8 @@ from torch import Tensor
 class LocalNorm:
     """Builds ``torch.nn.LayerNorm`` or ``RMSNorm``, with sequence parallelism.
 
-    The only thing that sequence parallelism asks of a norm is the mark on its parameters: each
-    tensor-parallel rank sees a part of the sequence, and Megatron sums the gradients of marked
-    parameters over the group in ``finalize_model_grads``.
-
-    Raises:
-        ValueError: a setting that torch's norms do not have.
+    All that this asks of a norm is the mark on its parameters: each tensor-parallel rank sees a
+    part of the sequence, and Megatron sums the gradients of marked parameters over the group.
     """
 
     def __new__(

@@ -52,13 +52,14 @@ class RouterLossSettings:
             config.calculate_per_token_loss,
             getattr(config, "moe_echo_aux_mcore_compat", cls.mcore_compat),
         )
-        problem = settings._refusal()
+        problem = settings.refusal()
         if problem is not None:
             raise ValueError(problem)
         above = {name: value for name, value in settings.coefficients.items() if value > 0}
         return replace(settings, coefficients=above)
 
-    def _refusal(self) -> str | None:
+    def refusal(self) -> str | None:
+        """What in the settings has no meaning, and what to do; None if all is well."""
         for flag, strength in (
             *(("--moe-aux-loss-coeff", value) for value in self.coefficients.values()),
             ("--moe-z-loss-coeff", self.z_coefficient),

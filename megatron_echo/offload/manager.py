@@ -20,7 +20,7 @@ from megatron_echo.offload.host_arena import HostArena
 from megatron_echo.offload.recorder import Chunk, Entry, StepRecord
 from megatron_echo.offload.regions import Edge, Span, find_spans
 from megatron_echo.offload.report import StepSummary, as_table
-from megatron_echo.offload.scheduler import Scheduler
+from megatron_echo.offload.schedule import Scheduler
 from megatron_echo.offload.storages import Blob, Handle, OpenRegion, State
 from megatron_echo.offload.transfers import Transfers
 
@@ -173,7 +173,7 @@ class ActivationOffloader:
         if record.is_captured:
             record.check_complete()
         elif not record.is_broken and record.chunks:
-            self._scheduler.learn(record)
+            self._scheduler.learn(record.timeline())
             if self._unused:
                 names, self._unused = ", ".join(sorted(self._unused)), set()
                 self._complain(

@@ -135,45 +135,33 @@ def offload_config(args: Namespace) -> OffloadConfig | None:
     if not args.echo_fine_grained_activation_offloading:
         return None
     has_graph = args.cuda_graph_impl == _WHOLE_STEP
-    for refused, reason in (
-        (not args.echo_offload_modules, "needs names. Give --offload-modules."),
-        (
-            args.echo_delta_offload_bytes_across_pp_ranks,
-            "knows no --delta-offload-bytes-across-pp-ranks. Use --offload-target-bytes, with "
-            "which each stage offloads what it needs.",
+    refused = {
+        "needs names. Give --offload-modules.": not args.echo_offload_modules,
+        "knows no --delta-offload-bytes-across-pp-ranks. Use --offload-target-bytes, with which "
+        "each stage offloads what it needs.": args.echo_delta_offload_bytes_across_pp_ranks,
+        "orders its copies in Python between the modules, which graphs of single layers skip. Use "
+        f"--cuda-graph-impl {_WHOLE_STEP}, not {args.cuda_graph_impl}.": (
+            args.cuda_graph_impl not in ("none", _WHOLE_STEP)
         ),
-        (
-            args.cuda_graph_impl not in ("none", _WHOLE_STEP),
-            "orders its copies in Python between the modules, which graphs of single layers skip. "
-            f"Use --cuda-graph-impl {_WHOLE_STEP}, not {args.cuda_graph_impl}.",
+        "learns its plan in the steps before the graph. Use --cuda-graph-warmup-steps "
+        f"{config.learning_steps} or more, not {args.cuda_graph_warmup_steps}.": (
+            has_graph and args.cuda_graph_warmup_steps < config.learning_steps
         ),
-        (
-            has_graph and args.cuda_graph_warmup_steps < config.learning_steps,
-            "learns its plan in the steps before the graph. Use --cuda-graph-warmup-steps "
-            f"{config.learning_steps} or more, not {args.cuda_graph_warmup_steps}.",
+        "takes --delay-offload-until-cuda-graph for copies that are in the graph of the step. Use "
+        f"--cuda-graph-impl {_WHOLE_STEP}, or leave it out.": (
+            args.echo_delay_offload_until_cuda_graph and not has_graph
         ),
-        (
-            args.echo_delay_offload_until_cuda_graph and not has_graph,
-            "takes --delay-offload-until-cuda-graph for copies that are in the graph of the step. "
-            f"Use --cuda-graph-impl {_WHOLE_STEP}, or leave it out.",
+        "has no queue of its own for --fine-grained-offloading-max-inflight-offloads. Leave it "
+        "out; --offload-target-bytes says how much may stay on the device.": (
+            args.echo_fine_grained_offloading_max_inflight_offloads is not None
         ),
-        (
-            args.echo_fine_grained_offloading_max_inflight_offloads is not None,
-            "has no queue of its own for --fine-grained-offloading-max-inflight-offloads. Leave "
-            "it out; --offload-target-bytes says how much may stay on the device.",
-        ),
-        (
-            args.overlap_moe_expert_parallel_comm,
-            "follows the modules' forward order, which --overlap-moe-expert-parallel-comm "
-            "changes. Leave one of the two out.",
-        ),
-        (
-            args.cpu_offloading_num_layers,
-            "takes the place of --cpu-offloading-num-layers. Use one.",
-        ),
-    ):
-        if refused:
-            raise ValueError(f"--fine-grained-activation-offloading {reason}")
+        "follows the modules' forward order, which --overlap-moe-expert-parallel-comm changes. "
+        "Leave one of the two out.": args.overlap_moe_expert_parallel_comm,
+        "takes the place of --cpu-offloading-num-layers. Use one.": args.cpu_offloading_num_layers,
+    }
+    for problem, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(f"--fine-grained-activation-offloading {problem}")
     return config
 
 

@@ -16,7 +16,7 @@ from megatron_echo.offload import manager
 from megatron_echo.offload.host_arena import HostArena, Lease
 from megatron_echo.offload.manager import ActivationOffloader
 from megatron_echo.offload.recorder import StepRecord
-from megatron_echo.offload.scheduler import Scheduler
+from megatron_echo.offload.schedule import Scheduler, Timeline
 from megatron_echo.offload.storages import Blob, Handle
 from megatron_echo.offload.transfers import Transfers
 from megatron_echo.testing.simulated_device import Event, SimulatedBackend
@@ -177,9 +177,9 @@ def keep_originals(patch: Patch) -> None:
 def learn_once(patch: Patch) -> None:
     learn = Scheduler.learn
 
-    def learning(self: Scheduler, record: StepRecord) -> None:
+    def learning(self: Scheduler, timeline: Timeline) -> None:
         if not self._plans:
-            learn(self, record)
+            learn(self, timeline)
 
     patch.setattr(Scheduler, "learn", learning)
 
