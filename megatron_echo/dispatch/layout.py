@@ -39,9 +39,9 @@ class RowMap:
     """Rows of a buffer and the tokens that they are copies of, both ways."""
 
     row_src: Tensor
-    """int32 ``[B]``, the pair ``t * K + k`` that sits in a row, ``T * K`` in an empty one."""
+    """int32 ``[B]``, the pair ``n * K + k`` that sits in a row, ``N * K`` in an empty one."""
     row_of: Tensor
-    """int32 ``[T, copies]``, the rows with copies of a token, ``B`` for none: K of them, or one for
+    """int32 ``[N, copies]``, the rows with copies of a token, ``B`` for none: K of them, or one for
     each rank that it is sent to."""
     pairs_per_token: int
     """K; ``row_src // K`` is the token."""
@@ -50,7 +50,7 @@ class RowMap:
 
     @property
     def token_of_row(self) -> Tensor:
-        """int32 ``[B]``: the token that sits in a row, T in an empty row."""
+        """int32 ``[B]``: the token that sits in a row, N in an empty row."""
         return self.row_src // self.pairs_per_token
 
 
@@ -59,7 +59,7 @@ class DispatchLayout:
     """Where the pairs of one dispatch are computed on this rank. B rows, G groups."""
 
     rows: RowMap
-    """The map between rows and pairs; its ``row_of`` is ``[T, K]``."""
+    """The map between rows and pairs; its ``row_of`` is ``[N, K]``."""
     group_rows: Tensor
     """int64 ``[G]``, pairs of each group, before the buffer's limit."""
     padded_rows: Tensor
@@ -103,7 +103,7 @@ def build_layout(
     What does not fit ``num_rows`` is dropped from the last groups first, the same on every run.
 
     Args:
-        groups: integer ``[T, K]``, the local group of each pair; G for pairs that are computed
+        groups: integer ``[N, K]``, the local group of each pair; G for pairs that are computed
             elsewhere or do not exist. Tokens are in the order of their source ranks.
         num_groups: G, experts and clone slots on this rank.
         num_rows: B, rows of the buffer.

@@ -1,4 +1,4 @@
-"""Which storages to offload, when to let them go and bring them back; plans, and which one is next.
+"""Which storages to offload, when to let them go and bring them back; and which plan comes next.
 
 A step is a sequence of marks on the compute lane: a region closes in forward, a storage is first
 needed in backward. Copies to the host run in closing order, copies back in the order of need, one
