@@ -18,6 +18,7 @@ What layers count, they count on the device, in tensors that the first call of a
 replay counts as Python would, and what a graph is warmed up with counts for nothing.
 """
 
+import functools
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -53,7 +54,8 @@ class StepEnd(PerModel, EndOfStep):
         super().__init__(config.finalize_model_grads_func)
         config.finalize_model_grads_func = self
         self.exchange: CountExchange | None = None  # of the routers, once the first one is built
-        self._has_clones = num_clone_slots(config) > 0
+        setting, num_slots = functools.partial(echo_setting, config), num_clone_slots(config)
+        self._has_clones = num_slots > 0
         self.steps = 0  # that have ended
         self._is_open = False
         self._sees_calls = False
@@ -62,24 +64,20 @@ class StepEnd(PerModel, EndOfStep):
         self._chunks: Sequence[nn.Module] = ()
         _watch_calls(self)
         watch_optimizers(self)
-        policy = echo_setting(config, "moe_echo_overflow")
-        is_auto = token_capacity(config, num_clone_slots(config)) is None
-        most = echo_setting(config, "moe_echo_max_tokens_per_rank")
-        self.overflow = OverflowCheck(policy, is_auto, most)
-        is_priced = self._has_clones and echo_setting(config, "moe_echo_tolerance") is None
-        self.statistics = StepStatistics(is_priced)
-        self.self_check = SelfCheck(
-            echo_setting(config, "moe_echo_check_every") if self._has_clones else 0
-        )
+        is_auto = token_capacity(config, num_slots) is None
+        most = setting("moe_echo_max_tokens_per_rank")
+        self.overflow = OverflowCheck(setting("moe_echo_overflow"), is_auto, most)
+        self.statistics = StepStatistics(self._has_clones and setting("moe_echo_tolerance") is None)
+        self.self_check = SelfCheck(setting("moe_echo_check_every") if self._has_clones else 0)
         self.trace = RoutingTrace(
-            echo_setting(config, "moe_echo_trace_dir") if self._has_clones else None,
-            echo_setting(config, "moe_echo_trace_every"),
+            setting("moe_echo_trace_dir") if self._has_clones else None,
+            setting("moe_echo_trace_every"),
             config.cuda_graph_impl != "none",
         )
-        folder = echo_setting(config, "moe_echo_capture_routing")
+        folder = setting("moe_echo_capture_routing")
         self.capture: RoutingCapture | None = None
         if folder is not None:
-            slots = echo_setting(config, "moe_echo_capture_slots")
+            slots = setting("moe_echo_capture_slots")
             rank = dist.get_rank() if dist.is_initialized() else 0
             self.capture = RoutingCapture(folder, slots, config.num_moe_experts, rank)
         self._is_sequence_parallel = config.sequence_parallel
