@@ -233,8 +233,8 @@ class Scheduler:
         self._observe(timeline)
         if self._observations < self._config.learning_steps and timeline.times is not None:
             return
-        self.plan = self._make_plan(self._observed or timeline)
-        self._plans[timeline.signature] = self.plan
+        timeline = self._observed or timeline
+        self.plan = self._plans[timeline.signature] = self._make_plan(timeline)
         if len(self._plans) > _MOST_PLANS:
             del self._plans[next(iter(self._plans))]
         self._observed, self._observations = None, 0

@@ -232,10 +232,6 @@ def announcement(config: OffloadConfig) -> str:
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != field.default and field.name != "extra_regions"
     }
-    words = ", ".join(f"{name}={_spelled(value)}" for name, value in given.items())
+    given["modules"] = "+".join(config.modules)
+    words = ", ".join(f"{name}={value}" for name, value in given.items())
     return f"[megatron_echo] activation offloading by this package's manager: {words}"
-
-
-def _spelled(value: Any) -> str:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return "+".join(value) if is_list else str(value)

@@ -292,7 +292,14 @@ def plan_tensors(
     fixed = constants(ranks, experts, num_slots, is_relaxed, by_node, price is not None, domains)
     trials = fixed["TRIALS"]
     counts = counts.contiguous()
-    plan = _outputs(counts, num_slots, domains)
+    empty = counts.new_zeros if domains > 1 else counts.new_empty  # no program writes all of it
+    plan = {
+        "slot_expert": counts.new_full((all_ranks, num_slots), -1),
+        "allocation": empty(all_experts, all_ranks),
+        "load_before": counts.new_empty(all_ranks),
+        "load_after": counts.new_empty(all_ranks),
+        "num_clones": counts.new_empty(domains),
+    }
     clones = fullest = plan["num_clones"]
     if domains > 1:
         fullest = counts.view(all_ranks, domains, experts).sum((0, 2)).amax()
@@ -313,16 +320,3 @@ def plan_tensors(
             fixed = {name: value for name, value in fixed.items() if name not in others}
             _best_kernel[(domains,)](*shared, scores, *rules, **fixed, num_warps=8)
     return {**plan, "num_clones": clones.sum() if domains > 1 else clones.view(())}
-
-
-def _outputs(counts: Tensor, num_slots: int, domains: int) -> dict[str, Tensor]:
-    """What the kernels write; clones by domain, and zeros where no program allocates."""
-    ranks, experts = counts.shape
-    empty = counts.new_zeros if domains > 1 else counts.new_empty
-    return {
-        "slot_expert": counts.new_full((ranks, num_slots), -1),
-        "allocation": empty(experts, ranks),
-        "load_before": counts.new_empty(ranks),
-        "load_after": counts.new_empty(ranks),
-        "num_clones": counts.new_empty(domains),
-    }
