@@ -21,7 +21,7 @@ from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.experts.fp8 import FP8, pack_rows
 from megatron_echo.experts.projection import FetchInBackward
 from megatron_echo.free_ticket import FreeQueue
-from megatron_echo.routing.router import router_class
+from megatron_echo.routing.router import EchoRouter
 from megatron_echo.step.step_end import StepEnd
 
 
@@ -81,7 +81,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         groups = pg_collection or get_default_pg_collection()
         submodules = dataclasses.replace(submodules or MoESubmodules(None), experts=EchoGroupedMLP)
         if submodules.router is TopKRouter:
-            submodules = dataclasses.replace(submodules, router=router_class(config))
+            submodules = dataclasses.replace(submodules, router=EchoRouter)
         self.config = config
         without_packages = copy.copy(config)  # flex would need DeepEP, for nothing
         without_packages.moe_token_dispatcher_type = "allgather"

@@ -94,6 +94,8 @@ class EchoRouter(TopKRouter):
             replay = StepEnd.of(config).replay = ReplayedRouting.of(config, config)
             self.router_replay = ReplayedLayer(replay)
         self._tokens_vary = echo_setting(config, "moe_echo_max_tokens_per_rank") is not None
+        self._skew = echo_setting(config, "moe_echo_force_skew")
+        self._skew_bias: Tensor | None = None
         self._is_megatrons = settings.mcore_compat
         if self.local_tokens_per_expert is not None:  # integers: a model in bf16 leaves them alone
             self.local_tokens_per_expert = self.local_tokens_per_expert.long()
@@ -124,11 +126,23 @@ class EchoRouter(TopKRouter):
             self.router_replay.layer_number = before + layer_number
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits ``[..., E]``; of no tokens too, which Megatron's function cannot."""
-        if input.numel():
-            return super().gating(input)
-        logits = super().gating(input.new_zeros(1, input.shape[-1]))
-        return logits[:0].view(*input.shape[:-1], logits.shape[-1])
+        """Logits ``[..., E]``; of no tokens too, which Megatron's function cannot.
+
+        ``--moe-echo-force-skew`` adds ``-alpha * log(position)``, the positions in an order of
+        each layer's own, the same on every rank and in every run. Softmax turns that into Zipf's
+        law, ``position ** -alpha``, on top of what the router has learnt.
+        """
+        if not input.numel():
+            logits = super().gating(input.new_zeros(1, input.shape[-1]))
+            return logits[:0].view(*input.shape[:-1], logits.shape[-1])
+        logits = super().gating(input)
+        if self._skew == 0:
+            return logits
+        if self._skew_bias is None or self._skew_bias.device != input.device:
+            generator = torch.Generator().manual_seed(self.layer_number or 0)
+            position = torch.randperm(logits.shape[-1], generator=generator).to(input.device) + 1
+            self._skew_bias = -self._skew * position.float().log()
+        return logits + self._skew_bias
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts from logits ``[s, b, E]``; padding is bool ``[s, b]``.
@@ -283,29 +297,3 @@ class EchoRouter(TopKRouter):
         if hasattr(self, "previous_counts"):
             state_dict.setdefault(f"{prefix}previous_counts", self.previous_counts)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class SkewedEchoRouter(EchoRouter):
-    """:class:`EchoRouter` under ``--moe-echo-force-skew``.
-
-    Adds ``-alpha * log(position)`` to the logits, the positions in a fixed order for each layer.
-
-    Softmax turns that into Zipf's law, ``position ** -alpha``, on top of what the router has
-    learnt. The order depends on the layer's number only: the same on every rank and in every run.
-    """
-
-    _cached_bias: Tensor | None = None
-
-    def gating(self, input: Tensor) -> Tensor:
-        """Logits ``[..., E]``."""
-        if self._cached_bias is None or self._cached_bias.device != input.device:
-            generator = torch.Generator().manual_seed(self.layer_number or 0)
-            position = torch.randperm(self.config.num_moe_experts, generator=generator) + 1
-            bias = -self.config.moe_echo_force_skew * position.to(input.device).float().log()
-            self._cached_bias = bias
-        return super().gating(input) + self._cached_bias
-
-
-def router_class(config: Any) -> type[EchoRouter]:
-    """The router of this package's MoE layer, for ``MoESubmodules.router``."""
-    return SkewedEchoRouter if echo_setting(config, "moe_echo_force_skew") > 0 else EchoRouter

@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.routing.losses import RouterLossSettings
-from megatron_echo.routing.router import EchoRouter, SkewedEchoRouter, router_class
+from megatron_echo.routing.router import EchoRouter
 from megatron_echo.step.load_metrics import load_metrics
 from megatron_echo.testing import no_host_sync
 
@@ -605,13 +605,12 @@ def test_settings_without_meaning(fields: dict[str, Any], message: str) -> None:
 
 def test_skew_combines() -> None:
     made = config(**ALL_LOSSES)
-    assert router_class(made) is EchoRouter
     made.moe_echo_force_skew = 4.0
-    ours, theirs = build(SkewedEchoRouter, made), build(TopKRouter, made)
+    ours, theirs = build(EchoRouter, made), build(TopKRouter, made)
     theirs.enable_expert_bias = False
     actual = ours(tokens(S, B))
     gating = theirs.gating
-    theirs.gating = lambda hidden: gating(hidden) + ours._cached_bias
+    theirs.gating = lambda hidden: gating(hidden) + ours._skew_bias
     assert torch.equal(actual[0], theirs(tokens(S, B))[0])
     assert ours.losses is not None
     loads = actual[1].sum(0)
