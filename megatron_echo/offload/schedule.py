@@ -68,34 +68,21 @@ class Plan:
     peak_bytes: int  # forecast of the most bytes of all items on the device at once
 
 
-def make_plan(
-    timeline: Timeline,
-    link: Link | None,
-    policy: str = "earliest",
-    fraction: float = 1.0,
-    target_bytes: int | None = None,
-    max_slowdown: float = 0.0,
-) -> Plan:
-    """Choose items and fix the marks of their copies.
+def make_plan(timeline: Timeline, link: Link | None, config: OffloadConfig) -> Plan:
+    """Choose items of a recorded step and fix the marks of their copies.
 
-    Args:
-        timeline: the recorded step.
-        link: without it, or without times, copies take one mark and everything may go.
-        policy: ``earliest``, ``largest`` or ``longest-lifetime``.
-        fraction: of the bytes of each chunk, taken in the policy's order.
-        target_bytes: stop once the forecast peak is no higher.
-        max_slowdown: plan as if computation took this much longer.
+    Without a link, or without times, copies take one mark and everything may go.
     """
-    planner = _Planner(timeline, link, max_slowdown)
+    planner = _Planner(timeline, link, config.max_slowdown)
     kept: list[str | None] = ["held" if item.held else "fraction" for item in timeline.items]
-    wanted = planner.ordered(policy, fraction)
+    wanted = planner.ordered(config.policy, config.fraction)
     chosen = planner.hidden([], wanted, 1 + len(wanted) // _TRIALS)
     for index in wanted:
         kept[index] = "link"
-    if target_bytes is not None:
+    if config.target_bytes is not None:
         count = bisect.bisect_left(
             range(len(chosen)),
-            -target_bytes,
+            -config.target_bytes,
             key=lambda count: -planner.plan(kept, chosen[:count]).peak_bytes,
         )
         for index in chosen[count:]:
@@ -214,8 +201,7 @@ class Scheduler:
         self._config = config
         self._backend = backend
         self._plans: dict[Hashable, Plan] = {}
-        self._observed: Timeline | None = None
-        self._observations = 0
+        self._observed: list[Timeline] = []  # equal steps
         self.plan: Plan | None = None  # for the next step; None while there is something to learn
 
     @property
@@ -225,45 +211,34 @@ class Scheduler:
 
     def learn(self, timeline: Timeline) -> None:
         """Take a complete step into account."""
-        self.plan = self._plans.get(timeline.signature)
+        signature = timeline.signature
+        self.plan = self._plans.get(signature)
         if self.plan is not None:
             return
         if self._backend.link is not None and timeline.times is None:
             return  # it departed from a plan; the next one is timed
-        self._observe(timeline)
-        if self._observations < self._config.learning_steps and timeline.times is not None:
+        if self._observed and self._observed[-1].signature != signature:
+            self._observed = []
+        self._observed.append(timeline)
+        if len(self._observed) < self._config.learning_steps and timeline.times is not None:
             return
-        timeline = self._observed or timeline
-        self.plan = self._plans[timeline.signature] = self._make_plan(timeline)
+        timeline, self._observed = _shortest(self._observed), []
+        self.plan = self._plans[signature] = make_plan(timeline, self._backend.link, self._config)
         if len(self._plans) > _MOST_PLANS:
             del self._plans[next(iter(self._plans))]
-        self._observed, self._observations = None, 0
-
-    def _observe(self, timeline: Timeline) -> None:
-        """Keep the shortest time between each two marks of equal steps."""
-        last = self._observed
-        if last is None or last.signature != timeline.signature:
-            self._observed, self._observations = timeline, 1
-            return
-        self._observations += 1
-        if last.times and timeline.times:
-            spans = ([b - a for a, b in pairwise(t.times or ())] for t in (last, timeline))
-            shortest = accumulate(map(min, *spans), initial=0)
-            timeline = dataclasses.replace(timeline, times=tuple(shortest))
-        self._observed = timeline
-
-    def _make_plan(self, timeline: Timeline) -> Plan:
-        config = self._config
-        plan = make_plan(
-            timeline, self._backend.link, config.policy, config.fraction, config.target_bytes,
-            config.max_slowdown,
-        )  # fmt: skip
-        kept = zip(timeline.items, plan.kept, strict=True)
+        kept = zip(timeline.items, self.plan.kept, strict=True)
         logger.info(
             "Offload plan: %d of %d MiB in %d storages, at most %d MiB on the device",
             sum(item.nbytes for item, reason in kept if reason is None) >> 20,
             sum(item.nbytes for item in timeline.items) >> 20,
             len(timeline.items),
-            plan.peak_bytes >> 20,
+            self.plan.peak_bytes >> 20,
         )
-        return plan
+
+
+def _shortest(steps: list[Timeline]) -> Timeline:
+    """The last of equal steps, with the shortest time between each two marks."""
+    if not steps[-1].times:
+        return steps[-1]
+    spans = zip(*([b - a for a, b in pairwise(step.times or ())] for step in steps), strict=True)
+    return dataclasses.replace(steps[-1], times=tuple(accumulate(map(min, spans), initial=0)))

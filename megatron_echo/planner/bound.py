@@ -24,12 +24,12 @@ planning. Twice as many bring 0.4 % less, half as many cost 2 % more."""
 FAR = 1 << 51
 """Above any weighted hole: a hole is at most the bound, which is below 2^48 with counts of 2^31."""
 
-_MILLION = 10**6
+MILLION = 10**6
 
 
 def balance_scale(tolerance: float) -> int:
     """``1 + tolerance`` in millionths: the only place where the tolerance is rounded."""
-    return _MILLION + round(_MILLION * tolerance)
+    return MILLION + round(MILLION * tolerance)
 
 
 def balance_bound[Number: (int, Tensor)](
@@ -42,11 +42,12 @@ def balance_bound[Number: (int, Tensor)](
     sizes the receive buffer, from the token budget ``T * K`` of a rank times R. ``total`` are the
     tokens over all ranks, up to 2^49.
     """
-    return _bound_at(total, num_ranks, balance_scale(tolerance))
+    return bound_at(total, num_ranks, balance_scale(tolerance))
 
 
-def _bound_at[Number: (int, Tensor)](total: Number, num_ranks: int, scale: int) -> Number:
-    unit = _MILLION * num_ranks
+def bound_at[Number: (int, Tensor)](total: Number, num_ranks: int, scale: int) -> Number:
+    """:func:`balance_bound` for a tolerance given as :func:`balance_scale`."""
+    unit = MILLION * num_ranks
     whole, rest = total // unit, total % unit  # the product scale * total may pass 2^63
     relaxed = scale * whole + scale * rest // unit
     exact = -(-total // num_ranks)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from megatron_echo.planner.bound import (
-    _MILLION,
     FAR,
     INTER_NODE_COST,
     INTER_NODE_WEIGHT,
     INTRA_NODE_COST,
     INTRA_NODE_WEIGHT,
+    MILLION,
     NUM_BOUNDS,
     NUM_TARGETS,
-    _bound_at,
     balance_bound,
     balance_scale,
+    bound_at,
 )
 from megatron_echo.planner.price import ClonePrice, clone_time
 
@@ -73,12 +73,12 @@ def exact(tokens: Tensor, load: Tensor, goal: Goal) -> Tensor:
     """
     ranks = load.shape[0]
     at_home = tokens.reshape(ranks, -1)
-    extra = balance_scale(goal.tolerance) - _MILLION
+    extra = balance_scale(goal.tolerance) - MILLION
     if goal.price is not None:
         bounds = goal.ladder(load, NUM_BOUNDS)
     else:
         extras = (extra, extra // 2, extra // 4, 0) if extra > 0 else (0,)
-        bounds = torch.stack([_bound_at(goal.total, ranks, _MILLION + part) for part in extras])
+        bounds = torch.stack([bound_at(goal.total, ranks, MILLION + part) for part in extras])
     excess = load - bounds[:, None]
     table = _alias_table(excess, goal.ranks_per_node)
     if goal.price is None and extra == 0:

@@ -3,14 +3,20 @@
 import itertools
 import pickle
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_echo.copy_lanes import Link
-from megatron_echo.offload.config import POLICIES
-from megatron_echo.offload.schedule import Item, Timeline, make_plan
+from megatron_echo.offload import schedule
+from megatron_echo.offload.config import POLICIES, OffloadConfig
+from megatron_echo.offload.schedule import Item, Plan, Timeline
+
+
+def make_plan(timeline: Timeline, link: Link, policy: str = "earliest", **rest: Any) -> Plan:
+    return schedule.make_plan(timeline, link, OffloadConfig(policy=policy, **rest))
 
 
 def one_pass(sizes: list[int], forward: list[int], backward: list[int]) -> Timeline:
@@ -40,7 +46,7 @@ def test_every_copy_is_in_time(
 ) -> None:
     """Played through, one copy at a time in each direction, nothing waits for a copy."""
     timeline, link = timeline_of(drawn), Link(Fraction(out), Fraction(back))
-    plan = make_plan(timeline, link, policy, fraction)
+    plan = make_plan(timeline, link, policy, fraction=fraction)
     times = timeline.times
     assert times is not None
     done: dict[int, int] = {}
@@ -71,7 +77,7 @@ def test_a_larger_fraction_offloads_no_less(
     drawn: list[tuple[int, int, int]], rate: int, policy: str, fractions: list[float]
 ) -> None:
     timeline, link = timeline_of(drawn), Link(Fraction(rate), Fraction(rate))
-    plans = [make_plan(timeline, link, policy, fraction) for fraction in sorted(fractions)]
+    plans = [make_plan(timeline, link, policy, fraction=fraction) for fraction in sorted(fractions)]
     sent = [
         sum(i.nbytes for i, reason in zip(timeline.items, plan.kept, strict=True) if not reason)
         for plan in plans
@@ -79,7 +85,7 @@ def test_a_larger_fraction_offloads_no_less(
     assert sent == sorted(sent)
     total = sum(item.nbytes for item in timeline.items)
     assert all(s <= f * total + 1e-6 for s, f in zip(sent, sorted(fractions), strict=True))
-    assert make_plan(timeline, link, policy, 0).peak_bytes == total
+    assert make_plan(timeline, link, policy, fraction=0).peak_bytes == total
 
 
 def test_a_plan_depends_on_its_input_only() -> None:
@@ -94,7 +100,7 @@ def test_policies_choose_in_their_order() -> None:
     link = Link(Fraction(100), Fraction(100))
 
     def chosen(policy: str, fraction: float) -> list[int]:
-        kept = make_plan(timeline, link, policy, fraction).kept
+        kept = make_plan(timeline, link, policy, fraction=fraction).kept
         return [index for index, reason in enumerate(kept) if reason is None]
 
     assert chosen("earliest", 0.5) == [0, 1]
