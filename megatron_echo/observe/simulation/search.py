@@ -68,7 +68,6 @@ class Search:
     offload_fraction: tuple[float, ...] = _flag(
         (0.0, 1.0),
         "shares of what is kept for backward that may go to the host",
-        metavar="X",
         check=_share,
     )
     token_transports: tuple[str, ...] = _flag(
@@ -83,7 +82,6 @@ class Search:
     tolerance: tuple[float | None, ...] = _flag(
         (0.02,),
         "of balance; auto: clones only where they win (weights by p2p)",
-        metavar="X",
         check=_tolerance,
         none_word="auto",
     )
