@@ -87,9 +87,7 @@ def _names_cuda(device: Any) -> bool:
 def _redirect(function: Callable, position: int | None = None) -> Callable:
     """``function`` with a CUDA device turned into the CPU, and pinned memory left out.
 
-    Args:
-        function: takes a device by keyword, ``device`` or ``map_location``.
-        position: of the device among the positional arguments, None if it has none.
+    It takes a device by keyword, ``device`` or ``map_location``, or at a position.
     """
 
     @functools.wraps(function)

@@ -32,11 +32,9 @@ def span(tensor: Tensor) -> tuple[int, int]:
 
 
 class CaptureLanes:
-    """Streams and memory of one capture.
+    """Streams and memory of one capture, which began on the stream ``origin``.
 
-    Args:
-        origin: the stream that it began on.
-        own_references: to the storage of a key, of the recorder alone.
+    ``own_references(key)`` counts those to a storage that are the recorder's alone.
     """
 
     current: ClassVar["CaptureLanes | None"] = None
@@ -67,10 +65,9 @@ class CaptureLanes:
         return self._order.record(stream) if stream in self._members else None
 
     def wait(self, stream: Hashable, seen: Clock | None) -> None:
-        """Let a stream wait for an event; with it, it becomes part of the capture.
+        """Let a stream wait for an event, and so become part of the capture.
 
-        Raises:
-            CaptureError: the stream is part of it and the event is not.
+        A ``CaptureError`` says that the stream is part of it and the event is not.
         """
         if seen is not None:
             self._members.add(stream)
@@ -84,8 +81,7 @@ class CaptureLanes:
     def allocate(self, stream: Hashable, tensor: Tensor) -> None:
         """New memory: it may be any that this stream allocated before and that is free.
 
-        Raises:
-            CaptureError: another stream may still use such memory.
+        A ``CaptureError`` says that another stream may still use such memory.
         """
         for key in [key for key in self._visited if self._home.get(key) == stream]:
             if torch._C._storage_Use_Count(key) <= self._own_references(key):
