@@ -92,10 +92,9 @@ class CaptureLanes:
         self.access(stream, tensor, writes=True, name="The allocation")
 
     def access(self, stream: Hashable, tensor: Tensor, writes: bool, name: str) -> None:
-        """Use a tensor in a stream.
+        """Use a tensor.
 
-        Raises:
-            CaptureError: nothing orders this behind an earlier use in another stream.
+        ``CaptureError`` if nothing orders it behind an earlier use in another stream.
         """
         key = tensor.untyped_storage()._cdata
         if self._home.get(key, stream) != stream:
@@ -110,8 +109,7 @@ class CaptureLanes:
     def end(self) -> None:
         """Check that all streams are joined.
 
-        Raises:
-            CaptureError: the one that the capture began on does not wait for another's work.
+        ``CaptureError`` where the origin does not wait for one.
         """
         if self._order.not_behind(self._origin):
             raise CaptureError(

@@ -131,11 +131,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        """Everything recorded is already complete.
-
-        Raises:
-            CaptureError: it was recorded in a capture.
-        """
+        """Everything recorded is already complete; ``CaptureError`` for an event of a capture."""
         if self._seen is not None:
             self._refuse()
 

@@ -172,10 +172,7 @@ class Search:
     def best(self, cuts: list[int], name: str, limits: Measures) -> list[int]:
         """The layout with the least of one criterion; exact with one or two chunks a rank.
 
-        Args:
-            cuts: a layout that keeps the limits.
-            name: one of :data:`CRITERIA`.
-            limits: what no layout may exceed.
+        It begins at cuts that keep the limits.
         """
         if self.pipeline.chunks > 2:
             return self.plan(cuts, [name], limits, np.inf)

@@ -106,10 +106,9 @@ class PipelineLayout:
         return "|".join(self.stages)
 
     def check_with_megatron(self) -> None:
-        """Parse :attr:`string` with Megatron's own parser and compare.
+        """Parse :attr:`string` with Megatron's own parser.
 
-        Raises:
-            ValueError: Megatron reads something else.
+        ``ValueError`` if it reads another one.
         """
         from megatron.core.transformer.pipeline_parallel_layer_layout import (
             PipelineParallelLayerLayout,

@@ -48,14 +48,10 @@ class Pipeline(NamedTuple):
         microbatches: int | None = None,
         group: int | None = None,
     ) -> "Pipeline":
-        """Fill in the defaults and check; the arguments are the attributes.
+        """Fill in the defaults and check.
 
-        Args:
-            schedule: ``interleaved`` with one chunk is ``1f1b``, as it is in Megatron.
-            ranks: P.
-            chunks: V.
-            microbatches: None for enough to fill the pipeline.
-            group: None for P, Megatron's default.
+        They are as many microbatches as fill the pipeline, and groups of P. ``interleaved``
+        with one chunk is ``1f1b``, as it is in Megatron.
 
         Raises:
             ValueError: a schedule that does not exist or cannot run with these sizes.
@@ -123,10 +119,9 @@ class Pipeline(NamedTuple):
     def step_time(self, stage_seconds: ArrayLike) -> NDArray[np.float64]:
         """Seconds of a step: every pass starts when its rank is free and its input is there.
 
-        Args:
-            stage_seconds: ``[..., P * V]``, forward and backward time of a microbatch in each stage, of one
-                layout or of many; the result is float64 ``[...]``. Communication takes no time, and two
-                passes in one turn take the sum of theirs.
+        Forward and backward time of a microbatch in each stage, ``[..., P * V]`` of one
+        layout or of many, gives float64 ``[...]``. Communication takes no time, and two
+        passes in one turn take the sum of theirs.
         """
         seconds = np.moveaxis(np.asarray(stage_seconds, dtype=np.float64), -1, 0)
         share = {"F": seconds * (1 - BACKWARD_SHARE), "B": seconds * BACKWARD_SHARE}

@@ -27,16 +27,10 @@ TRACE_NUMBERS = 600_000
 
 
 def build_report(run_dirs: Sequence[str | os.PathLike]) -> str:
-    """The page for one run, or for several side by side.
-
-    Args:
-        run_dirs: folders that were given as ``--run-dir``.
-
-    Returns:
-        HTML with its styles, scripts and data inside.
+    """The page for one run, or for several side by side: HTML with styles, scripts and data inside.
 
     Raises:
-        ReportError: a folder is no run, or one of its files is damaged.
+        ReportError: a folder, given as ``--run-dir``, is no run, or one of its files is damaged.
     """
     runs = [read_run(Path(folder), TRACE_NUMBERS // len(run_dirs)) for folder in run_dirs]
     data = json.dumps(runs, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

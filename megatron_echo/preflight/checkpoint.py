@@ -103,10 +103,9 @@ def _check_distributed_optimizer(args: Namespace, takes_optimizer: bool) -> None
 
 
 def _saved_arguments(checkpoint: Path, flag: str) -> Namespace | None:
-    """The arguments that a distributed checkpoint was saved with; None for other formats.
+    """A distributed checkpoint's arguments, None for other formats.
 
-    Raises:
-        ValueError: a file is missing, cut off or cannot be read.
+    ``ValueError`` if it is damaged.
     """
     if not any(checkpoint.iterdir()):
         raise _damaged(flag, checkpoint, "it is empty")

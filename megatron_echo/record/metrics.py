@@ -228,11 +228,7 @@ def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
 
 
 def publish(values: Mapping[str, float], iteration: int) -> None:
-    """Hand the scalars of an iteration to Megatron's TensorBoard and wandb writers.
-
-    Those are on the last rank; on the others this does nothing. Megatron's global variables must
-    be set.
-    """
+    """Hand an iteration's scalars to Megatron's TensorBoard and wandb writers, if it has some."""
     from megatron.training import global_vars
 
     if (board := global_vars.get_tensorboard_writer()) is not None:

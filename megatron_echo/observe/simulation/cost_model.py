@@ -100,7 +100,7 @@ def clone_price(run: Run, ranks: int, tokens_by: str, by_node: bool) -> ClonePri
 
 
 class Costs:
-    """What a layout costs.
+    """What a layout, whose sizes fit, costs for its layer calls; their mean counts.
 
     Attributes:
         calls: seconds of each layer call on the slowest rank in experts' products, tokens' traffic
@@ -112,13 +112,6 @@ class Costs:
     """
 
     def __init__(self, run: Run, layout: Layout, placed: Placement) -> None:
-        """Count.
-
-        Args:
-            run: the cluster, the model and the batch.
-            layout: sizes that fit (:meth:`.Layout.check`).
-            placed: its layer calls, as many as one likes: their mean counts.
-        """
         self.run, self.layout, self.placed = run, layout, placed
         self.tokens = layout.tokens(run.work)
         self._rate = run.cluster.tflops * 1e12 * run.cluster.efficiency

@@ -156,12 +156,9 @@ MODELS = {
 
 
 def load[T: (Cluster, Model)](known: dict[str, T], name: str) -> T:
-    """One by name, or from a ``.json`` file with its fields.
+    """A known cluster or model by name, or one from a ``.json`` file with its fields.
 
-    Args:
-        known: :data:`CLUSTERS` or :data:`MODELS`.
-        name: a key or a path. A file may leave ``name`` out, and with ``"like": KEY`` all fields
-            that are as there.
+    A file may leave ``name`` out, and with ``"like": KEY`` all fields that are as there.
 
     Raises:
         ValueError: an unknown name, fields missing or too many, a value out of range.

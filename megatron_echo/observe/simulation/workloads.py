@@ -53,10 +53,8 @@ class Loads:
     ) -> np.ndarray:
         """Pairs of each source rank, with ``tokens`` tokens, for each expert: int64 ``[R, E]``.
 
-        A recorded call gives its own where it has this size; all else is drawn.
-
-        Raises:
-            ValueError: a trace of another number of experts.
+        A recorded call gives its own where it has this size; all else is drawn. A
+        ``ValueError`` says that a trace is of another number of experts.
         """
         share, pairs = self.popularity(ranks, experts, layer, microbatch), tokens * topk
         if share.shape[-1] != experts:
