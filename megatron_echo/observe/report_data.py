@@ -31,8 +31,8 @@ def read_run(folder: Path, trace_numbers: int) -> Json:
     Returns:
         ``name``, the entries of ``run.json``, ``metrics`` (columns by name), ``summary`` and
         ``limits`` (rows with ``label``, ``value``, ``unit``, ``source``), ``parts`` of the steps
-        (:func:`.step_parts`), ``ledgers`` (:func:`.read_ledgers`), ``trace`` (:func:`read_trace`) or
-        None, and ``trace_missing``, why there is none.
+        (:func:`.step_parts`), ``ledgers`` (:func:`.read_ledgers`), ``trace`` (:func:`read_trace`)
+        or None, and ``trace_missing``, why there is none.
 
     Raises:
         ReportError: the folder is no run, or one of its files is damaged.
@@ -229,10 +229,11 @@ def _rules(flags: Json) -> tuple[float, int | None]:
 def read_trace(paths: Sequence[Path], tolerance: float, domain: int | None, numbers: int) -> Json:
     """The traced steps of a run, from a file for each step and stage; each n-th step, to fit.
 
+    ``domain`` is how many ranks are balanced among themselves, None for all.
+
     Returns:
         ``ranks``, ``experts``, ``slots`` (of a rank), ``traced`` (how many steps), ``every`` (n)
-        and ``steps``: ``iteration`` and ``layers``, see :func:`_layer_of`. ``domain`` is how many ranks
-        are balanced among themselves, None for all.
+        and ``steps``: ``iteration`` and ``layers``, see :func:`_layer_of`.
 
     Raises:
         ReportError: a file cannot be read, is no trace, or is of another run.

@@ -31,11 +31,9 @@ _NOT_TAKEN_OVER = _SHAPE_ARGUMENTS[:5]
 
 
 def latest_checkpoint(folder: str | None, step: int | None = None) -> Path | None:
-    """The checkpoint that Megatron would load from ``folder``, or None.
+    """The checkpoint that Megatron would load from a folder, or None.
 
-    Args:
-        folder: the value of ``--load`` or ``--save``.
-        step: the value of ``--ckpt-step``; None asks the tracker file for the newest one.
+    ``step`` is ``--ckpt-step``.
     """
     if not folder:
         return None
