@@ -12,20 +12,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_echo import environment
 
 _SHAPE_ARGUMENTS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "mtp_num_layers",
-    "swiglu",
-    "normalization",
-    "multi_latent_attention",
-    "untie_embeddings_and_output_weights",
-)
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+    "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers",
+    "swiglu", "normalization", "multi_latent_attention", "untie_embeddings_and_output_weights",
+)  # fmt: skip
 # Of those, the ones that --use-checkpoint-args does not take over when they are given as well.
 _NOT_TAKEN_OVER = _SHAPE_ARGUMENTS[:5]
 

@@ -14,31 +14,15 @@ _UNSUPPORTED = (
     "logits_load_dir",
 )
 _SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "num_virtual_stages_per_pipeline_rank",
-    "num_layers_per_virtual_pipeline_stage",
-    "num_distributed_optimizer_instances",
-    "micro_batch_size",
-    "global_batch_size",
-    "eval_micro_batch_size",
-    "eval_global_batch_size",
-    "seq_length",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size",
+    "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
+    "num_distributed_optimizer_instances", "micro_batch_size", "global_batch_size",
+    "eval_micro_batch_size", "eval_global_batch_size", "seq_length", "num_layers", "hidden_size",
+    "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
+    "make_vocab_size_divisible_by", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq",
     "recompute_num_layers",
-)
+)  # fmt: skip
 """Megatron divides by most of these, or builds empty modules, before it looks at them."""
 _NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
 

@@ -13,27 +13,16 @@ _FIRST_TAGS = ("learning-rate", "batch-size", "lm loss")
 
 TIMERS = {
     1: (
-        "forward-backward",
-        "all-grads-sync",
-        "embedding-grads-all-reduce",
-        "params-all-gather",
+        "forward-backward", "all-grads-sync", "embedding-grads-all-reduce", "params-all-gather",
         "optimizer",
     ),
     2: (
-        "batch-generator",
-        "forward-compute",
-        "backward-compute",
-        "forward-recv",
-        "forward-send",
-        "backward-recv",
-        "backward-send",
-        "forward-send-forward-recv",
-        "forward-send-backward-recv",
-        "backward-send-forward-recv",
-        "backward-send-backward-recv",
+        "batch-generator", "forward-compute", "backward-compute", "forward-recv", "forward-send",
+        "backward-recv", "backward-send", "forward-send-forward-recv", "forward-send-backward-recv",
+        "backward-send-forward-recv", "backward-send-backward-recv",
         "forward-backward-send-forward-backward-recv",
     ),
-}
+}  # fmt: skip
 """Megatron's timers by the ``--timing-log-level`` from which they run."""
 
 _TIMED = {"iteration-time", *(f"{name}-time" for names in TIMERS.values() for name in names)}

@@ -26,15 +26,10 @@ _LAYOUT = {
 """Sizes of the parallel groups, under the short names that people use."""
 
 _VARIABLES = (
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "NCCL_ALGO",
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
-    "OMP_NUM_THREADS",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "SLURM_JOB_ID",
-    "TORCHDYNAMO_DISABLE",
-)
+    "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF",
+    "SLURM_JOB_ID", "TORCHDYNAMO_DISABLE",
+)  # fmt: skip
 
 
 def _git_commit() -> str | None:
