@@ -96,16 +96,10 @@ _NO_WGRAD_FUSION: Flag = ("--no-gradient-accumulation-fusion",)
 _NO_PERSISTENT_NORM: Flag = ("--no-persist-layer-norm",)
 _NO_ROPE_FUSION: Flag = ("--no-rope-fusion",)
 _WITHOUT_CUDA: tuple[Flag, ...] = (
-    ("--distributed-backend", "gloo"),
-    _LOCAL_LAYERS,
-    _NO_MASKED_SOFTMAX,
-    _NO_WGRAD_FUSION,
-    _NO_PERSISTENT_NORM,
-    ("--no-bias-swiglu-fusion",),
-    ("--no-bias-gelu-fusion",),
-    _NO_ROPE_FUSION,
+    ("--distributed-backend", "gloo"), _LOCAL_LAYERS, _NO_MASKED_SOFTMAX, _NO_WGRAD_FUSION,
+    _NO_PERSISTENT_NORM, ("--no-bias-swiglu-fusion",), ("--no-bias-gelu-fusion",), _NO_ROPE_FUSION,
     ("--no-bias-dropout-fusion",),
-)
+)  # fmt: skip
 _ALWAYS: tuple[Flag, ...] = (("--eval-interval", "1000"),)
 
 

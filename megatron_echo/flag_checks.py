@@ -17,7 +17,7 @@ from megatron_echo.environment import (
     interprets_triton,
     peer_memory_refusal,
 )
-from megatron_echo.flags import nearest_multiples, within
+from megatron_echo.flags import Check, nearest_multiples, within
 from megatron_echo.planner.price import MAX_ROWS
 from megatron_echo.planner.slots import auto_slots
 
@@ -132,6 +132,16 @@ def precision_refusal(precision: str, config: Any) -> str | None:
     return _NOT_BUILT.get(precision) or first_refusal(_FP8_ROWWISE, config)
 
 
+def _without_graph(refusal: str) -> Check:
+    return lambda value, config: refusal if value and config.cuda_graph_impl != "none" else None
+
+
+capture = _without_graph(
+    "copies into a new place each step, which a CUDA graph cannot. Leave one out."
+)
+replay = _without_graph(
+    "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
+)
 positive = within(1, math.inf, "is below 1. Use 1 or more.")
 not_negative = within(0, math.inf, "is negative. Use 0 or more.")
 tolerance = within(0, 100, "is not between 0 and 100. Use 0.02 for 2 %.")
@@ -235,18 +245,6 @@ def every(value: int, config: Any) -> str | None:
     if value and config.moe_echo_overflow == "drop":
         return "cannot tell a dropped pair from a wrong one. Use --moe-echo-overflow raise."
     return not_negative(value, config)
-
-
-def capture(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl != "none":
-        return "copies into a new place each step, which a CUDA graph cannot. Leave one out."
-    return None
-
-
-def replay(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl != "none":
-        return "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
-    return None
 
 
 def row_alignment(value: int, config: Any) -> str | None:

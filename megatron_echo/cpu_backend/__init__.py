@@ -344,11 +344,8 @@ def enable(verbose: bool = True) -> bool:
         _patch_random()
         _patch_factories()
         _keep_freed_memory()
-        _patches.set(
-            torch.distributed,
-            "all_to_all_single",
-            _redirect_splits(torch.distributed.all_to_all_single),
-        )
+        exchange = _redirect_splits(torch.distributed.all_to_all_single)
+        _patches.set(torch.distributed, "all_to_all_single", exchange)
         _patch_megatron()
     except BaseException:
         disable()

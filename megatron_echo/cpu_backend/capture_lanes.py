@@ -92,10 +92,7 @@ class CaptureLanes:
         self.access(stream, tensor, writes=True, name="The allocation")
 
     def access(self, stream: Hashable, tensor: Tensor, writes: bool, name: str) -> None:
-        """Use a tensor.
-
-        ``CaptureError`` if nothing orders it behind an earlier use in another stream.
-        """
+        """Use a tensor; refused if nothing orders it behind an earlier use in another stream."""
         key = tensor.untyped_storage()._cdata
         if self._home.get(key, stream) != stream:
             self._visited.add(key)
@@ -107,10 +104,7 @@ class CaptureLanes:
         self._home.pop(tensor.untyped_storage()._cdata, None)
 
     def end(self) -> None:
-        """Check that all streams are joined.
-
-        ``CaptureError`` where the origin does not wait for one.
-        """
+        """Refuse to end while a stream has work that the one of the beginning does not wait for."""
         if self._order.not_behind(self._origin):
             raise CaptureError(
                 "The capture ends while another stream has work that the captured one does not "

@@ -170,9 +170,9 @@ class Search:
         return cuts[np.lexsort(keys[::-1])]
 
     def best(self, cuts: list[int], name: str, limits: Measures) -> list[int]:
-        """The layout with the least of one criterion; exact with one or two chunks a rank.
+        """The layout with the least of one criterion, from cuts on that keep the limits.
 
-        It begins at cuts that keep the limits.
+        It is exact with one or two chunks a rank.
         """
         if self.pipeline.chunks > 2:
             return self.plan(cuts, [name], limits, np.inf)

@@ -106,9 +106,9 @@ class PipelineLayout:
         return "|".join(self.stages)
 
     def check_with_megatron(self) -> None:
-        """Parse :attr:`string` with Megatron's own parser.
+        """Let Megatron's own parser read :attr:`string`.
 
-        ``ValueError`` if it reads another one.
+        ``ValueError`` if that is another layout.
         """
         from megatron.core.transformer.pipeline_parallel_layer_layout import (
             PipelineParallelLayerLayout,

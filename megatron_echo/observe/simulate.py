@@ -38,9 +38,7 @@ def search_of(args: argparse.Namespace) -> Search:
 def simulate(args: argparse.Namespace) -> list[str]:
     """The report's lines.
 
-    Raises:
-        ValueError: bad values, names or files.
-        FileNotFoundError: a file or trace that is not there.
+    ``ValueError`` or ``FileNotFoundError`` for bad values, names or files.
     """
     search = search_of(args)
     return report_lines(search, *candidates(search))

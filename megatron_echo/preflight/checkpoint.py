@@ -21,10 +21,7 @@ _NOT_TAKEN_OVER = _SHAPE_ARGUMENTS[:5]
 
 
 def latest_checkpoint(folder: str | None, step: int | None = None) -> Path | None:
-    """The checkpoint that Megatron would load from a folder, or None.
-
-    ``step`` is ``--ckpt-step``.
-    """
+    """What Megatron would load from a folder, the newest checkpoint or one of a step, or None."""
     if not folder:
         return None
     if step is not None:
@@ -70,9 +67,8 @@ def check_checkpoint(args: Namespace) -> None:
 
 
 def _check_distributed_optimizer(args: Namespace, takes_optimizer: bool) -> None:
-    if environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX:
-        return
-    if not args.use_distributed_optimizer:
+    has_optimizer = environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX
+    if has_optimizer or not args.use_distributed_optimizer:
         return
     if takes_optimizer:
         raise ValueError(
@@ -91,10 +87,7 @@ def _check_distributed_optimizer(args: Namespace, takes_optimizer: bool) -> None
 
 
 def _saved_arguments(checkpoint: Path, flag: str) -> Namespace | None:
-    """A distributed checkpoint's arguments, None for other formats.
-
-    ``ValueError`` if it is damaged.
-    """
+    """A distributed checkpoint's arguments, None for other formats; refuses a damaged one."""
     if not any(checkpoint.iterdir()):
         raise _damaged(flag, checkpoint, "it is empty")
     has_index = (checkpoint / ".metadata").is_file()

@@ -82,11 +82,7 @@ def report(problem: object) -> None:
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Around what every rank finds alike: each node's first rank says it, all end with code 2.
-
-    Raises:
-        SystemExit: with code 2, for a ``ValueError`` or a refusal.
-    """
+    """Around what every rank finds alike: each node's first rank says it, all exit with code 2."""
     try:
         yield
     except Exception as error:

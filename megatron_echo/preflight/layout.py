@@ -8,11 +8,7 @@ from megatron_echo.arguments import refuse_heterogeneous_layers
 from megatron_echo.compatibility import MUON, argument_refusal
 from megatron_echo.flags import flag_name, nearest_multiples, number_refusal
 
-_UNSUPPORTED = (
-    "fim_data",
-    "hybrid_context_parallel",
-    "logits_load_dir",
-)
+_UNSUPPORTED = ("fim_data", "hybrid_context_parallel", "logits_load_dir")
 _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
     "expert_model_parallel_size", "expert_tensor_parallel_size",
@@ -39,11 +35,7 @@ def check_flags(args: Namespace) -> None:
 
 
 def check_schedule(args: Namespace) -> None:
-    """Check what would stop or spoil a pipeline after or while its stages are built.
-
-    Args:
-        args: a validated command line, from ``parse_and_validate_args``.
-    """
+    """Check, of validated arguments, what would stop or spoil a pipeline with its stages built."""
     if args.virtual_pipeline_model_parallel_size is None:
         return
     _check_mtp_rank(args)

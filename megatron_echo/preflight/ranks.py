@@ -53,9 +53,9 @@ class Ranks:
     def end_together(self) -> Iterator[None]:
         """Around what may fail on one rank alone.
 
-        A known fault is said once, by the first rank that meets it, and ends all with its
-        code, by a ``SystemExit``. An unknown one keeps its traceback, and ends the others
-        with code 1 before training.
+        A known fault is said once, by the first rank that meets it, and ends all with its code, by
+        a ``SystemExit``. An unknown one keeps its traceback, and ends the others with code 1 before
+        training.
         """
         self._stop = threading.Event()
         if self._store is not None:

@@ -16,9 +16,8 @@ _FIRST_ROWS = 16
 class CallLog:
     """Rows of integers, all of one width, in the order of the calls of a step.
 
-    There is room for as many calls as a step had that ran without a graph: the first steps do.
-    What comes between two steps, such as the passes that warm a graph up, writes over the last
-    row.
+    There is room for as many calls as a step had that ran without a graph: the first steps do. What
+    comes between two steps, such as the passes that warm a graph up, writes over the last row.
     """
 
     def __init__(self) -> None:

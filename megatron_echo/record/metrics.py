@@ -48,9 +48,8 @@ def _parse(line: str) -> dict[str, Any] | None:
         entry = json.loads(line)
     except json.JSONDecodeError:
         return None
-    return (
-        entry if line.endswith("\n") and isinstance(entry, dict) and "iteration" in entry else None
-    )
+    is_whole = line.endswith("\n") and isinstance(entry, dict) and "iteration" in entry
+    return entry if is_whole else None
 
 
 class MetricsWriter:
@@ -228,11 +227,7 @@ def publish(values: Mapping[str, float], iteration: int) -> None:
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first.
-
-    Raises:
-        FileNotFoundError: the folder holds no such file.
-    """
+    """A run's ``metrics.jsonl``, oldest line first; ``FileNotFoundError`` where there is none."""
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(

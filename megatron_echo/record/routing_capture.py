@@ -104,9 +104,8 @@ class RoutingCapture:
     def record(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """Start the copy of one call. Nothing is read, and the host waits only for a full ring.
 
-        A layer's calls in a step are the microbatches, from 0. ``ids`` are integers ``[T,
-        K]`` from 0 to E, written by the current stream; ``weights`` ``[T, K]`` are rounded
-        to bf16.
+        A layer's calls in a step are the microbatches, from 0. ``ids`` are integers ``[T, K]`` from
+        0 to E, written by the current stream; ``weights`` ``[T, K]`` are rounded to bf16.
         """
         if self._folder is None:
             return
@@ -202,10 +201,9 @@ def _load(path: Path) -> StepCapture:
 def read_captures(
     folder: str | os.PathLike, rank: int | None = None, iteration: int | None = None
 ) -> Iterator[StepCapture]:
-    """A folder's captures of all or of one rank or iteration, in this order, each read in its turn.
+    """A folder's captures by iteration and rank, each read in its turn.
 
-    Raises:
-        FileNotFoundError: there is none.
+    ``FileNotFoundError`` for none.
     """
     ranks = "*" if rank is None else f"{rank:05d}"
     steps = "*" if iteration is None else f"{iteration:08d}"

@@ -61,8 +61,8 @@ class StepStatistics:
     def record_local(self, pairs: Tensor, group: dist.ProcessGroup) -> None:
         """Keep one layer call without clones. Nothing is read, nothing is sent.
 
-        ``pairs`` are int64 ``[R]``, this rank's for the experts of each rank of the
-        expert-parallel group.
+        ``pairs`` are int64 ``[R]``, this rank's for the experts of each rank of the expert-parallel
+        group.
         """
         self._local.add(pairs)
         self._group = group

@@ -20,11 +20,7 @@ from megatron_echo.record.call_log import CallLog
 
 
 def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.savez) -> None:
-    """Write arrays by name into a file that is there whole or not at all, and make its folder.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write arrays by name into a file, made with its folder, that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as file:
@@ -85,10 +81,7 @@ class RoutingTrace:
         self._log.begin_step()
 
     def record(self, layer: int, stage: int, plan: Any) -> None:
-        """Keep one layer call, by the numbers of its layer and stage, with its plan.
-
-        Nothing is read.
-        """
+        """Keep one layer call by its layer's and stage's numbers. Nothing of the plan is read."""
         self._stage = stage
         parts = (plan.counts, plan.slot_expert, plan.load_after)
         self._shapes = tuple(part.shape for part in parts)
@@ -137,12 +130,8 @@ def _numbered(layers: np.ndarray) -> np.ndarray:
 
 
 _DIMENSIONS = {
-    "layer": "C",
-    "microbatch": "C",
-    "counts": "CRE",
-    "slot_expert": "CRS",
-    "load_after": "CR",
-}
+    "layer": "C", "microbatch": "C", "counts": "CRE", "slot_expert": "CRS", "load_after": "CR"
+}  # fmt: skip
 
 
 class TraceError(ValueError):
@@ -179,11 +168,7 @@ def read_trace(path: Path) -> StepTrace:
 
 
 def read_traces(folder: str | os.PathLike) -> list[StepTrace]:
-    """All traces of a folder, by iteration and stage; raises as :func:`read_trace`.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """All traces of a folder, by iteration and stage; ``FileNotFoundError`` for none."""
     paths = trace_files(folder)
     if not paths:
         raise FileNotFoundError(

@@ -45,10 +45,9 @@ def _slots(word: str, _: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried, each field a flag; plain expert parallelism always is.
+    """What is tried, each field a flag; a ``ValueError`` for one out of range.
 
-    Raises:
-        ValueError: a value out of range.
+    Plain EP always is.
     """
 
     loads: str = _flag(
@@ -151,8 +150,7 @@ class Candidate:
 def candidates(search: Search) -> tuple[list[Candidate], list[str]]:
     """Everything that is tried, in the order of the search, and why some EP sizes are not.
 
-    Raises:
-        ValueError: no size can be tried; the sentence is the first one's.
+    A ``ValueError`` says that no size can be tried; the sentence is the first one's.
     """
     run, found, left_out = search.run, list[Candidate](), list[str]()
     powers = (2**n for n in range(1, 11))

@@ -42,8 +42,8 @@ class Loads:
     ) -> np.ndarray:
         """Pairs of each source rank, with ``tokens`` tokens, for each expert: int64 ``[R, E]``.
 
-        A recorded call gives its own where it has this size; all else is drawn. A
-        ``ValueError`` says that a trace is of another number of experts.
+        A recorded call gives its own where it has this size; all else is drawn. A ``ValueError``
+        says that a trace is of another number of experts.
         """
         share, pairs = self.popularity(ranks, experts, layer, microbatch), tokens * topk
         if share.shape[-1] != experts:
@@ -146,9 +146,7 @@ def at_overload(name: str, overload: float, basis: str) -> Loads:
 def traced(folder: str) -> Loads:
     """A run's routing trace: its own counts at its own size, elsewhere its shares, drawn again.
 
-    Raises:
-        ValueError: a file that is cut short, foreign, or does not fit the others.
-        FileNotFoundError: no trace in the folder.
+    A ``ValueError`` says that a file is cut short, foreign, or does not fit the others.
     """
     try:
         traces = read_traces(folder)
@@ -186,9 +184,7 @@ def traced(folder: str) -> Loads:
 def load_workload(name: str) -> Loads:
     """Loads by name: a workload, a published figure, ``overload X``, or a trace's folder.
 
-    Raises:
-        ValueError: an unknown name or a bad file.
-        FileNotFoundError: a folder without traces.
+    A ``ValueError`` names what is unknown or a bad file, a ``FileNotFoundError`` an empty folder.
     """
     if name in WORKLOADS:
         return synthetic(name)
