@@ -133,7 +133,11 @@ def precision_refusal(precision: str, config: Any) -> str | None:
 
 
 def _without_graph(refusal: str) -> Check:
-    return lambda value, config: refusal if value and config.cuda_graph_impl != "none" else None
+    def check(value: Any, config: Any) -> str | None:
+        has_graph = config.cuda_graph_impl != "none"
+        return refusal if value is not None and has_graph else None
+
+    return check
 
 
 capture = _without_graph(

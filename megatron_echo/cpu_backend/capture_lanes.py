@@ -49,11 +49,7 @@ class CaptureLanes:
         self._visited: set[int] = set()
 
     def check_member(self, stream: Hashable, name: str) -> None:
-        """Refuse work on a stream that waited for nothing of this capture.
-
-        Raises:
-            CaptureError: it would run once, at capture, and in no replay.
-        """
+        """Refuse work on a stream that waited for nothing of the capture; replays would lack it."""
         if stream not in self._members:
             raise CaptureError(
                 f"{name} runs on a stream that is not part of the capture. Let the stream wait for "

@@ -236,15 +236,13 @@ def plan_layout(
         schedule: one of ``SCHEDULES``; None for ``1f1b``, or ``interleaved`` where V > 1.
         num_microbatches: of a step; None for enough to fill the pipeline.
         group_size: microbatches a chunk runs in a row, when interleaved; None for P.
-        budget_bytes: no rank's peak may exceed it. None for the even split's peak.
+        budget_bytes: no rank's peak may exceed it. None for the even split's peak. With one,
+            :attr:`PipelineLayout.slowdown` says how much longer a step takes; without, the layout is in
+            none of the four measures worse than the even split.
         prefer: ``time`` minimises the replayed step, then the longest stage, the busiest rank and
             the peak. ``memory`` minimises the peak, then the same, among the layouts whose
             longest stage and busiest rank are no longer than the even split's. A step that is
             slower than the even split's comes after all that are not.
-
-    Returns:
-        The layout. Without a budget it is in none of the four worse than the even split. With one,
-        :attr:`PipelineLayout.slowdown` says how much longer a step takes.
 
     Raises:
         ValueError: layers or sizes that make no pipeline, or a budget that nothing fits; the

@@ -1,13 +1,10 @@
 """A run directory as one page of HTML that needs nothing else, for people who look at runs.
 
-::
-
     python -m megatron_echo.observe.report RUN_DIR -o report.html [--against OTHER_RUN_DIR]
 
-Read are ``run.json``, ``metrics.jsonl`` and, where the run wrote them, the routing traces and the
-memory ledger. The numbers are worked out in :mod:`.report_data` and embedded as JSON in the page's
-element ``report-data``; its scripts draw and format them. The page forbids itself every network
-access.
+Read are ``run.json``, ``metrics.jsonl`` and, where the run wrote them, routing traces and memory
+ledger. :mod:`.report_data` works the numbers out, as JSON in the page's element ``report-data``;
+its scripts draw and format them. The page forbids itself every network access.
 """
 
 import argparse

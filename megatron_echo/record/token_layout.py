@@ -44,14 +44,9 @@ class TokenLayout(NamedTuple):
         )
 
     def places(self, tokens: int, microbatch: int) -> np.ndarray:
-        """Where this rank's tokens of a microbatch are in the step's ``[samples * S]`` tokens.
+        """Where a microbatch's T tokens of this rank are in a step's ``[samples * S]``.
 
-        Args:
-            tokens: T, what a layer sees on this rank.
-            microbatch: m.
-
-        Returns:
-            int64 ``[T]``, in the order of the layer's rows.
+        The result is int64 ``[T]``, in the order of the layer's rows.
         """
         batch = self.micro_batch_size
         length = tokens // batch * self.sequence_size * self.context_size

@@ -243,15 +243,13 @@ def assert_capturable(
     """Fail unless every call of ``fn`` does the same on the device, and reads nothing there.
 
     As in a capture, the tensors of an input are copied into buffers, the same for all, before each
-    call. ``fn`` is called ``warmup`` times with the first input, where it may read and allocate
-    what stays (workspaces, gradients), then once with each input. What a call changes, such as
-    gradients that add up, stays changed.
+    call. What a call changes, such as gradients that add up, stays changed.
 
     Args:
         fn: what would be captured; it runs backward itself, if at all.
         inputs: at least two; each a tuple of arguments, or one argument. They have equal shapes
             and should differ in what decides: a balanced, a skewed and an empty routing.
-        warmup: calls that are not judged.
+        warmup: calls with the first input that are not judged: they may read, and allocate what stays.
         allow: code that may read, as in :class:`no_host_sync`.
 
     Returns:
