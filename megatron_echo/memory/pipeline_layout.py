@@ -237,8 +237,8 @@ def plan_layout(
         num_microbatches: of a step; None for enough to fill the pipeline.
         group_size: microbatches a chunk runs in a row, when interleaved; None for P.
         budget_bytes: no rank's peak may exceed it. None for the even split's peak. With one,
-            :attr:`PipelineLayout.slowdown` says how much longer a step takes; without, the layout is in
-            none of the four measures worse than the even split.
+            :attr:`PipelineLayout.slowdown` says how much longer a step takes; without, the layout
+            is in none of the four measures worse than the even split.
         prefer: ``time`` minimises the replayed step, then the longest stage, the busiest rank and
             the peak. ``memory`` minimises the peak, then the same, among the layouts whose
             longest stage and busiest rank are no longer than the even split's. A step that is

@@ -249,7 +249,7 @@ def assert_capturable(
         fn: what would be captured; it runs backward itself, if at all.
         inputs: at least two; each a tuple of arguments, or one argument. They have equal shapes
             and should differ in what decides: a balanced, a skewed and an empty routing.
-        warmup: calls with the first input that are not judged: they may read, and allocate what stays.
+        warmup: calls with the first input that are not judged: they may read, and make what stays.
         allow: code that may read, as in :class:`no_host_sync`.
 
     Returns:
