@@ -350,8 +350,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         estimates = estimate(args.flags, args.ranks, args.flash_attention, args.stages)
     except ValueError as error:
-        print(f"estimate: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        parser.exit(2, f"estimate: error: {error}\n")
     print(table(estimates))
 
 

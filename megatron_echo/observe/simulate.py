@@ -10,7 +10,6 @@ them. Step time and memory are arithmetic on data sheets and printed assumptions
 import argparse
 import dataclasses
 import logging
-import sys
 import warnings
 
 import torch
@@ -53,8 +52,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         print("\n".join(simulate(args)))
     except (ValueError, OSError) as error:
-        print(f"simulate: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        parser().exit(2, f"simulate: error: {error}\n")
 
 
 if __name__ == "__main__":

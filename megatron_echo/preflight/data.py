@@ -1,6 +1,7 @@
 """Checks of the datasets on a command line: their files, their weights and their splits."""
 
 import json
+import math
 import os
 import re
 import struct
@@ -95,9 +96,7 @@ def _blend(flag: str, split: str | None, words: Sequence[str]) -> _Blend:
             f"{flag} has a weight for some datasets only ({' '.join(words)}). Give a weight before "
             "each prefix, or none at all."
         )
-    if not all(0 <= weight < float("inf") for weight in given if weight is not None) or not any(
-        given
-    ):
+    if not any(given) or not all(0 <= weight < math.inf for weight in given if weight is not None):
         raise ValueError(
             f"{flag} has weights that are no shares ({' '.join(words)}). Use 0 or more, and one "
             "above 0."

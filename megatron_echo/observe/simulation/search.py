@@ -65,9 +65,7 @@ class Search:
     tp: int = _flag(1, "tensor parallelism, not of experts", check=_size)
     cp: int = _flag(1, "context parallelism", check=_size)
     offload_fraction: tuple[float, ...] = _flag(
-        (0.0, 1.0),
-        "shares of what is kept for backward that may go to the host",
-        check=_share,
+        (0.0, 1.0), "shares of what is kept for backward that may go to the host", check=_share
     )
     token_transports: tuple[str, ...] = _flag(
         TRANSPORTS, "how tokens travel with clones", choices=TRANSPORTS
