@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 from megatron_echo.memory.schedules import BACKWARD_SHARE
 from megatron_echo.observe.simulation.layout import Layout, Run, held
 from megatron_echo.observe.simulation.placement import Placement
