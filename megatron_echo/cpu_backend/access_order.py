@@ -46,7 +46,10 @@ class AccessOrder:
     def access(
         self, lane: Hashable, memory: Hashable, begin: int, end: int, writes: bool
     ) -> list[Access]:
-        """Use bytes of a memory in a lane; gives earlier conflicting uses that nothing orders."""
+        """Use bytes of a memory in a lane.
+
+        The earlier uses that conflict, and that nothing orders.
+        """
         clock = self._clocks[lane]
         epoch = self._worked[lane] = clock.setdefault(lane, 1)
         races, rest = [], []

@@ -100,7 +100,7 @@ class CaptureLanes:
         self._home.pop(tensor.untyped_storage()._cdata, None)
 
     def end(self) -> None:
-        """Refuse to end while a stream has work that the one of the beginning does not wait for."""
+        """Refuse to end while a stream has work that the one it began on does not wait for."""
         if self._order.not_behind(self._origin):
             raise CaptureError(
                 "The capture ends while another stream has work that the captured one does not "

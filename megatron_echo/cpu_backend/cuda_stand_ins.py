@@ -115,8 +115,7 @@ class Event:
     def wait(self, stream: Stream | None = None) -> None:
         """Let a stream wait, by default the current one.
 
-        A ``CaptureError`` says that one of the two belongs to a capture, and the other does
-        not.
+        A ``CaptureError`` says that one of the two belongs to a capture, and the other does not.
         """
         current, is_recorded = CaptureLanes.current, self._seen is not None or self._time
         if current is not None and is_recorded:
@@ -154,7 +153,7 @@ class DefaultGenerator:
     """The CPU's default generator with the graph-safe calls of a CUDA generator.
 
     Megatron's graph-safe RNG tracker exchanges ``torch.Generator`` objects in place of state
-    tensors.
+    tensors; a CPU generator has ``clone_state`` but neither of the ``graphsafe`` calls.
     """
 
     def __getattr__(self, name: str) -> Any:

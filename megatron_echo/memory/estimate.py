@@ -146,7 +146,7 @@ def _child(
 def dry_run(
     argv: Sequence[str], ranks: int, pipeline_rank: int, flash_attention: bool = False
 ) -> RankEstimate:
-    """Build and train on fake tensors, in this process: once in a process; see :func:`estimate`."""
+    """Build and train one stage on fake tensors, once in a process; see :func:`estimate`."""
     with _process_of(ranks, pipeline_rank, argv):
         args, container = _parse()
         from megatron.training.initialize import initialize_megatron

@@ -91,9 +91,9 @@ class Search:
     def rank_measures(self, cuts: ArrayLike) -> Array:
         """What each rank has to do and to hold, in one layout or in many.
 
-        The peak is static bytes, plus the activations of the worst moment of the schedule,
-        plus the largest workspace. Of cuts int ``[..., P * V + 1]`` the fields of
-        :class:`Measures`, float64 ``[..., P, 3]``.
+        The peak is static bytes, plus the activations of the worst moment of the schedule, plus the
+        largest workspace. Cuts int ``[..., P * V + 1]`` give the fields of :class:`Measures`,
+        float64 ``[..., P, 3]``.
         """
         cuts = np.asarray(cuts)
         seconds, activation, static, _, _ = (

@@ -41,8 +41,8 @@ class LayerCost:
 def read_costs(path: str | Path) -> list[LayerCost]:
     """Costs from a file of JSON: ``{"layers": [{"kind": "t", "count": 58, "seconds": ...}, ...]}``.
 
-    An entry has the fields of :class:`LayerCost` and, optionally, how many such layers follow
-    each other. A ``ValueError`` says what of that the file does not.
+    An entry has the fields of :class:`LayerCost` and, optionally, how many such layers follow each
+    other. A ``ValueError`` says that the file does not hold that.
     """
     try:
         entries = json.loads(Path(path).read_text())["layers"]
@@ -65,9 +65,7 @@ class PipelineLayout:
 
     pipeline: Pipeline  # the schedule
     layers: tuple[LayerCost, ...]  # the costs it was made from
-    cuts: tuple[
-        int, ...
-    ]  # ``[P * V + 1]``: stage ``s`` holds layers ``cuts[s]`` to ``cuts[s + 1]``
+    cuts: tuple[int, ...]  # ``[P * V + 1]``: stage s has layers ``cuts[s]`` to ``cuts[s + 1]``
     ranks: tuple[Measures, ...]  # stage time, rank time and peak bytes of each rank
     step_seconds: float  # of a whole step, from replaying the schedule
 

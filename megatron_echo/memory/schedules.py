@@ -50,8 +50,8 @@ class Pipeline(NamedTuple):
     ) -> "Pipeline":
         """Fill in the defaults and check.
 
-        They are as many microbatches as fill the pipeline, and groups of P. ``interleaved``
-        with one chunk is ``1f1b``, as it is in Megatron.
+        Without a number there are enough microbatches to fill the pipeline; groups are of P,
+        Megatron's default; ``interleaved`` with one chunk is ``1f1b``, as it is in Megatron.
 
         Raises:
             ValueError: a schedule that does not exist or cannot run with these sizes.
@@ -119,9 +119,9 @@ class Pipeline(NamedTuple):
     def step_time(self, stage_seconds: ArrayLike) -> NDArray[np.float64]:
         """Seconds of a step: every pass starts when its rank is free and its input is there.
 
-        Forward and backward time of a microbatch in each stage, ``[..., P * V]`` of one
-        layout or of many, gives float64 ``[...]``. Communication takes no time, and two
-        passes in one turn take the sum of theirs.
+        ``stage_seconds`` are forward and backward time of a microbatch in each stage, ``[..., P *
+        V]`` of one layout or of many at once; the result is float64 ``[...]``. Communication takes
+        no time, and two passes in one turn take the sum of theirs.
         """
         seconds = np.moveaxis(np.asarray(stage_seconds, dtype=np.float64), -1, 0)
         share = {"F": seconds * (1 - BACKWARD_SHARE), "B": seconds * BACKWARD_SHARE}

@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 def read_run(folder: Path, trace_numbers: int) -> Json:
-    """Everything that the page shows of one run, the traces thinned to about so many numbers.
+    """Everything that the page shows of a run, with about ``trace_numbers`` numbers of its traces.
 
     Returns:
         ``name``, the entries of ``run.json``, ``metrics`` (columns by name), ``summary`` and
@@ -227,9 +227,10 @@ def _rules(flags: Json) -> tuple[float, int | None]:
 
 
 def read_trace(paths: Sequence[Path], tolerance: float, domain: int | None, numbers: int) -> Json:
-    """The traced steps of a run, from a file for each step and stage; each n-th step, to fit.
+    """The traced steps of a run, each n-th so that about so many ``numbers`` are kept.
 
-    ``domain`` is how many ranks are balanced among themselves, None for all.
+    ``paths`` are by step, one for each pipeline stage. ``domain`` is how many ranks are balanced
+    among themselves, None for all; ``tolerance`` is ``--moe-echo-tolerance``.
 
     Returns:
         ``ranks``, ``experts``, ``slots`` (of a rank), ``traced`` (how many steps), ``every`` (n)

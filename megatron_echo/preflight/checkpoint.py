@@ -21,7 +21,10 @@ _NOT_TAKEN_OVER = _SHAPE_ARGUMENTS[:5]
 
 
 def latest_checkpoint(folder: str | None, step: int | None = None) -> Path | None:
-    """What Megatron would load from a folder, the newest checkpoint or one of a step, or None."""
+    """The checkpoint that Megatron would load from a folder, or None.
+
+    ``step`` is given or the newest.
+    """
     if not folder:
         return None
     if step is not None:

@@ -35,7 +35,7 @@ def check_flags(args: Namespace) -> None:
 
 
 def check_schedule(args: Namespace) -> None:
-    """Check, of validated arguments, what would stop or spoil a pipeline with its stages built."""
+    """Check, of validated arguments, what would stop or spoil a pipeline of virtual stages."""
     if args.virtual_pipeline_model_parallel_size is None:
         return
     _check_mtp_rank(args)

@@ -93,7 +93,7 @@ def clone_price(run: Run, ranks: int, tokens_by: str, by_node: bool) -> ClonePri
 
 
 class Costs:
-    """What a layout, whose sizes fit, costs for its layer calls; their mean counts.
+    """What a layout, whose sizes fit, costs at the mean of its layer calls.
 
     Attributes:
         calls: seconds of each layer call on the slowest rank in experts' products, tokens' traffic

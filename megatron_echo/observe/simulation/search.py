@@ -45,10 +45,7 @@ def _slots(word: str, _: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried, each field a flag; a ``ValueError`` for one out of range.
-
-    Plain EP always is.
-    """
+    """What is tried, each field a flag, besides plain EP; a ``ValueError`` for one out of range."""
 
     loads: str = _flag(
         "lognormal 1.0",
