@@ -170,9 +170,10 @@ class Search:
         return cuts[np.lexsort(keys[::-1])]
 
     def best(self, cuts: list[int], name: str, limits: Measures) -> list[int]:
-        """The layout with the least of one criterion, from cuts on that keep the limits.
+        """The layout with the least of one of :data:`CRITERIA`, none above its limit.
 
-        It is exact with one or two chunks a rank.
+        It is exact with one or two chunks a rank; with more, moves begin at ``cuts``, within the
+        limits.
         """
         if self.pipeline.chunks > 2:
             return self.plan(cuts, [name], limits, np.inf)

@@ -104,10 +104,7 @@ class PipelineLayout:
         return "|".join(self.stages)
 
     def check_with_megatron(self) -> None:
-        """Let Megatron's own parser read :attr:`string`.
-
-        ``ValueError`` if that is another layout.
-        """
+        """Have Megatron's own parser read :attr:`string`; ``ValueError`` if it reads another."""
         from megatron.core.transformer.pipeline_parallel_layer_layout import (
             PipelineParallelLayerLayout,
         )

@@ -35,10 +35,7 @@ def search_of(args: argparse.Namespace) -> Search:
 
 
 def simulate(args: argparse.Namespace) -> list[str]:
-    """The report's lines.
-
-    ``ValueError`` or ``FileNotFoundError`` for bad values, names or files.
-    """
+    """The report's lines; raises ``ValueError`` or ``OSError`` for bad values, names or files."""
     search = search_of(args)
     return report_lines(search, *candidates(search))
 

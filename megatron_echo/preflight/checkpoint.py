@@ -21,10 +21,7 @@ _NOT_TAKEN_OVER = _SHAPE_ARGUMENTS[:5]
 
 
 def latest_checkpoint(folder: str | None, step: int | None = None) -> Path | None:
-    """The checkpoint that Megatron would load from a folder, or None.
-
-    ``step`` is given or the newest.
-    """
+    """The checkpoint that Megatron would load from a folder, of a step or the newest; or None."""
     if not folder:
         return None
     if step is not None:

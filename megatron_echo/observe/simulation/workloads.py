@@ -184,7 +184,8 @@ def traced(folder: str) -> Loads:
 def load_workload(name: str) -> Loads:
     """Loads by name: a workload, a published figure, ``overload X``, or a trace's folder.
 
-    A ``ValueError`` names what is unknown or a bad file, a ``FileNotFoundError`` an empty folder.
+    A ``ValueError`` says that a name is unknown or a file bad, a ``FileNotFoundError`` that a
+    folder has no traces.
     """
     if name in WORKLOADS:
         return synthetic(name)
