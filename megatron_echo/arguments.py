@@ -59,11 +59,7 @@ def repair_help(parser: ArgumentParser) -> None:
 
 
 def refuse_heterogeneous_layers(args: Namespace) -> None:
-    """Refuse the one configuration class of Megatron that cannot carry our fields.
-
-    Raises:
-        ValueError: ``--heterogeneous-layers-config-path`` or its JSON form was given.
-    """
+    """Refuse, by a ``ValueError``, the one configuration class that cannot carry our fields."""
     for name in ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"):
         if getattr(args, name, None) is not None:
             raise ValueError(
@@ -72,17 +68,13 @@ def refuse_heterogeneous_layers(args: Namespace) -> None:
             )
 
 
-def echo_config_from_args(
-    args: Namespace,
-) -> EchoTransformerConfig | EchoMLATransformerConfig:
+def echo_config_from_args(args: Namespace) -> EchoTransformerConfig | EchoMLATransformerConfig:
     """The transformer configuration of a parsed command line, with this package's fields.
 
-    Megatron's ``core_transformer_config_from_args(args, config_class)`` ignores ``config_class``
-    under ``--multi-latent-attention``; here the finished object becomes the MLA twin. It is not
-    rebuilt from its own fields, because Megatron's ``__post_init__`` is not idempotent.
-
-    Args:
-        args: Megatron's namespace, parsed with :func:`add_echo_arguments`.
+    Megatron's ``core_transformer_config_from_args(args, config_class)`` ignores
+    ``config_class`` under ``--multi-latent-attention``; here the finished object becomes the
+    MLA twin. It is not rebuilt from its own fields, because Megatron's ``__post_init__`` is not
+    idempotent.
 
     Raises:
         ValueError: a flag of this package has a bad value, or the heterogeneous configuration,

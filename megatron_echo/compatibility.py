@@ -8,20 +8,26 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from megatron.core.transformer.cuda_graph_config import normalize_cuda_graph_modules
 from megatron.core.transformer.enums import CudaGraphModule
 
-from megatron_echo.environment import HAVE_TRANSFORMER_ENGINE, find_hybrid_ep, find_nccl_ep
+from megatron_echo.environment import HAVE_TRANSFORMER_ENGINE
 from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS
-from megatron_echo.planner.slots import auto_slots
 
 _PARTS_OF_MOE = (CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess)
 _MOE = (CudaGraphModule.moe, *_PARTS_OF_MOE)
 
-
 MUON = ("muon", "dist_muon")
 """Words of ``--optimizer`` for Megatron's Muon, which takes matrices."""
+
+Rows = tuple[tuple[Callable[[Any], Any], str], ...]
+"""Whether a setting is refused, and the words behind its flag, which may name ``{config.x}``."""
+
+
+def first_refusal(rows: Rows, config: Any) -> str | None:
+    """The words of the first row that refuses a configuration (or command line), or None."""
+    words = (reason for refused, reason in rows if refused(config))
+    return next(words, "").format(config=config, args=config) or None
 
 
 def moe_layer_pattern(config: Any) -> list[bool]:
@@ -37,7 +43,7 @@ def has_layer_graphs(config: Any) -> bool:
     return config.cuda_graph_impl in ("local", "transformer_engine")
 
 
-_CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
+_CONFIG: Rows = (
     (
         lambda c: c.num_moe_experts is None,
         "needs a mixture of experts. Give --num-experts, or leave the flag out.",
@@ -170,7 +176,7 @@ _CONFIG: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
 )
 
-_TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
+_TAKEN_OVER: Rows = (
     (
         lambda c: c.fp8 or c.fp4,
         "--fp8-format or --fp4-format: in the layers of Transformer Engine (attention, dense "
@@ -212,7 +218,7 @@ _TAKEN_OVER: tuple[tuple[Callable[[Any], Any], str], ...] = (
 """Settings that ask for what the layer does anyway, or in its own way."""
 
 
-_ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+_ARGUMENTS: Rows = (
     (
         lambda a: a.use_torch_fsdp2,
         "keeps its experts whole. Leave --use-torch-fsdp2 out and use --use-distributed-optimizer.",
@@ -256,7 +262,7 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
 )
 
 
-_WHOLE_STEP_GRAPH: tuple[tuple[Callable[[Any], Any], str], ...] = (
+_WHOLE_STEP_GRAPH: Rows = (
     (
         lambda a: a.optimizer_cuda_graph,
         "checks between the graph of the step and the optimizer whether everything fitted. Leave "
@@ -284,12 +290,6 @@ _WHOLE_STEP_GRAPH: tuple[tuple[Callable[[Any], Any], str], ...] = (
 """With ``--cuda-graph-impl full_iteration``."""
 
 
-def _given_or_auto_slots(config: Any) -> int:
-    """``--moe-num-echo-experts``, or what stands for it where it is not given."""
-    total, ranks = getattr(config, "moe_num_echo_experts", None), config.expert_model_parallel_size
-    return ranks * auto_slots(ranks, config.num_moe_experts) if total is None else total
-
-
 def _replays_files(config: Any) -> bool:
     return getattr(config, "moe_echo_replay_routing", None) is not None
 
@@ -312,64 +312,6 @@ def settings_taken_over(config: Any) -> list[str]:
     return [note.format(**words) for applies, note in _TAKEN_OVER if applies(config)]
 
 
-_ENGINE: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        lambda c: c.expert_model_parallel_size == 1,
-        "has no other rank to send to. Use all_gather, or a larger expert-parallel size.",
-    ),
-    (
-        lambda c: c.params_dtype != torch.bfloat16,
-        "adds in bf16, not {config.params_dtype}. Use --bf16, or all_to_all.",
-    ),
-)
-"""With ``--moe-echo-token-transport hybrid_ep`` or ``nccl_ep``."""
-
-_NCCL_EP: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        lambda c: getattr(c, "moe_echo_check_every", 0) > 0,
-        "has one number of experts in a process. Leave --moe-echo-check-every out.",
-    ),
-    (
-        lambda c: (rows := getattr(c, "moe_echo_row_alignment", 1)) & (rows - 1),
-        "aligns to powers of two, not {config.moe_echo_row_alignment}. Use another "
-        "--moe-echo-row-alignment.",
-    ),
-    (
-        # With another number evaluation needs more rows than training.
-        lambda c: (
-            getattr(c, "moe_received_token_capacity", None) is not None
-            or _given_or_auto_slots(c) not in (0, c.num_moe_experts)
-        ),
-        "has one size of buffer, for training and evaluation. Leave --moe-received-token-capacity "
-        "out, and use --moe-num-echo-experts {config.num_moe_experts} or 0.",
-    ),
-)
-"""Besides, with ``nccl_ep``."""
-
-
-def engine_refusal(way: str, config: Any) -> str | None:
-    """Why a token transport of others cannot be used here, and what to do; None if it can.
-
-    Args:
-        way: ``hybrid_ep`` or ``nccl_ep``.
-        config: the transformer's configuration.
-    """
-    for refused, reason in (*_ENGINE, *(_NCCL_EP if way == "nccl_ep" else ())):
-        if refused(config):
-            return reason.format(config=config)
-    if way == "hybrid_ep" and find_hybrid_ep() is None:
-        return (
-            "needs DeepEP with HybridEPBuffer, and a version that takes non_blocking. Install the "
-            "branch hybrid-ep of https://github.com/deepseek-ai/DeepEP, or use all_to_all."
-        )
-    if way == "nccl_ep" and find_nccl_ep() is None:
-        return (
-            "needs Transformer Engine with NCCL EP, and NCCL 2.30.4. Install Transformer Engine "
-            "2.20 built with NVTE_BUILD_WITH_NCCL_EP=1, or use all_to_all."
-        )
-    return None
-
-
 @contextlib.contextmanager
 def whole_layer_in_graph(config: Any) -> Iterator[None]:
     """Leaves ``moe`` in ``--cuda-graph-modules``, which Megatron refuses for its dropless layers.
@@ -390,16 +332,10 @@ def config_refusal(config: Any) -> str | None:
 
     The words follow the flag that turns the layer on: what is wrong, then what to do.
     """
-    for refused, reason in _CONFIG:
-        if refused(config):
-            return reason.format(config=config)
-    return None
+    return first_refusal(_CONFIG, config)
 
 
 def argument_refusal(args: Any) -> str | None:
     """The same for settings that stand on the command line only, from Megatron's namespace."""
     has_graph = args.cuda_graph_impl == "full_iteration"
-    for refused, reason in (*_ARGUMENTS, *(_WHOLE_STEP_GRAPH if has_graph else ())):
-        if refused(args):
-            return reason.format(args=args)
-    return None
+    return first_refusal((*_ARGUMENTS, *(_WHOLE_STEP_GRAPH if has_graph else ())), args)

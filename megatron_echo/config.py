@@ -6,6 +6,7 @@ because Megatron replaces the configuration class by its own under ``--multi-lat
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from typing import Any
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_echo import flag_checks as checks
+from megatron_echo import flags
 from megatron_echo.compatibility import whole_layer_in_graph
 from megatron_echo.flag_checks import FP8_ALIGNMENT
-from megatron_echo.flags import check_type, flag, spelled
+from megatron_echo.flags import check_type, spelled
 from megatron_echo.loss_settings import RouterLossSettings
 from megatron_echo.planner.slots import auto_slots
+
+flag = functools.partial(flags.flag, group="echo")
 
 
 @dataclass
@@ -30,7 +34,6 @@ class EchoConfigMixin:
         "The MoE layer of this package: no host synchronisation, static shapes, and the hottest "
         "experts of each layer and microbatch cloned onto ranks that have room (ECHO), so that "
         "every expert-parallel rank computes the same number of tokens.",
-        group="echo",
         check=checks.enable_echo,
     )
     moe_num_echo_experts: int | None = flag(
@@ -38,9 +41,7 @@ class EchoConfigMixin:
         "Slots for cloned experts, in total over the expert-parallel group. The default, auto, is "
         "a table: 6 a rank for 256 experts on 8 ranks, 2 on 64. As many as a rank has experts, "
         "--num-experts in total, balance any routing and cannot overflow. 0: no clones.",
-        group="echo",
         check=checks.num_echo_experts,
-        metavar="N",
         none_word="auto",
     )
     moe_received_token_capacity: float | None = flag(
@@ -48,9 +49,7 @@ class EchoConfigMixin:
         "Rows of each rank's receive buffer, in units of perfect balance: 1.0 holds the tokens of "
         "one rank times the top-k. The default, auto, never overflows without clones or with as "
         "many slots as experts. With fewer it is 1.25, and a step that needs more overflows.",
-        group="echo",
         check=checks.capacity,
-        metavar="X",
         none_word="auto",
     )
     moe_echo_max_tokens_per_rank: int | None = flag(
@@ -59,16 +58,13 @@ class EchoConfigMixin:
         "microbatches or ranks (packed or variable-length sequences): the buffers are made for "
         "it. What a rank brings less costs no product and counts nowhere. Without it all ranks "
         "bring the same number.",
-        group="echo",
         check=checks.positive,
-        metavar="N",
     )
     moe_echo_overflow: str = flag(
         "raise",
         "What to do when a receive buffer was too small. raise: stop on all ranks before the "
         "optimizer step, with the capacity that would have sufficed. drop: train on without the "
         "token-expert pairs that had no row, counted and logged.",
-        group="echo",
         choices=("raise", "drop"),
     )
     moe_echo_token_transport: str = flag(
@@ -78,7 +74,6 @@ class EchoConfigMixin:
         "that computes one of its experts, in equal parts. hybrid_ep: by DeepEP's HybridEP "
         "kernels. nccl_ep, experimental: by those of NCCL EP. symmetric_memory: each token is "
         "written straight into the rows where its experts compute it; for ranks of one machine.",
-        group="echo",
         check=checks.token_transport,
         choices=("auto", "all_gather", "all_to_all", "hybrid_ep", "nccl_ep", "symmetric_memory"),
     )
@@ -86,23 +81,18 @@ class EchoConfigMixin:
         1.0,
         "Places for each peer in the all-to-all, as a part of a rank's tokens. 1.0 is never "
         "over-full; less saves traffic, and what does not fit is an overflow.",
-        group="echo",
         check=checks.peer_capacity,
-        metavar="X",
     )
     moe_echo_fp32_sums_on_the_wire: bool = flag(
         False,
         "With all_gather: partial sums of a token's experts travel in fp32, which is twice the "
         "bytes. Without it each is rounded once to the tokens' dtype, as with the other "
         "transports, and they are added in fp32.",
-        group="echo",
     )
     moe_echo_row_alignment: int = flag(
         1,
         "Each expert's rows are padded to a multiple of this, for kernels that want it.",
-        group="echo",
         check=checks.row_alignment,
-        metavar="N",
     )
 
     moe_echo_tolerance: float | None = flag(
@@ -110,46 +100,36 @@ class EchoConfigMixin:
         "How far above the mean a rank's load may be, 0.02 for 2 %. Saves clones. auto: as far as "
         "the receive buffer holds, where that is faster by prediction: rows are weighed against "
         "clones in each layer and microbatch, and none is made that does not pay.",
-        group="echo",
         check=checks.tolerance,
-        metavar="X",
         none_word="auto",
     )
     moe_echo_rows_per_clone: int | None = flag(
         None,
         "With --moe-echo-tolerance auto: how many rows a rank computes while one clone travels "
         "inside its node. auto: by the layer's sizes and stated speeds of the device.",
-        group="echo",
         check=checks.rows_per_clone,
-        metavar="N",
         none_word="auto",
     )
     moe_echo_min_tokens_per_clone: int = flag(
         0,
         "Clones with fewer tokens are given up where their home can compute them within the bound.",
-        group="echo",
         check=checks.not_negative,
-        metavar="N",
     )
     moe_echo_ranks_per_node: int | None = flag(
         None,
         "Expert-parallel ranks that share a node: clones then stay inside it where balance allows "
         "that, and tokens stay in their node where they can.",
-        group="echo",
         check=checks.ranks_per_node,
-        metavar="N",
     )
     moe_echo_clones_within_node: bool = flag(
         False,
         "No clone leaves its home's node, and no weights of clones cross nodes. Each node is "
         "balanced by itself; the receive buffer is by default twice that of perfect balance.",
-        group="echo",
         check=checks.within_node,
     )
     moe_echo_planner_backend: str = flag(
         "auto",
         "What plans: torch operations, Triton kernels, or by device.",
-        group="echo",
         check=checks.kernels,
         choices=("auto", "torch", "triton"),
     )
@@ -161,7 +141,6 @@ class EchoConfigMixin:
         "auto: torch on a CPU, and on a GPU where grouped_mm has a kernel that does not wait for "
         "the host: bf16, compute capability 9 or 10, widths of a multiple of 8, fewer than 1,024 "
         "experts and slots on a rank. Elsewhere, from compute capability 8.0 on, triton.",
-        group="echo",
         check=checks.kernels,
         choices=("auto", "torch", "triton"),
     )
@@ -172,7 +151,6 @@ class EchoConfigMixin:
         "capability 9.0 (from 8.9 on with --moe-echo-grouped-gemm triton) and, as a reference, a "
         "CPU; tokens and clones travel so, parameters and gradients stay as they are. The others "
         "are names of what is not built: the refusal says what would do.",
-        group="echo",
         check=checks.expert_precision,
         choices=("params-dtype", "fp8-rowwise", "mxfp8", "fp8-blockwise", "nvfp4"),
     )
@@ -180,7 +158,6 @@ class EchoConfigMixin:
         True,
         "Bring clones again in backward. Without it each layer call keeps a copy of its clones "
         "until its backward pass: more memory, one exchange less.",
-        group="echo",
     )
     moe_echo_expert_dispatcher_type: str = flag(
         "auto",
@@ -188,7 +165,6 @@ class EchoConfigMixin:
         "slot an expert between each two ranks, in use or not. p2p: only the slots in use, for "
         "which the host reads each plan; not within CUDA graphs. symmetric_memory: only the slots "
         "in use, read by the ranks that want them; for ranks of one machine.",
-        group="echo",
         check=checks.expert_dispatcher,
         choices=("auto", "collective", "p2p", "symmetric_memory"),
     )
@@ -196,29 +172,23 @@ class EchoConfigMixin:
         0,
         "Every so many steps compute one MoE layer again without clones and compare, and compare "
         "the plan over the ranks; stop on a difference. 0 never does.",
-        group="echo",
         check=checks.every,
-        metavar="N",
     )
     moe_echo_trace_dir: str | None = flag(
         None,
         "Write the routing counts of each layer and microbatch, and the plans, into this folder, "
         "one .npz file for each traced step and pipeline stage.",
-        group="echo",
         metavar="DIR",
     )
     moe_echo_trace_every: int = flag(
         1,
         "Trace every so many steps.",
-        group="echo",
         check=checks.positive,
-        metavar="N",
     )
     moe_echo_capture_routing: str | None = flag(
         None,
         "Write the chosen experts of every token and their probabilities into this folder, one "
         ".npz file for each step and rank, copied behind the computation.",
-        group="echo",
         check=checks.capture,
         metavar="DIR",
     )
@@ -226,16 +196,13 @@ class EchoConfigMixin:
         64,
         "Layer calls whose routing may be on its way to the host; with as many as a step has, "
         "nothing waits before its end.",
-        group="echo",
         check=checks.positive,
-        metavar="N",
     )
     moe_echo_replay_routing: str | None = flag(
         None,
         "Send every token to the experts that it went to in another run: a folder of "
         "--moe-echo-capture-routing, or step-00000001.npz and so on with ids [tokens, MoE layers, "
         "K]. The parallel layout may differ.",
-        group="echo",
         check=checks.replay,
         metavar="DIR",
     )
@@ -263,7 +230,6 @@ class EchoConfigMixin:
         0.0,
         "For tests and benchmarks: adds a fixed Zipf bias with this exponent to the router's "
         "logits, in another order in each layer, so that the routing is skewed and still learns.",
-        group="echo",
         check=checks.skew,
         metavar="ALPHA",
     )
@@ -272,6 +238,11 @@ class EchoConfigMixin:
     def num_echo_slots_per_rank(self) -> int:
         """Clone slots S on each expert-parallel rank; 0 with echo off or a single rank."""
         return num_clone_slots(self) if self.moe_enable_echo else 0
+
+    def __post_init__(self) -> None:
+        with whole_layer_in_graph(self):
+            super().__post_init__()  # type: ignore[misc]
+        self.validate_echo()
 
     def validate_echo(self) -> None:
         """Check every field of this package on a finished configuration.
@@ -350,17 +321,7 @@ def clone_itemsize(config: Any) -> int:
 class EchoTransformerConfig(EchoConfigMixin, TransformerConfig):
     """Megatron's ``TransformerConfig`` with the fields of this package."""
 
-    def __post_init__(self) -> None:
-        with whole_layer_in_graph(self):
-            super().__post_init__()
-        self.validate_echo()
-
 
 @dataclass
 class EchoMLATransformerConfig(EchoConfigMixin, MLATransformerConfig):
     """Megatron's ``MLATransformerConfig`` with the fields of this package."""
-
-    def __post_init__(self) -> None:
-        with whole_layer_in_graph(self):
-            super().__post_init__()
-        self.validate_echo()

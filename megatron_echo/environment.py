@@ -96,16 +96,10 @@ _NO_WGRAD_FUSION: Flag = ("--no-gradient-accumulation-fusion",)
 _NO_PERSISTENT_NORM: Flag = ("--no-persist-layer-norm",)
 _NO_ROPE_FUSION: Flag = ("--no-rope-fusion",)
 _WITHOUT_CUDA: tuple[Flag, ...] = (
-    ("--distributed-backend", "gloo"),
-    _LOCAL_LAYERS,
-    _NO_MASKED_SOFTMAX,
-    _NO_WGRAD_FUSION,
-    _NO_PERSISTENT_NORM,
-    ("--no-bias-swiglu-fusion",),
-    ("--no-bias-gelu-fusion",),
-    _NO_ROPE_FUSION,
+    ("--distributed-backend", "gloo"), _LOCAL_LAYERS, _NO_MASKED_SOFTMAX, _NO_WGRAD_FUSION,
+    _NO_PERSISTENT_NORM, ("--no-bias-swiglu-fusion",), ("--no-bias-gelu-fusion",), _NO_ROPE_FUSION,
     ("--no-bias-dropout-fusion",),
-)
+)  # fmt: skip
 _ALWAYS: tuple[Flag, ...] = (("--eval-interval", "1000"),)
 
 
@@ -115,13 +109,9 @@ def is_flag_given(flag: str, argv: Sequence[str]) -> bool:
 
 
 def flags_to_add(argv: Sequence[str], has_cuda: bool) -> list[Flag]:
-    """The flags that this machine needs and ``argv`` leaves unset.
+    """The flags that this machine, with CUDA or without, needs and a command line leaves unset.
 
     A flag that the user gave is never touched, even where it cannot work here.
-
-    Args:
-        argv: the command line without the program's name.
-        has_cuda: whether a CUDA device can be used.
     """
     wanted: list[Flag] = list(_ALWAYS)
     if not has_cuda:
@@ -139,15 +129,9 @@ def flags_to_add(argv: Sequence[str], has_cuda: bool) -> list[Flag]:
 
 
 def add_missing_flags(argv: Sequence[str], has_cuda: bool, verbose: bool = True) -> list[str]:
-    """Append the flags that this machine needs and the user left unset.
+    """Append the flags that this machine needs and ``argv``, Megatron's command line, leaves unset.
 
-    Args:
-        argv: Megatron's command line without the program's name.
-        has_cuda: whether a CUDA device can be used.
-        verbose: print one line that lists what was added, on the process with ``RANK`` 0.
-
-    Returns:
-        ``argv`` with the missing flags at its end.
+    ``verbose`` prints one line that lists what was added, on the process with ``RANK`` 0.
     """
     added = flags_to_add(argv, has_cuda)
     if verbose and added and os.environ.get("RANK", "0") == "0":
@@ -161,13 +145,8 @@ def skip_dataset_compilation(replace: Callable[[Any, str, Any], None] = setattr)
 
     The megatron-core wheel ships ``helpers_cpp`` compiled but without its Makefile, and
     ``compile_helpers()`` ends the process when ``make`` fails. Where the compiled module is
-    there, the call is replaced by nothing.
-
-    Args:
-        replace: called as ``replace(module, name, value)``; ``setattr``, or one that can undo.
-
-    Returns:
-        True if the compiled helper is there and the call was replaced.
+    there, the call is replaced by nothing, with ``replace(module, name, value)``, and the
+    answer is True.
     """
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         return False
@@ -178,11 +157,7 @@ def skip_dataset_compilation(replace: Callable[[Any, str, Any], None] = setattr)
 
 
 def peer_memory_refusal(ranks: int) -> str | None:
-    """Why ranks cannot address each other's memory here, and what to do; None if they may.
-
-    Args:
-        ranks: of the expert-parallel group, whose ranks are consecutive.
-    """
+    """Why consecutive ranks cannot address each other's memory here; None if they may."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if local % ranks:
         return (
@@ -220,17 +195,11 @@ def has_peer_memory() -> bool:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What one device reaches: half of the products and 0.8 of the links on its data sheet.
+    """What one device reaches: half of the products and 0.8 of the links on its data sheet."""
 
-    Attributes:
-        flops: of products in bf16, operations a second.
-        inside: bytes a second in one direction to ranks of its node.
-        across: to ranks of other nodes.
-    """
-
-    flops: float
-    inside: float
-    across: float
+    flops: float  # of products in bf16, operations a second
+    inside: float  # bytes a second in one direction to ranks of its node
+    across: float  # to ranks of other nodes
 
 
 _SPEEDS = {
@@ -266,11 +235,7 @@ def device_name() -> str:
     """The GPU's name, or the CPU's model name where there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            for line in cpuinfo:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return os.uname().machine
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, os.uname().machine)

@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 
-from megatron_echo.compatibility import config_refusal, engine_refusal
-from megatron_echo.environment import interprets_triton, peer_memory_refusal
-from megatron_echo.flags import nearest_multiples, within
+from megatron_echo.compatibility import Rows, config_refusal, first_refusal
+from megatron_echo.environment import (
+    find_hybrid_ep,
+    find_nccl_ep,
+    interprets_triton,
+    peer_memory_refusal,
+)
+from megatron_echo.flags import Check, nearest_multiples, within
 from megatron_echo.planner.price import MAX_ROWS
+from megatron_echo.planner.slots import auto_slots
 
 MAX_ROW_ALIGNMENT = 1024
 """Kernels want 8 to 256 rows; each expert and slot of a rank may waste one less than this."""
@@ -30,7 +36,7 @@ _NOT_BUILT = {
     "GroupedLinear with use_grouped_tensor, with cuBLAS 13.3 or newer. Use params-dtype.",
 }
 
-_FP8_ROWWISE: tuple[tuple[Callable[[Any], Any], str], ...] = (
+_FP8_ROWWISE: Rows = (
     (
         lambda c: (c.moe_latent_size or c.hidden_size) % FP8_ALIGNMENT,
         f"needs a width of a multiple of {FP8_ALIGNMENT}. Use another --hidden-size or "
@@ -60,21 +66,86 @@ def _multiplies_fp8(gemm: str) -> bool:
     return capability == (9, 0) or (gemm == "triton" and capability >= (8, 9))
 
 
+_ENGINE: Rows = (
+    (
+        lambda c: c.expert_model_parallel_size == 1,
+        "has no other rank to send to. Use all_gather, or a larger expert-parallel size.",
+    ),
+    (
+        lambda c: c.params_dtype != torch.bfloat16,
+        "adds in bf16, not {config.params_dtype}. Use --bf16, or all_to_all.",
+    ),
+)
+"""With ``--moe-echo-token-transport hybrid_ep`` or ``nccl_ep``."""
+
+_NCCL_EP: Rows = (
+    (
+        lambda c: getattr(c, "moe_echo_check_every", 0) > 0,
+        "has one number of experts in a process. Leave --moe-echo-check-every out.",
+    ),
+    (
+        lambda c: (rows := getattr(c, "moe_echo_row_alignment", 1)) & (rows - 1),
+        "aligns to powers of two, not {config.moe_echo_row_alignment}. Use another "
+        "--moe-echo-row-alignment.",
+    ),
+    (
+        # With another number evaluation needs more rows than training.
+        lambda c: (
+            getattr(c, "moe_received_token_capacity", None) is not None
+            or _given_or_auto_slots(c) not in (0, c.num_moe_experts)
+        ),
+        "has one size of buffer, for training and evaluation. Leave --moe-received-token-capacity "
+        "out, and use --moe-num-echo-experts {config.num_moe_experts} or 0.",
+    ),
+)
+"""Besides, with ``nccl_ep``."""
+
+_PACKAGES: dict[str, tuple[Callable[[], Any], str]] = {
+    "hybrid_ep": (
+        lambda: find_hybrid_ep(),
+        "needs DeepEP with HybridEPBuffer, and a version that takes non_blocking. Install the "
+        "branch hybrid-ep of https://github.com/deepseek-ai/DeepEP, or use all_to_all.",
+    ),
+    "nccl_ep": (
+        lambda: find_nccl_ep(),
+        "needs Transformer Engine with NCCL EP, and NCCL 2.30.4. Install Transformer Engine "
+        "2.20 built with NVTE_BUILD_WITH_NCCL_EP=1, or use all_to_all.",
+    ),
+}
+
+
+def _given_or_auto_slots(config: Any) -> int:
+    """``--moe-num-echo-experts``, or what stands for it where it is not given."""
+    total, ranks = getattr(config, "moe_num_echo_experts", None), config.expert_model_parallel_size
+    return ranks * auto_slots(ranks, config.num_moe_experts) if total is None else total
+
+
+def engine_refusal(way: str, config: Any) -> str | None:
+    """Why ``hybrid_ep`` or ``nccl_ep`` cannot be used here, and what to do; None if it can."""
+    find, missing = _PACKAGES[way]
+    rows = (*_ENGINE, *(_NCCL_EP if way == "nccl_ep" else ()), (lambda _: find() is None, missing))
+    return first_refusal(rows, config)
+
+
 def precision_refusal(precision: str, config: Any) -> str | None:
-    """Why experts cannot compute in a precision, and what to do; None if they can.
-
-    Args:
-        precision: a word of ``--moe-echo-expert-precision`` but ``params-dtype``.
-        config: the transformer's configuration.
-    """
-    if precision in _NOT_BUILT:
-        return _NOT_BUILT[precision]
-    for refused, reason in _FP8_ROWWISE:
-        if refused(config):
-            return reason.format(config=config)
-    return None
+    """Why experts cannot compute in a precision that is not ``params-dtype``; None if they can."""
+    return _NOT_BUILT.get(precision) or first_refusal(_FP8_ROWWISE, config)
 
 
+def _without_graph(refusal: str) -> Check:
+    def check(value: Any, config: Any) -> str | None:
+        has_graph = config.cuda_graph_impl != "none"
+        return refusal if value is not None and has_graph else None
+
+    return check
+
+
+capture = _without_graph(
+    "copies into a new place each step, which a CUDA graph cannot. Leave one out."
+)
+replay = _without_graph(
+    "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
+)
 positive = within(1, math.inf, "is below 1. Use 1 or more.")
 not_negative = within(0, math.inf, "is negative. Use 0 or more.")
 tolerance = within(0, 100, "is not between 0 and 100. Use 0.02 for 2 %.")
@@ -178,18 +249,6 @@ def every(value: int, config: Any) -> str | None:
     if value and config.moe_echo_overflow == "drop":
         return "cannot tell a dropped pair from a wrong one. Use --moe-echo-overflow raise."
     return not_negative(value, config)
-
-
-def capture(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl != "none":
-        return "copies into a new place each step, which a CUDA graph cannot. Leave one out."
-    return None
-
-
-def replay(value: str | None, config: Any) -> str | None:
-    if value is not None and config.cuda_graph_impl != "none":
-        return "brings other ids in each step, which a CUDA graph cannot. Leave one of the two out."
-    return None
 
 
 def row_alignment(value: int, config: Any) -> str | None:

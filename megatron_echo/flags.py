@@ -23,27 +23,21 @@ def flag(
     choices: tuple[str, ...] | None = None,
     none_word: str | None = None,
 ) -> Any:
-    """A dataclass field that is also a command-line flag.
+    """A dataclass field that is also a command-line flag; its annotation is the value's type.
 
     Args:
-        default: the value without the flag; its type is the field's annotation. A tuple takes
-            one word or more.
+        default: the value without the flag. A tuple takes one word or more.
         help: one or two sentences for ``--help``.
         group: the title of the ``--help`` group.
         check: says what is wrong with a value; runs on the finished configuration.
-        metavar: what ``--help`` shows for the value.
+        metavar: what ``--help`` shows for the value; N and X for numbers.
         choices: the values that a string may have.
         none_word: the word that stands for None on the command line.
     """
-    metadata = {
-        "help": help,
-        "group": group,
-        "check": check,
-        "metavar": metavar,
-        "choices": choices,
-        "none_word": none_word,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
+    about = {"help": help, "group": group, "check": check, "metavar": metavar}
+    return dataclasses.field(
+        default=default, metadata=about | {"choices": choices, "none_word": none_word}
+    )
 
 
 def flag_name(field_name: str) -> str:
@@ -120,34 +114,26 @@ def add_flags(parser: ArgumentParser, fields: Iterable[dataclasses.Field]) -> No
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(f"megatron_echo: {title}")
-        _add_flag(groups[title], field)
+        groups[title].add_argument(
+            flag_name(field.name), dest=field.name, default=field.default, **_options(field)
+        )
 
 
-def _add_flag(group: Any, field: dataclasses.Field) -> None:
-    help_text = field.metadata["help"].replace("%", "%%")
-    options: dict[str, Any] = {"dest": field.name, "default": field.default}
-    if value_type(field) is bool:
-        name = flag_name(field.name)
-        if field.default:
-            group.add_argument(
-                name, help=help_text, action=argparse.BooleanOptionalAction, **options
-            )
-        else:
-            group.add_argument(name, help=help_text, action="store_true", **options)
-        return
+def _options(field: dataclasses.Field) -> dict[str, Any]:
+    """What ``add_argument`` is told besides name and default."""
+    about, kind = field.metadata, value_type(field)
+    options: dict[str, Any] = {"help": about["help"].replace("%", "%%")}
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if field.default else "store_true"
+        return options | {"action": action}
     if takes_several(field):
         options["nargs"] = "+"
     if field.default is not None:
         shown = field.default if isinstance(field.default, tuple) else (field.default,)
-        help_text += f" (default: {' '.join(map(str, shown))})"
-    group.add_argument(
-        flag_name(field.name),
-        help=help_text,
-        type=_parser(field),
-        choices=field.metadata["choices"],
-        metavar=field.metadata["metavar"],
-        **options,
-    )
+        options["help"] += f" (default: {' '.join(map(str, shown))})"
+    of_numbers = {int: "N", float: "X"}.get(kind)
+    options["metavar"] = about["metavar"] or of_numbers
+    return options | {"type": _parser(field), "choices": about["choices"]}
 
 
 def _parser(field: dataclasses.Field) -> Callable[[str], Any]:

@@ -87,9 +87,7 @@ def _names_cuda(device: Any) -> bool:
 def _redirect(function: Callable, position: int | None = None) -> Callable:
     """``function`` with a CUDA device turned into the CPU, and pinned memory left out.
 
-    Args:
-        function: takes a device by keyword, ``device`` or ``map_location``.
-        position: of the device among the positional arguments, None if it has none.
+    It takes a device by keyword, ``device`` or ``map_location``, or at a position.
     """
 
     @functools.wraps(function)
@@ -346,11 +344,8 @@ def enable(verbose: bool = True) -> bool:
         _patch_random()
         _patch_factories()
         _keep_freed_memory()
-        _patches.set(
-            torch.distributed,
-            "all_to_all_single",
-            _redirect_splits(torch.distributed.all_to_all_single),
-        )
+        exchange = _redirect_splits(torch.distributed.all_to_all_single)
+        _patches.set(torch.distributed, "all_to_all_single", exchange)
         _patch_megatron()
     except BaseException:
         disable()

@@ -48,8 +48,7 @@ class AccessOrder:
     ) -> list[Access]:
         """Use bytes of a memory in a lane.
 
-        Returns:
-            The earlier accesses that conflict and that nothing orders before this one.
+        The earlier uses that conflict, and that nothing orders.
         """
         clock = self._clocks[lane]
         epoch = self._worked[lane] = clock.setdefault(lane, 1)

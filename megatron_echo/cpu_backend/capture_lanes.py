@@ -32,11 +32,9 @@ def span(tensor: Tensor) -> tuple[int, int]:
 
 
 class CaptureLanes:
-    """Streams and memory of one capture.
+    """Streams and memory of one capture, which began on the stream ``origin``.
 
-    Args:
-        origin: the stream that it began on.
-        own_references: to the storage of a key, of the recorder alone.
+    ``own_references(key)`` counts those to a storage that are the recorder's alone.
     """
 
     current: ClassVar["CaptureLanes | None"] = None
@@ -51,11 +49,7 @@ class CaptureLanes:
         self._visited: set[int] = set()
 
     def check_member(self, stream: Hashable, name: str) -> None:
-        """Refuse work on a stream that waited for nothing of this capture.
-
-        Raises:
-            CaptureError: it would run once, at capture, and in no replay.
-        """
+        """Refuse work on a stream that waited for nothing of the capture; replays would lack it."""
         if stream not in self._members:
             raise CaptureError(
                 f"{name} runs on a stream that is not part of the capture. Let the stream wait for "
@@ -67,10 +61,9 @@ class CaptureLanes:
         return self._order.record(stream) if stream in self._members else None
 
     def wait(self, stream: Hashable, seen: Clock | None) -> None:
-        """Let a stream wait for an event; with it, it becomes part of the capture.
+        """Let a stream wait for an event, and so become part of the capture.
 
-        Raises:
-            CaptureError: the stream is part of it and the event is not.
+        A ``CaptureError`` says that the stream is part of it and the event is not.
         """
         if seen is not None:
             self._members.add(stream)
@@ -84,8 +77,7 @@ class CaptureLanes:
     def allocate(self, stream: Hashable, tensor: Tensor) -> None:
         """New memory: it may be any that this stream allocated before and that is free.
 
-        Raises:
-            CaptureError: another stream may still use such memory.
+        A ``CaptureError`` says that another stream may still use such memory.
         """
         for key in [key for key in self._visited if self._home.get(key) == stream]:
             if torch._C._storage_Use_Count(key) <= self._own_references(key):
@@ -96,11 +88,7 @@ class CaptureLanes:
         self.access(stream, tensor, writes=True, name="The allocation")
 
     def access(self, stream: Hashable, tensor: Tensor, writes: bool, name: str) -> None:
-        """Use a tensor in a stream.
-
-        Raises:
-            CaptureError: nothing orders this behind an earlier use in another stream.
-        """
+        """Use a tensor; refused if nothing orders it behind an earlier use in another stream."""
         key = tensor.untyped_storage()._cdata
         if self._home.get(key, stream) != stream:
             self._visited.add(key)
@@ -112,11 +100,7 @@ class CaptureLanes:
         self._home.pop(tensor.untyped_storage()._cdata, None)
 
     def end(self) -> None:
-        """Check that all streams are joined.
-
-        Raises:
-            CaptureError: the one that the capture began on does not wait for another's work.
-        """
+        """Refuse to end while a stream has work that the one it began on does not wait for."""
         if self._order.not_behind(self._origin):
             raise CaptureError(
                 "The capture ends while another stream has work that the captured one does not "

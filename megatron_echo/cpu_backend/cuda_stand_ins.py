@@ -115,8 +115,7 @@ class Event:
     def wait(self, stream: Stream | None = None) -> None:
         """Let a stream wait, by default the current one.
 
-        Raises:
-            CaptureError: one of the two belongs to a capture, and the other does not.
+        A ``CaptureError`` says that one of the two belongs to a capture, and the other does not.
         """
         current, is_recorded = CaptureLanes.current, self._seen is not None or self._time
         if current is not None and is_recorded:
@@ -131,11 +130,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        """Everything recorded is already complete.
-
-        Raises:
-            CaptureError: it was recorded in a capture.
-        """
+        """Everything recorded is already complete; ``CaptureError`` for an event of a capture."""
         if self._seen is not None:
             self._refuse()
 

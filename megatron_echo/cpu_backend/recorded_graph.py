@@ -56,21 +56,12 @@ def _reset_all() -> None:
 
 @dataclass(frozen=True)
 class _Operation:
-    """One recorded call.
+    """One recorded call."""
 
-    Attributes:
-        function: the operator.
-        arguments: its positional and keyword arguments; tensors share memory with the originals.
-        stream: on which it was captured.
-        storages: keys of the memory that it touches.
-        fresh: for each output tensor the one of the capture, which a replay fills; None for a view.
-    """
-
-    function: Any
-    arguments: tuple[tuple, dict]
-    stream: Stream
-    storages: frozenset[int]
-    fresh: tuple[Tensor | None, ...]
+    function: Any  # the operator
+    arguments: tuple[tuple, dict]  # by position and keyword; tensors share the originals' memory
+    storages: frozenset[int]  # keys of the memory that it touches
+    fresh: tuple[Tensor | None, ...]  # for each output what a replay fills; None for a view
 
 
 class _Recorder(TorchDispatchMode):
@@ -140,11 +131,7 @@ class RecordedGraph:
         return (0, 0)
 
     def capture_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start recording.
-
-        Raises:
-            CaptureError: another graph is being captured.
-        """
+        """Start recording; a ``CaptureError`` if another graph is being captured."""
         if RecordedGraph._current is not None:
             raise CaptureError("A graph is being captured already. End that capture first.")
         RecordedGraph._current = self
@@ -156,8 +143,7 @@ class RecordedGraph:
     def capture_end(self) -> None:
         """Stop recording, and undo what the operations did to memory from outside.
 
-        Raises:
-            CaptureError: a stream is not joined.
+        A ``CaptureError`` says that a stream is not joined.
         """
         assert self._modes is not None, "capture_begin has not been called"
         assert self._lanes is not None
@@ -269,8 +255,7 @@ class RecordedGraph:
             self._order(function, arguments, [each for each in fresh if each is not None])
         if not is_view and not is_empty:
             storages = frozenset(touched) | {_key(each) for each in fresh if each is not None}
-            operation = _Operation(function, arguments, current_stream(), storages, tuple(fresh))
-            self._operations.append(operation)
+            self._operations.append(_Operation(function, arguments, storages, tuple(fresh)))
             if function.namespace == "c10d":
                 _groups.update(_process_groups(arguments))
             for tensor in _tensors(arguments):

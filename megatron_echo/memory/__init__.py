@@ -8,10 +8,5 @@ from megatron_echo.memory.pipeline_layout import LayerCost, PipelineLayout, plan
 from megatron_echo.record.ledger import SavedTensorLedger
 
 __all__ = [
-    "FreeQueue",
-    "FreeTicket",
-    "LayerCost",
-    "PipelineLayout",
-    "SavedTensorLedger",
-    "plan_layout",
-]
+    "FreeQueue", "FreeTicket", "LayerCost", "PipelineLayout", "SavedTensorLedger", "plan_layout"
+]  # fmt: skip

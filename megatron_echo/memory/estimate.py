@@ -41,25 +41,15 @@ from megatron_echo.memory.live_bytes import LiveBytes
 
 @dataclasses.dataclass(frozen=True)
 class RankEstimate:
-    """What one pipeline rank needs, in bytes.
+    """What one pipeline rank needs, in bytes."""
 
-    Attributes:
-        rank: the pipeline rank.
-        parameters: their number on this rank.
-        weights: the model's parameters, with the distributed optimizer's buffer.
-        gradients: the gradient buffers.
-        optimizer: main parameters and moments, this rank's shard of them.
-        forward_backward: highest total during the forward and backward passes.
-        step: highest total during the optimizer's step.
-    """
-
-    rank: int
-    parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-    forward_backward: int
-    step: int
+    rank: int  # the pipeline rank
+    parameters: int  # their number on this rank
+    weights: int  # the model's parameters, with the distributed optimizer's buffer
+    gradients: int  # the gradient buffers
+    optimizer: int  # main parameters and moments, this rank's shard of them
+    forward_backward: int  # highest total during the forward and backward passes
+    step: int  # highest total during the optimizer's step
 
     @property
     def peak(self) -> int:
@@ -78,16 +68,13 @@ def estimate(
     flash_attention: bool = False,
     stages: Sequence[int] | None = None,
 ) -> list[RankEstimate]:
-    """Estimate the pipeline ranks of a run.
+    """Estimate pipeline ranks of a run, in order; the first process of a stage stands for it.
 
     Args:
         argv: flags of ``pretrain_gpt_moe.py``.
         ranks: processes of the run, over all nodes.
         flash_attention: attention without scores, see :mod:`megatron_echo.memory.shapes_only`.
         stages: which pipeline ranks, by default all.
-
-    Returns:
-        One for each of them, in order; the first process of its stage stands for it.
 
     Raises:
         ValueError: the command line does not run; the message has the reason.
@@ -159,14 +146,7 @@ def _child(
 def dry_run(
     argv: Sequence[str], ranks: int, pipeline_rank: int, flash_attention: bool = False
 ) -> RankEstimate:
-    """Build and train on fake tensors, in this process: once in a process.
-
-    Args:
-        argv: flags of ``pretrain_gpt_moe.py``.
-        ranks: processes of the run.
-        pipeline_rank: which stage.
-        flash_attention: attention without scores.
-    """
+    """Build and train one stage on fake tensors, once in a process; see :func:`estimate`."""
     with _process_of(ranks, pipeline_rank, argv):
         args, container = _parse()
         from megatron.training.initialize import initialize_megatron
@@ -370,8 +350,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         estimates = estimate(args.flags, args.ranks, args.flash_attention, args.stages)
     except ValueError as error:
-        print(f"estimate: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        parser.exit(2, f"estimate: error: {error}\n")
     print(table(estimates))
 
 

@@ -91,14 +91,9 @@ class Search:
     def rank_measures(self, cuts: ArrayLike) -> Array:
         """What each rank has to do and to hold, in one layout or in many.
 
-        The peak is static bytes, plus the activations of the worst moment of the schedule, plus
-        the largest workspace.
-
-        Args:
-            cuts: int ``[..., P * V + 1]``.
-
-        Returns:
-            float64 ``[..., P, 3]``, the fields of :class:`Measures`.
+        The peak is static bytes, plus the activations of the worst moment of the schedule, plus the
+        largest workspace. Cuts int ``[..., P * V + 1]`` give the fields of :class:`Measures`,
+        float64 ``[..., P, 3]``.
         """
         cuts = np.asarray(cuts)
         seconds, activation, static, _, _ = (
@@ -175,12 +170,10 @@ class Search:
         return cuts[np.lexsort(keys[::-1])]
 
     def best(self, cuts: list[int], name: str, limits: Measures) -> list[int]:
-        """The layout with the least of one criterion; exact with one or two chunks a rank.
+        """The layout with the least of one of :data:`CRITERIA`, none above its limit.
 
-        Args:
-            cuts: a layout that keeps the limits.
-            name: one of :data:`CRITERIA`.
-            limits: what no layout may exceed.
+        It is exact with one or two chunks a rank; with more, moves begin at ``cuts``, within the
+        limits.
         """
         if self.pipeline.chunks > 2:
             return self.plan(cuts, [name], limits, np.inf)

@@ -16,8 +16,9 @@ _VALUE_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.
 class LiveBytes(TorchDispatchMode):
     """Within the block, every storage that an operator makes counts until it is gone.
 
-    Values are not looked at: where the code asks for one (``.item()`` of a gradient norm), a fake
-    tensor answers 1.
+    Values are not looked at: where the code asks for one (``.item()`` of a gradient norm), a
+    fake tensor answers 1. ``skip_collectives`` leaves every result of ``torch.distributed`` as
+    it is: fake tensors need it, and a process group of the backend ``fake``.
 
     Attributes:
         live: bytes alive now.
@@ -25,12 +26,6 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, skip_collectives: bool = False) -> None:
-        """Start at zero.
-
-        Args:
-            skip_collectives: leave every result of ``torch.distributed`` as it is. Fake tensors
-                need it, and a process group of the backend ``fake``.
-        """
         super().__init__()
         self._skips_collectives = skip_collectives
         self.live = self.peak = 0

@@ -27,30 +27,22 @@ _MOST = 1e100
 class LayerCost:
     """What one item of the model costs on its rank.
 
-    Attributes:
-        kind: Megatron's letter: ``E`` embedding, ``t`` decoder layer, ``m`` MTP layer, ``L`` head
-            and loss. The embedding is part of the first stage, the loss of the last one.
-        seconds: forward and backward time of a microbatch. Any unit, if it is the same for all.
-        activation_bytes: kept for backward, for each microbatch.
-        static_bytes: weights, gradients and optimizer state.
-        workspace_bytes: the most that it uses besides, while it runs.
+    Its kind is Megatron's letter: ``E`` embedding, part of the first stage, ``t`` decoder layer,
+    ``m`` MTP layer, ``L`` head and loss, part of the last one.
     """
 
     kind: str
-    seconds: float
-    activation_bytes: float
-    static_bytes: float
-    workspace_bytes: float = 0
+    seconds: float  # forward and backward of a microbatch; any unit, if it is the same for all
+    activation_bytes: float  # kept for backward, for each microbatch
+    static_bytes: float  # weights, gradients and optimizer state
+    workspace_bytes: float = 0  # the most that it uses besides, while it runs
 
 
 def read_costs(path: str | Path) -> list[LayerCost]:
     """Costs from a file of JSON: ``{"layers": [{"kind": "t", "count": 58, "seconds": ...}, ...]}``.
 
     An entry has the fields of :class:`LayerCost` and, optionally, how many such layers follow each
-    other.
-
-    Raises:
-        ValueError: the file does not say that.
+    other. A ``ValueError`` says that the file does not hold that.
     """
     try:
         entries = json.loads(Path(path).read_text())["layers"]
@@ -69,21 +61,13 @@ def read_costs(path: str | Path) -> list[LayerCost]:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineLayout:
-    """An assignment of layers to stages, and what it costs.
+    """An assignment of layers to stages, and what it costs."""
 
-    Attributes:
-        pipeline: the schedule.
-        layers: the costs it was made from.
-        cuts: stage ``s`` holds the layers ``cuts[s]`` to ``cuts[s + 1]``; ``P * V + 1`` of them.
-        ranks: stage time, rank time and peak bytes of each rank.
-        step_seconds: of a whole step, from replaying the schedule.
-    """
-
-    pipeline: Pipeline
-    layers: tuple[LayerCost, ...]
-    cuts: tuple[int, ...]
-    ranks: tuple[Measures, ...]
-    step_seconds: float
+    pipeline: Pipeline  # the schedule
+    layers: tuple[LayerCost, ...]  # the costs it was made from
+    cuts: tuple[int, ...]  # ``[P * V + 1]``: stage s has layers ``cuts[s]`` to ``cuts[s + 1]``
+    ranks: tuple[Measures, ...]  # stage time, rank time and peak bytes of each rank
+    step_seconds: float  # of a whole step, from replaying the schedule
 
     @property
     def measures(self) -> Measures:
@@ -120,11 +104,7 @@ class PipelineLayout:
         return "|".join(self.stages)
 
     def check_with_megatron(self) -> None:
-        """Parse :attr:`string` with Megatron's own parser and compare.
-
-        Raises:
-            ValueError: Megatron reads something else.
-        """
+        """Have Megatron's own parser read :attr:`string`; ``ValueError`` if it reads another."""
         from megatron.core.transformer.pipeline_parallel_layer_layout import (
             PipelineParallelLayerLayout,
         )
@@ -176,11 +156,9 @@ class PipelineLayout:
 def even_split(layers: Sequence[LayerCost], stages: int) -> list[int]:
     """The cuts of an even split: as many decoder layers in each stage, whatever they cost.
 
-    What does not divide goes to the inner stages from the left, to the first and last one at the
-    end: those have the embedding and the loss. MTP layers sit with the loss.
-
-    Raises:
-        ValueError: fewer layers than stages to fill.
+    What does not divide goes to the inner stages from the left, to the first and last one at
+    the end: those have the embedding and the loss. MTP layers sit with the loss. A
+    ``ValueError`` says that there are fewer layers than stages to fill.
     """
     decoders = sum(layer.kind == "t" for layer in layers)
     if decoders < stages - 2:
@@ -223,13 +201,7 @@ def _search(layers: Sequence[LayerCost], pipeline: Pipeline) -> Search:
 def evaluate_layout(
     layers: Sequence[LayerCost], pipeline: Pipeline, cuts: Sequence[int]
 ) -> PipelineLayout:
-    """What a given assignment costs.
-
-    Args:
-        layers: the model.
-        pipeline: the schedule.
-        cuts: see :class:`PipelineLayout`.
-    """
+    """What a given assignment costs; ``cuts`` as in :class:`PipelineLayout`."""
     search = _search(layers, pipeline)
     ranks = tuple(Measures(*row) for row in search.rank_measures(cuts).tolist())
     step = float(search.step_time(cuts))
@@ -259,15 +231,13 @@ def plan_layout(
         schedule: one of ``SCHEDULES``; None for ``1f1b``, or ``interleaved`` where V > 1.
         num_microbatches: of a step; None for enough to fill the pipeline.
         group_size: microbatches a chunk runs in a row, when interleaved; None for P.
-        budget_bytes: no rank's peak may exceed it. None for the even split's peak.
+        budget_bytes: no rank's peak may exceed it. None for the even split's peak. With one,
+            :attr:`PipelineLayout.slowdown` says how much longer a step takes; without, the layout
+            is in none of the four measures worse than the even split.
         prefer: ``time`` minimises the replayed step, then the longest stage, the busiest rank and
             the peak. ``memory`` minimises the peak, then the same, among the layouts whose
             longest stage and busiest rank are no longer than the even split's. A step that is
             slower than the even split's comes after all that are not.
-
-    Returns:
-        The layout. Without a budget it is in none of the four worse than the even split. With one,
-        :attr:`PipelineLayout.slowdown` says how much longer a step takes.
 
     Raises:
         ValueError: layers or sizes that make no pipeline, or a budget that nothing fits; the

@@ -7,7 +7,6 @@ line only: ``from megatron_echo.memory import plan_layout`` gives the function.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from megatron_echo.memory.pipeline_layout import explain, plan_layout, read_costs
@@ -42,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> None:
     """The command line: these words after the program's name, or this process's."""
-    args = _parser().parse_args(words)
+    parser = _parser()
+    args = parser.parse_args(words)
     budget = None if args.budget_gib is None else args.budget_gib * 2**30
     try:
         layout = plan_layout(
@@ -51,8 +51,7 @@ def main(words: list[str] | None = None) -> None:
         )  # fmt: skip
         print(explain(layout))
     except ValueError as error:
-        print(f"plan_layout: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        parser.exit(2, f"plan_layout: error: {error}\n")
     layout.check_with_megatron()
     print(f'--pipeline-model-parallel-layout "{layout.string}"   (read back by Megatron\'s parser)')
 

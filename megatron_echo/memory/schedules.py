@@ -29,19 +29,14 @@ class Turn(NamedTuple):
 class Pipeline(NamedTuple):
     """A schedule with its sizes.
 
-    Attributes:
-        schedule: one of :data:`SCHEDULES`.
-        ranks: P.
-        chunks: V, model chunks on each rank.
-        microbatches: M, of a step and a data-parallel rank.
-        group: microbatches that a rank runs through one chunk before it turns to the next
-            (Megatron's ``--microbatch-group-size-per-virtual-pipeline-stage``).
+    A rank runs ``group`` microbatches through one chunk before it turns to the next (Megatron's
+    ``--microbatch-group-size-per-virtual-pipeline-stage``).
     """
 
-    schedule: str
-    ranks: int
-    chunks: int
-    microbatches: int
+    schedule: str  # one of :data:`SCHEDULES`
+    ranks: int  # P
+    chunks: int  # V, model chunks on each rank
+    microbatches: int  # M, of a step and a data-parallel rank
     group: int
 
     @classmethod
@@ -53,14 +48,10 @@ class Pipeline(NamedTuple):
         microbatches: int | None = None,
         group: int | None = None,
     ) -> "Pipeline":
-        """Fill in the defaults and check; the arguments are the attributes.
+        """Fill in the defaults and check.
 
-        Args:
-            schedule: ``interleaved`` with one chunk is ``1f1b``, as it is in Megatron.
-            ranks: P.
-            chunks: V.
-            microbatches: None for enough to fill the pipeline.
-            group: None for P, Megatron's default.
+        Without a number there are enough microbatches to fill the pipeline; groups are of P,
+        Megatron's default; ``interleaved`` with one chunk is ``1f1b``, as it is in Megatron.
 
         Raises:
             ValueError: a schedule that does not exist or cannot run with these sizes.
@@ -128,13 +119,9 @@ class Pipeline(NamedTuple):
     def step_time(self, stage_seconds: ArrayLike) -> NDArray[np.float64]:
         """Seconds of a step: every pass starts when its rank is free and its input is there.
 
-        Args:
-            stage_seconds: ``[..., P * V]``, forward and backward time of a microbatch in each
-                stage; of one layout or of many at once. Communication takes no time, and two
-                passes in one turn take the sum of theirs.
-
-        Returns:
-            float64 ``[...]``.
+        ``stage_seconds`` are forward and backward time of a microbatch in each stage, ``[..., P *
+        V]`` of one layout or of many at once; the result is float64 ``[...]``. Communication takes
+        no time, and two passes in one turn take the sum of theirs.
         """
         seconds = np.moveaxis(np.asarray(stage_seconds, dtype=np.float64), -1, 0)
         share = {"F": seconds * (1 - BACKWARD_SHARE), "B": seconds * BACKWARD_SHARE}

@@ -22,26 +22,14 @@ from megatron_echo.planner import ClonePlan
 
 
 class FlashAttentionShapes(torch.autograd.Function):
-    """Attention as a flash kernel does it.
+    """Attention as a flash kernel does it; nothing is computed, results are uninitialised.
 
     Queries, keys, values, output and a log-sum a row are kept for backward; never the scores.
-
-    Nothing is computed: results are uninitialised.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend.
-
-        Args:
-            ctx: autograd's.
-            query: ``[s, b, n, k]``.
-            key: ``[s, b, g, k]``.
-            value: ``[s, b, g, v]``.
-
-        Returns:
-            ``[s, b, n * v]``.
-        """
+        """From ``[s, b, n, k]``, ``[s, b, g, k]`` and ``[s, b, g, v]`` to ``[s, b, n * v]``."""
         rows, batch, heads, _ = query.shape
         output = query.new_empty(rows, batch, heads * value.size(3))
         log_sums = query.new_empty(batch, heads, rows, dtype=torch.float32)

@@ -1,13 +1,10 @@
 """A run directory as one page of HTML that needs nothing else, for people who look at runs.
 
-::
-
     python -m megatron_echo.observe.report RUN_DIR -o report.html [--against OTHER_RUN_DIR]
 
-Read are ``run.json``, ``metrics.jsonl`` and, where the run wrote them, the routing traces and the
-memory ledger. The numbers are worked out in :mod:`.report_data` and embedded as JSON in the page's
-element ``report-data``; its scripts draw and format them. The page forbids itself every network
-access.
+Read are ``run.json``, ``metrics.jsonl`` and, where the run wrote them, routing traces and memory
+ledger. :mod:`.report_data` works the numbers out, as JSON in the page's element ``report-data``;
+its scripts draw and format them. The page forbids itself every network access.
 """
 
 import argparse
@@ -27,16 +24,10 @@ TRACE_NUMBERS = 600_000
 
 
 def build_report(run_dirs: Sequence[str | os.PathLike]) -> str:
-    """The page for one run, or for several side by side.
-
-    Args:
-        run_dirs: folders that were given as ``--run-dir``.
-
-    Returns:
-        HTML with its styles, scripts and data inside.
+    """The page for one run, or for several side by side: HTML with styles, scripts and data inside.
 
     Raises:
-        ReportError: a folder is no run, or one of its files is damaged.
+        ReportError: a folder, given as ``--run-dir``, is no run, or one of its files is damaged.
     """
     runs = [read_run(Path(folder), TRACE_NUMBERS // len(run_dirs)) for folder in run_dirs]
     data = json.dumps(runs, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

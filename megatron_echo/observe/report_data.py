@@ -26,17 +26,13 @@ Json = dict[str, Any]
 
 
 def read_run(folder: Path, trace_numbers: int) -> Json:
-    """Everything that the page shows of one run.
-
-    Args:
-        folder: what was given as ``--run-dir``.
-        trace_numbers: about how many numbers of the traces to keep.
+    """Everything that the page shows of a run, with about ``trace_numbers`` numbers of its traces.
 
     Returns:
         ``name``, the entries of ``run.json``, ``metrics`` (columns by name), ``summary`` and
         ``limits`` (rows with ``label``, ``value``, ``unit``, ``source``), ``parts`` of the steps
-        (:func:`.step_parts`), ``ledgers`` (:func:`.read_ledgers`), ``trace`` (see
-        :func:`read_trace`) or None, and ``trace_missing``, why there is none.
+        (:func:`.step_parts`), ``ledgers`` (:func:`.read_ledgers`), ``trace`` (:func:`read_trace`)
+        or None, and ``trace_missing``, why there is none.
 
     Raises:
         ReportError: the folder is no run, or one of its files is damaged.
@@ -128,12 +124,7 @@ def _row(label: str, value: Any, unit: str, source: str) -> Json:
 
 
 def summarise(lines: list[Json], flags: Json) -> list[Json]:
-    """The figures at the top of the page; those without data are left out.
-
-    Args:
-        lines: of ``metrics.jsonl``, oldest first.
-        flags: of ``run.json``.
-    """
+    """The figures at the top of the page, without those that have no data."""
 
     def last(values: Sequence[float]) -> float:
         return values[-1]
@@ -236,13 +227,10 @@ def _rules(flags: Json) -> tuple[float, int | None]:
 
 
 def read_trace(paths: Sequence[Path], tolerance: float, domain: int | None, numbers: int) -> Json:
-    """The traced steps of a run, as many as fit.
+    """The traced steps of a run, each n-th so that about so many ``numbers`` are kept.
 
-    Args:
-        paths: one file for each step and pipeline stage, by step.
-        tolerance: ``--moe-echo-tolerance``.
-        domain: ranks that are balanced among themselves, None for all.
-        numbers: about how many numbers to keep; each n-th step is kept to that end.
+    ``paths`` are by step, one for each pipeline stage. ``domain`` is how many ranks are balanced
+    among themselves, None for all; ``tolerance`` is ``--moe-echo-tolerance``.
 
     Returns:
         ``ranks``, ``experts``, ``slots`` (of a rank), ``traced`` (how many steps), ``every`` (n)

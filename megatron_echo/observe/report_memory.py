@@ -20,15 +20,10 @@ class ReportError(ValueError):
 
 
 def read_ledgers(folder: Path, told: str | None) -> list[Json]:
-    """The ledgers of a run, one for each pipeline stage.
+    """The ledgers of a run, one for each pipeline stage; a ``ReportError`` if a file is none.
 
-    Args:
-        folder: the run directory.
-        told: ``--memory-ledger``. Where the file is not there, one of that name in the run
-            directory counts, and without the flag ``ledger.json``.
-
-    Raises:
-        ReportError: a file is no ledger.
+    Where what ``--memory-ledger`` told is not there, a file of that name in the run directory
+    counts, and without the flag ``ledger.json``.
     """
     first = Path(told) if told else folder / "ledger.json"
     if not first.is_file():

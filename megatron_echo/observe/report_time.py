@@ -28,12 +28,8 @@ PARTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 def step_parts(metrics: Json) -> list[Json]:
     """The parts of each step on the last rank, in seconds; they add up to ``iteration-time``.
 
-    Args:
-        metrics: ``values`` has the columns of ``metrics.jsonl`` by name.
-
-    Returns:
-        For each part with timers: ``label``, ``values`` (None where the line has none), ``median``
-        and ``source``. Empty without ``--timing-log-level``.
+    For each part with timers ``label``, ``values`` (None where the line has none), ``median``
+    and ``source``. Empty without ``--timing-log-level``.
     """
     columns, rows = metrics["values"], len(metrics["iteration"])
 

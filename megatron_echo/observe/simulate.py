@@ -10,7 +10,6 @@ them. Step time and memory are arithmetic on data sheets and printed assumptions
 import argparse
 import dataclasses
 import logging
-import sys
 import warnings
 
 import torch
@@ -36,12 +35,7 @@ def search_of(args: argparse.Namespace) -> Search:
 
 
 def simulate(args: argparse.Namespace) -> list[str]:
-    """The report's lines.
-
-    Raises:
-        ValueError: bad values, names or files.
-        FileNotFoundError: a file or trace that is not there.
-    """
+    """The report's lines; raises ``ValueError`` or ``OSError`` for bad values, names or files."""
     search = search_of(args)
     return report_lines(search, *candidates(search))
 
@@ -55,8 +49,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         print("\n".join(simulate(args)))
     except (ValueError, OSError) as error:
-        print(f"simulate: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        parser().exit(2, f"simulate: error: {error}\n")
 
 
 if __name__ == "__main__":

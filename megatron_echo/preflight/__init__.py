@@ -15,13 +15,9 @@ from megatron_echo.preflight.layout import check_flags, check_schedule
 from megatron_echo.preflight.places import check_places
 
 __all__ = [
-    "check_command_line",
-    "check_files",
-    "check_flags",
-    "check_indexed_dataset",
-    "check_schedule",
+    "check_command_line", "check_files", "check_flags", "check_indexed_dataset", "check_schedule",
     "latest_checkpoint",
-]
+]  # fmt: skip
 
 
 def check_command_line(args: Namespace) -> None:

@@ -12,31 +12,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_echo import environment
 
 _SHAPE_ARGUMENTS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "mtp_num_layers",
-    "swiglu",
-    "normalization",
-    "multi_latent_attention",
-    "untie_embeddings_and_output_weights",
-)
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+    "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers",
+    "swiglu", "normalization", "multi_latent_attention", "untie_embeddings_and_output_weights",
+)  # fmt: skip
 # Of those, the ones that --use-checkpoint-args does not take over when they are given as well.
 _NOT_TAKEN_OVER = _SHAPE_ARGUMENTS[:5]
 
 
 def latest_checkpoint(folder: str | None, step: int | None = None) -> Path | None:
-    """The checkpoint that Megatron would load from ``folder``, or None.
-
-    Args:
-        folder: the value of ``--load`` or ``--save``.
-        step: the value of ``--ckpt-step``; None asks the tracker file for the newest one.
-    """
+    """The checkpoint that Megatron would load from a folder, of a step or the newest; or None."""
     if not folder:
         return None
     if step is not None:
@@ -82,9 +67,8 @@ def check_checkpoint(args: Namespace) -> None:
 
 
 def _check_distributed_optimizer(args: Namespace, takes_optimizer: bool) -> None:
-    if environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX:
-        return
-    if not args.use_distributed_optimizer:
+    has_optimizer = environment.HAVE_TRANSFORMER_ENGINE or environment.HAVE_APEX
+    if has_optimizer or not args.use_distributed_optimizer:
         return
     if takes_optimizer:
         raise ValueError(
@@ -103,11 +87,7 @@ def _check_distributed_optimizer(args: Namespace, takes_optimizer: bool) -> None
 
 
 def _saved_arguments(checkpoint: Path, flag: str) -> Namespace | None:
-    """The arguments that a distributed checkpoint was saved with; None for other formats.
-
-    Raises:
-        ValueError: a file is missing, cut off or cannot be read.
-    """
+    """A distributed checkpoint's arguments, None for other formats; refuses a damaged one."""
     if not any(checkpoint.iterdir()):
         raise _damaged(flag, checkpoint, "it is empty")
     has_index = (checkpoint / ".metadata").is_file()

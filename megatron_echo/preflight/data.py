@@ -1,6 +1,7 @@
 """Checks of the datasets on a command line: their files, their weights and their splits."""
 
 import json
+import math
 import os
 import re
 import struct
@@ -27,19 +28,12 @@ _CANNOT_BLEND_NOTHING = (
 
 @dataclass(frozen=True)
 class _Blend:
-    """Datasets of one flag.
+    """Datasets of one flag."""
 
-    Attributes:
-        flag: where they were named, with its file if they stand in one.
-        split: the only split that draws from them; None if ``--split`` cuts them.
-        prefixes: without weights.
-        is_weighted: whether there were weights.
-    """
-
-    flag: str
-    split: str | None
-    prefixes: list[str]
-    is_weighted: bool
+    flag: str  # where they were named, with its file if they stand in one
+    split: str | None  # the only split that draws from them; None if ``--split`` cuts them
+    prefixes: list[str]  # without weights
+    is_weighted: bool  # whether there were weights
 
 
 def check_data(args: Namespace) -> None:
@@ -102,9 +96,7 @@ def _blend(flag: str, split: str | None, words: Sequence[str]) -> _Blend:
             f"{flag} has a weight for some datasets only ({' '.join(words)}). Give a weight before "
             "each prefix, or none at all."
         )
-    if not all(0 <= weight < float("inf") for weight in given if weight is not None) or not any(
-        given
-    ):
+    if not any(given) or not all(0 <= weight < math.inf for weight in given if weight is not None):
         raise ValueError(
             f"{flag} has weights that are no shares ({' '.join(words)}). Use 0 or more, and one "
             "above 0."
@@ -139,12 +131,7 @@ def _check_cut(args: Namespace, blend: _Blend, sequences: dict[str, int]) -> Non
     if problem is None:
         return
     others = (s for s in _OTHER_SPLITS if _empty(args, s, blend, sequences) is None)
-    choice = next(others, None)
-    if choice is None:
-        raise ValueError(
-            f"--split {split} gives {problem}. Use --split 100,0,0 with --eval-iters 0, or more "
-            "documents."
-        )
+    choice = next(others, "100,0,0 with --eval-iters 0, or more documents")
     raise ValueError(f"--split {split} gives {problem}. Use --split {choice}.")
 
 
@@ -199,17 +186,11 @@ def _read_text(flag: str, path: str) -> str:
 
 
 def check_indexed_dataset(prefix: str) -> int:
-    """Check that ``prefix.idx`` and ``prefix.bin`` are whole and belong together.
+    """Check that ``prefix.idx`` and ``prefix.bin`` are whole; the number of sequences in them.
 
     Layout of the index (Megatron's ``indexed_dataset.py``): 9 bytes of magic, uint64 version,
     uint8 type code, uint64 sequences, uint64 documents, then per sequence an int32 length and
     an int64 position in the data file, then the documents as int64.
-
-    Args:
-        prefix: path without the extension.
-
-    Returns:
-        The number of its sequences: what ``--split`` divides.
 
     Raises:
         ValueError: a file is missing, unreadable, foreign or too short.

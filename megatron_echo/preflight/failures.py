@@ -28,15 +28,10 @@ _OURS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a user is told in place of a traceback.
+    """What a user is told in place of a traceback."""
 
-    Attributes:
-        text: the fault, then the fix.
-        code: of the process; 2 where the command line is at fault.
-    """
-
-    text: str
-    code: int = 2
+    text: str  # the fault, then the fix
+    code: int = 2  # of the process; 2 where the command line is at fault
 
 
 _OTHER_SCHEDULE = (
@@ -46,13 +41,9 @@ _OTHER_SCHEDULE = (
 
 
 def explain(error: BaseException, args: Namespace, is_training: bool) -> Explanation | None:
-    """What to say about an exception, None to leave its traceback.
+    """What to say about an exception of Megatron or of this package, None to leave its traceback.
 
-    Args:
-        error: from Megatron or from this package.
-        args: the command line.
-        is_training: the first step has begun; what is refused from then on is no refusal of the
-            command line.
+    What is refused once the first step has begun is no refusal of the command line.
     """
     schedule = re.search(_OTHER_SCHEDULE, str(error), re.DOTALL)
     if schedule is not None and isinstance(error, AssertionError):
@@ -91,11 +82,7 @@ def report(problem: object) -> None:
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Around what every rank finds alike: each node's first rank says it, all end with code 2.
-
-    Raises:
-        SystemExit: with code 2, for a ``ValueError`` or a refusal.
-    """
+    """Around what every rank finds alike: each node's first rank says it, all exit with code 2."""
     try:
         yield
     except Exception as error:
@@ -120,12 +107,9 @@ def _explain_bad_loss(error: BaseException, args: Namespace) -> Explanation | No
 
 
 def explain_full_disk(error: BaseException, args: Namespace) -> str | None:
-    """What to tell the user about a checkpoint that was not written, beyond the traceback.
+    """What to say of a full disk and what is still there; None for any other failure.
 
     Megatron writes checkpoints in worker processes and reports only that one of them failed.
-
-    Returns:
-        A sentence on a full disk and what is still there, or None for any other failure.
     """
     if not args.save or not os.path.isdir(args.save):
         return None

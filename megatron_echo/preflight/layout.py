@@ -8,37 +8,17 @@ from megatron_echo.arguments import refuse_heterogeneous_layers
 from megatron_echo.compatibility import MUON, argument_refusal
 from megatron_echo.flags import flag_name, nearest_multiples, number_refusal
 
-_UNSUPPORTED = (
-    "fim_data",
-    "hybrid_context_parallel",
-    "logits_load_dir",
-)
+_UNSUPPORTED = ("fim_data", "hybrid_context_parallel", "logits_load_dir")
 _SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "num_virtual_stages_per_pipeline_rank",
-    "num_layers_per_virtual_pipeline_stage",
-    "num_distributed_optimizer_instances",
-    "micro_batch_size",
-    "global_batch_size",
-    "eval_micro_batch_size",
-    "eval_global_batch_size",
-    "seq_length",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size",
+    "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
+    "num_distributed_optimizer_instances", "micro_batch_size", "global_batch_size",
+    "eval_micro_batch_size", "eval_global_batch_size", "seq_length", "num_layers", "hidden_size",
+    "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
+    "make_vocab_size_divisible_by", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq",
     "recompute_num_layers",
-)
+)  # fmt: skip
 """Megatron divides by most of these, or builds empty modules, before it looks at them."""
 _NEED_TRANSFORMER_ENGINE = {"layernorm", "moe_act", "mla_up_proj"}
 
@@ -55,11 +35,7 @@ def check_flags(args: Namespace) -> None:
 
 
 def check_schedule(args: Namespace) -> None:
-    """Check what would stop or spoil a pipeline after or while its stages are built.
-
-    Args:
-        args: a validated command line, from ``parse_and_validate_args``.
-    """
+    """Check, of validated arguments, what would stop or spoil a pipeline of virtual stages."""
     if args.virtual_pipeline_model_parallel_size is None:
         return
     _check_mtp_rank(args)

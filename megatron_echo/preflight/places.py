@@ -7,14 +7,9 @@ from pathlib import Path
 from megatron_echo.flags import flag_name
 
 _FOLDERS = (
-    "save",
-    "run_dir",
-    "moe_echo_trace_dir",
-    "moe_echo_capture_routing",
-    "tensorboard_dir",
-    "wandb_save_dir",
-    "data_cache_path",
-)
+    "save", "run_dir", "moe_echo_trace_dir", "moe_echo_capture_routing", "tensorboard_dir",
+    "wandb_save_dir", "data_cache_path",
+)  # fmt: skip
 _FILES_WRITTEN = ("memory_ledger",)
 _FILES_READ = ("moe_echo_replay_routing", "vocab_file", "merge_file", "per_dataset_sequences_path")
 

@@ -30,11 +30,6 @@ class Ranks:
     """The ranks of a run, from the first check of a file to the end of training."""
 
     def __init__(self, args: Namespace) -> None:
-        """Meet at the store; does not wait for the others.
-
-        Args:
-            args: the result of ``megatron.training.arguments.parse_args``.
-        """
         self._args = args
         self._is_training = False
         self._stop = threading.Event()
@@ -58,11 +53,9 @@ class Ranks:
     def end_together(self) -> Iterator[None]:
         """Around what may fail on one rank alone.
 
-        A known fault is said once, by the first rank that meets it, and ends all with its code.
-        An unknown one keeps its traceback, and ends the others with code 1 before training.
-
-        Raises:
-            SystemExit: for a known fault.
+        A known fault is said once, by the first rank that meets it, and ends all with its code, by
+        a ``SystemExit``. An unknown one keeps its traceback, and ends the others with code 1 before
+        training.
         """
         self._stop = threading.Event()
         if self._store is not None:

@@ -36,11 +36,7 @@ class CallLog:
 
     @torch.no_grad()
     def add(self, row: Tensor) -> None:
-        """Write a row. Nothing is read.
-
-        Args:
-            row: integers ``[W]``.
-        """
+        """Write a row, integers ``[W]``. Nothing is read."""
         can_grow = self._is_open and not is_capturing()
         if self._rows is None or self._place is None or self._rows.device != row.device:
             self._rows = row.new_zeros(_FIRST_ROWS, len(row))
@@ -54,11 +50,10 @@ class CallLog:
             self._most = max(self._most, self._calls)
 
     def end_step(self) -> tuple[Tensor, Tensor] | None:
-        """Give what the step left; it is good until the next one begins.
+        """What the step left, good until the next one begins; None if there was no call yet.
 
-        Returns:
-            Rows ``[C, W]``, C the calls of the longest step so far, zeros in those not written; and
-            int64 ``[1]``, how many were. None if there was no call yet.
+        Rows ``[C, W]``, C the calls of the longest step so far, with zeros in those not
+        written; and int64 ``[1]``, how many were.
         """
         self._is_open = False
         if self._rows is None or self._place is None:

@@ -44,52 +44,30 @@ _OUTSIDE = "(outside)"
 
 @dataclasses.dataclass
 class Entry:
-    """One storage that was kept for backward.
+    """One storage that was kept for backward; dtype and shape are of the first tensor saved."""
 
-    Attributes:
-        layer: path of its layer, ``decoder.layers.3``, or of the module outside of layers.
-        module: path below the layer of the innermost module that saved it.
-        microbatch: number of the model's forward pass in the block, from 0; None for what is
-            saved outside of one, by recomputation for example.
-        kind: ``activation``, ``index``, ``weight`` or ``buffer``.
-        dtype: of the tensor that was saved first, such as ``bfloat16``.
-        shape: of that tensor.
-        nbytes: of the whole storage.
-        saved_at: number of the event, from 0.
-        saves: tensors saved of it.
-        freed_at: number of the event, None while it is live.
-        taken: another hook keeps something else in its place (a copy on the host, or nothing).
-    """
-
-    layer: str
-    module: str
-    microbatch: int | None
-    kind: str
-    dtype: str
+    layer: str  # path of its layer, ``decoder.layers.3``, or of the module outside of layers
+    module: str  # path below the layer of the innermost module that saved it
+    microbatch: int | None  # number of the model's forward pass, from 0; None outside of one
+    kind: str  # ``activation``, ``index``, ``weight`` or ``buffer``
+    dtype: str  # such as ``bfloat16``
     shape: tuple[int, ...]
-    nbytes: int
-    saved_at: int
-    saves: int = 1
-    freed_at: int | None = None
-    taken: bool = False
+    nbytes: int  # of the whole storage
+    saved_at: int  # number of the event, from 0
+    saves: int = 1  # tensors saved of it
+    freed_at: int | None = None  # number of the event, None while it is live
+    taken: bool = False  # another hook keeps something else for it (a copy on the host, nothing)
 
 
 class SavedTensorLedger:
     """Records what is saved for backward within a ``with`` block. Enter it once.
 
-    Saves of the block are followed to their end even where backward runs after it. Chunks of a
-    virtual pipeline are named ``chunk0.``, ``chunk1.`` ... where several models are given.
-
-    Attributes:
-        entries: list of :class:`Entry`, in the order in which they were saved.
+    Saves of the block are followed to their end even where backward runs after it. ``entries``
+    are in the order in which they were saved. Given several models, the chunks of a virtual
+    pipeline, their layers are named ``chunk0.``, ``chunk1.`` ...
     """
 
     def __init__(self, model: Module | Sequence[Module]) -> None:
-        """Watch a model.
-
-        Args:
-            model: or the chunks of a virtual pipeline.
-        """
         chunks = [model] if isinstance(model, Module) else list(model)
         self._chunks = {f"chunk{i}." if len(chunks) > 1 else "": m for i, m in enumerate(chunks)}
         self.entries: list[Entry] = []
@@ -213,9 +191,5 @@ class SavedTensorLedger:
         Path(path).write_text(json.dumps(written) + "\n")
 
     def plot(self, path: str | Path) -> None:
-        """A picture of the bytes kept over the block, stacked by module; needs matplotlib.
-
-        Args:
-            path: a file name that matplotlib knows, such as ``.png``.
-        """
+        """Draw the bytes kept over the block, stacked by module, into a file such as ``.png``."""
         plot_ledger(self._kept(), self._events, path)

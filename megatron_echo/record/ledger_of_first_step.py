@@ -11,16 +11,13 @@ from megatron_echo.step_hooks import StepHook
 
 
 class LedgerOfFirstStep(StepHook):
-    """Opens a ledger when Megatron has built the model, closes it at the end of the first step."""
+    """Opens a ledger when Megatron has built the model, closes it at the end of the first step.
+
+    The first pipeline stage writes to ``path``, the others with ``-stage1`` and so on before
+    the suffix; a picture, ``.png``, goes beside each.
+    """
 
     def __init__(self, path: str, model_config: Any) -> None:
-        """Hook into a model that is going to be built.
-
-        Args:
-            path: JSON file for the first pipeline stage; the others get ``-stage1`` and so on
-                before the suffix. A picture, ``.png``, goes beside each.
-            model_config: Megatron's, for example ``GPTModelConfig``.
-        """
         self._path = Path(path)
         self._ledger: SavedTensorLedger | None = None
         super().__init__(model_config)

@@ -12,12 +12,7 @@ GROUPS = 8
 
 
 def total_curve(entries: Sequence[Any], events: int) -> np.ndarray:
-    """Bytes kept after each event, int64 ``[events + 1]``.
-
-    Args:
-        entries: what to count, see ``ledger.Entry``.
-        events: saves and frees in all.
-    """
+    """Bytes that entries (``ledger.Entry``) keep after each event, int64 ``[events + 1]``."""
     changes = np.zeros(events + 1, np.int64)
     for entry in entries:
         changes[entry.saved_at] += entry.nbytes
@@ -27,12 +22,9 @@ def total_curve(entries: Sequence[Any], events: int) -> np.ndarray:
 
 
 def live_curves(entries: Sequence[Any], events: int, groups: int) -> dict[str, np.ndarray]:
-    """:func:`total_curve` of each module, see :func:`label`.
+    """:func:`total_curve` of each module (:func:`label`).
 
-    Args:
-        entries: what to count.
-        events: saves and frees in all.
-        groups: at most so many modules, those with the highest peaks, and one for the rest.
+    The modules with the highest peaks, at most ``groups``, and all others as one.
     """
     of_module: dict[str, list[Any]] = {}
     for entry in entries:
@@ -46,13 +38,7 @@ def live_curves(entries: Sequence[Any], events: int, groups: int) -> dict[str, n
 
 
 def plot_ledger(entries: Sequence[Any], events: int, path: str | Path) -> None:
-    """Draw it.
-
-    Args:
-        entries: what to count.
-        events: saves and frees in all.
-        path: where to.
-    """
+    """Draw what entries keep over all events, saves and frees, into a file."""
     from matplotlib.figure import Figure
 
     stacked = {name: kept / 2**20 for name, kept in live_curves(entries, events, GROUPS).items()}

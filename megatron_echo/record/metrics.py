@@ -13,27 +13,16 @@ _FIRST_TAGS = ("learning-rate", "batch-size", "lm loss")
 
 TIMERS = {
     1: (
-        "forward-backward",
-        "all-grads-sync",
-        "embedding-grads-all-reduce",
-        "params-all-gather",
+        "forward-backward", "all-grads-sync", "embedding-grads-all-reduce", "params-all-gather",
         "optimizer",
     ),
     2: (
-        "batch-generator",
-        "forward-compute",
-        "backward-compute",
-        "forward-recv",
-        "forward-send",
-        "backward-recv",
-        "backward-send",
-        "forward-send-forward-recv",
-        "forward-send-backward-recv",
-        "backward-send-forward-recv",
-        "backward-send-backward-recv",
+        "batch-generator", "forward-compute", "backward-compute", "forward-recv", "forward-send",
+        "backward-recv", "backward-send", "forward-send-forward-recv", "forward-send-backward-recv",
+        "backward-send-forward-recv", "backward-send-backward-recv",
         "forward-backward-send-forward-backward-recv",
     ),
-}
+}  # fmt: skip
 """Megatron's timers by the ``--timing-log-level`` from which they run."""
 
 _TIMED = {"iteration-time", *(f"{name}-time" for names in TIMERS.values() for name in names)}
@@ -59,32 +48,28 @@ def _parse(line: str) -> dict[str, Any] | None:
         entry = json.loads(line)
     except json.JSONDecodeError:
         return None
-    return (
-        entry if line.endswith("\n") and isinstance(entry, dict) and "iteration" in entry else None
-    )
+    is_whole = line.endswith("\n") and isinstance(entry, dict) and "iteration" in entry
+    return entry if is_whole else None
 
 
 class MetricsWriter:
     """Records the scalars that Megatron hands to its TensorBoard writer, one line an iteration.
 
-    That is each ``--tensorboard-log-interval``-th iteration (every one by default), its own values,
-    on the last rank. This object takes the writer's place where there is none, and hears from it
-    where there is one (:func:`heard`). Validation losses join the line of their iteration.
+    That is each ``--tensorboard-log-interval``-th iteration (every one by default), its own
+    values, on the last rank. This object takes the writer's place where there is none, and
+    hears from it where there is one (:func:`heard`). Validation losses join the line of their
+    iteration; after the last one Megatron evaluates the test set under the same name, and the
+    line keeps that.
 
     Each scalar is in the file before ``add_scalar`` returns, so that a process which is killed
-    leaves every iteration that it saved. After the last iteration Megatron evaluates the
-    validation set and then the test set under one name, and the line keeps the latter. Lines of
-    iterations that are run again after a restart are moved to ``metrics.N.jsonl``; the values
-    ``nan`` and ``inf``, which JSON does not have, are written as strings. A disk that refuses the
-    file ends the recording with one warning, not the training.
+    leaves every iteration that it saved. Lines of iterations that are run again after a restart
+    are moved to ``metrics.N.jsonl``. A disk that refuses the file ends the recording with one
+    warning.
 
-    Seconds are each iteration's own too, read from the timers on this rank. What Megatron writes of
-    them (means over ``--log-interval``, of the slowest rank) goes to TensorBoard alone.
-
-    Args:
-        run_dir: an existing folder.
-        seconds: the seconds so far by scalar: ``iteration-time``, training without evaluation and
-            checkpoints, and parts of it.
+    ``seconds()`` gives the seconds so far by scalar, ``iteration-time`` (training without
+    evaluation and checkpoints) and parts of it, on this rank: a line has its iteration's own.
+    What Megatron writes of them (means over ``--log-interval``, of the slowest rank) goes to
+    TensorBoard alone.
     """
 
     def __init__(self, run_dir: Path, seconds: Callable[[], Mapping[str, float]]) -> None:
@@ -198,17 +183,11 @@ def heard(board: Any, metrics: MetricsWriter) -> Any:
 
 
 def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
-    """Record the metrics of the run that starts in this process.
+    """Record the metrics of the run that starts in this process, in ``metrics.jsonl`` of a folder.
 
-    Call it after Megatron's global variables are set and before ``pretrain()``. Megatron keeps
-    its TensorBoard writer in a module variable, on the last rank only; that variable is the one
-    thing that is set here.
-
-    Args:
-        run_dir: the folder for ``metrics.jsonl``; created where it is missing.
-
-    Returns:
-        The writer on the last rank, None on the others.
+    Call it after Megatron's global variables are set and before ``pretrain()``: the module
+    variable of its TensorBoard writer is the one thing that is set here. Gives the writer on
+    the last rank, None on the others.
     """
     from megatron.training import get_args, get_timers, global_vars
 
@@ -237,11 +216,7 @@ def install_metrics_writer(run_dir: str | os.PathLike) -> MetricsWriter | None:
 
 
 def publish(values: Mapping[str, float], iteration: int) -> None:
-    """Hand the scalars of an iteration to Megatron's TensorBoard and wandb writers.
-
-    Those are on the last rank; on the others this does nothing. Megatron's global variables must
-    be set.
-    """
+    """Hand an iteration's scalars to Megatron's TensorBoard and wandb writers, if it has some."""
     from megatron.training import global_vars
 
     if (board := global_vars.get_tensorboard_writer()) is not None:
@@ -252,11 +227,7 @@ def publish(values: Mapping[str, float], iteration: int) -> None:
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first.
-
-    Raises:
-        FileNotFoundError: the folder holds no such file.
-    """
+    """A run's ``metrics.jsonl``, oldest line first; ``FileNotFoundError`` where there is none."""
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(

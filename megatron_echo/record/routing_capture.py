@@ -31,32 +31,20 @@ _MOST_EXPERTS = 2**16 - 1
 
 
 class Routing(NamedTuple):
-    """What a router decided for T tokens.
+    """What a router decided for T tokens."""
 
-    Attributes:
-        ids: uint16 ``[T, K]``, the chosen experts; E for a missing choice.
-        weights: bf16 ``[T, K]``, their weights.
-    """
-
-    ids: Tensor
-    weights: Tensor
+    ids: Tensor  # uint16 ``[T, K]``, the chosen experts; E for a missing choice
+    weights: Tensor  # bf16 ``[T, K]``, their weights
 
 
-@dataclass
-class _Block:
-    """Memory for one call, used again only after the host has waited for its copy.
+class _Block(NamedTuple):
+    """Memory for one call, used again only after the host has waited for its copy."""
 
-    Attributes:
-        host: uint8, pinned where there is a device.
-        device: uint8, what is copied.
-    """
-
-    host: Tensor
-    device: Tensor
+    host: Tensor  # uint8, pinned where there is a device
+    device: Tensor  # uint8, what is copied
 
 
-@dataclass
-class _Copy:
+class _Copy(NamedTuple):
     """A call on its way to the host."""
 
     layer: int
@@ -92,13 +80,10 @@ class RoutingCapture:
             folder: where to.
             ring_blocks: most calls under way at a time, each with its memory on host and device.
                 Layers times microbatches of a step never wait for each other.
-            num_experts: E, at most 65535.
+            num_experts: E; a ``ValueError`` above 65535.
             rank: this process's, part of the file's name.
-            backend: where copies run. Its events have ``synchronize()``, or are None where a copy
-                is done at once. By default that of the first tensor's device.
-
-        Raises:
-            ValueError: ids that 16 bits cannot hold.
+            backend: where copies run, by default that of the first tensor's device. Its events have
+                ``synchronize()``, or are None where a copy is done at once.
         """
         if num_experts > _MOST_EXPERTS:
             raise ValueError(
@@ -119,10 +104,8 @@ class RoutingCapture:
     def record(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """Start the copy of one call. Nothing is read, and the host waits only for a full ring.
 
-        Args:
-            layer: its number; its calls in a step are the microbatches, from 0.
-            ids: integers ``[T, K]`` from 0 to E, written by the current stream.
-            weights: ``[T, K]``, rounded to bf16.
+        A layer's calls in a step are the microbatches, from 0. ``ids`` are integers ``[T, K]`` from
+        0 to E, written by the current stream; ``weights`` ``[T, K]`` are rounded to bf16.
         """
         if self._folder is None:
             return
@@ -146,12 +129,7 @@ class RoutingCapture:
         self._arrived.clear()
 
     def end_step(self, iteration: int, layout: TokenLayout | None = None) -> None:
-        """Wait for the step's copies and write them, by microbatch and layer.
-
-        Args:
-            iteration: Megatron's, from 1.
-            layout: this rank's; without one the routing cannot be replayed.
-        """
+        """Wait for the step's copies and write them; without a layout they cannot be replayed."""
         while self._under_way:
             self._wait_for_oldest()
         if self._arrived and self._folder is not None:
@@ -196,21 +174,13 @@ class RoutingCapture:
 
 @dataclass(frozen=True)
 class StepCapture:
-    """One file.
+    """One file."""
 
-    Attributes:
-        iteration: Megatron's, from 1.
-        rank: of the process that wrote it.
-        num_experts: E.
-        calls: by layer and microbatch, in the order of the microbatches.
-        layout: the rank's; None if it was not known.
-    """
-
-    iteration: int
-    rank: int
-    num_experts: int
-    calls: dict[tuple[int, int], Routing]
-    layout: TokenLayout | None = None
+    iteration: int  # Megatron's, from 1
+    rank: int  # of the process that wrote it
+    num_experts: int  # E
+    calls: dict[tuple[int, int], Routing]  # by layer and microbatch, in the microbatches' order
+    layout: TokenLayout | None = None  # the rank's; None if it was not known
 
 
 def _load(path: Path) -> StepCapture:
@@ -231,15 +201,9 @@ def _load(path: Path) -> StepCapture:
 def read_captures(
     folder: str | os.PathLike, rank: int | None = None, iteration: int | None = None
 ) -> Iterator[StepCapture]:
-    """The captures of a folder, by iteration and rank; each is read when it is its turn.
+    """A folder's captures by iteration and rank, each read in its turn.
 
-    Args:
-        folder: of ``--moe-echo-capture-routing``.
-        rank: only this one's.
-        iteration: only this step's.
-
-    Raises:
-        FileNotFoundError: there is none.
+    ``FileNotFoundError`` for none.
     """
     ranks = "*" if rank is None else f"{rank:05d}"
     steps = "*" if iteration is None else f"{iteration:08d}"

@@ -13,16 +13,23 @@ from megatron_echo import environment
 from megatron_echo.record.metrics import free_name
 
 RUN_FILE = "run.json"
+_LAYOUT = {
+    "world": "world_size",
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "data": "data_parallel_size",
+    "expert": "expert_model_parallel_size",
+    "expert_tensor": "expert_tensor_parallel_size",
+}
+"""Sizes of the parallel groups, under the short names that people use."""
+
 _VARIABLES = (
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "NCCL_ALGO",
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
-    "OMP_NUM_THREADS",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "SLURM_JOB_ID",
-    "TORCHDYNAMO_DISABLE",
-)
+    "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF",
+    "SLURM_JOB_ID", "TORCHDYNAMO_DISABLE",
+)  # fmt: skip
 
 
 def _git_commit() -> str | None:
@@ -35,32 +42,15 @@ def _git_commit() -> str | None:
         return None
 
 
-def _layout(args: Namespace) -> dict[str, int | None]:
-    """Sizes of the parallel groups, under the short names that people use."""
-    return {
-        "world": args.world_size,
-        "tensor": args.tensor_model_parallel_size,
-        "pipeline": args.pipeline_model_parallel_size,
-        "virtual_pipeline": args.virtual_pipeline_model_parallel_size,
-        "context": args.context_parallel_size,
-        "data": args.data_parallel_size,
-        "expert": args.expert_model_parallel_size,
-        "expert_tensor": args.expert_tensor_parallel_size,
-    }
-
-
 def write_run_record(
     run_dir: str | os.PathLike, args: Namespace, command: Sequence[str] = ()
 ) -> Path:
-    """Write ``run.json``; an earlier start's record is kept as ``run.N.json``.
+    """Write ``run.json`` into a folder, made if missing; an earlier one becomes ``run.N.json``.
 
     Args:
-        run_dir: the folder; created where it is missing.
+        run_dir: the folder.
         args: Megatron's namespace after validation.
         command: the command line as the user gave it.
-
-    Returns:
-        The path of the file.
     """
     path = Path(run_dir) / RUN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +64,7 @@ def write_run_record(
         "git_commit": _git_commit(),
         "device": environment.device_name(),
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "layout": _layout(args),
+        "layout": {name: getattr(args, size) for name, size in _LAYOUT.items()},
         "flags": vars(args),
     }
     path.write_text(json.dumps(record, indent=2, default=str) + "\n")

@@ -29,16 +29,14 @@ class _Handle:
 
 
 class watch_saved_tensors:
-    """Call a function for each tensor that is saved for backward in a ``with`` block."""
+    """Call a function for each tensor that is saved for backward in a ``with`` block.
+
+    ``note`` gets the tensor and what the active hooks keep of it (the tensor, detached, where
+    there are none). What it returns, if anything, is called when autograd drops the save, also
+    after the block and from any thread.
+    """
 
     def __init__(self, note: Note) -> None:
-        """Prepare.
-
-        Args:
-            note: called with the tensor and what the active hooks keep of it (the tensor, detached,
-                where there are none). What it returns, if anything, is called when autograd drops
-                the save, also after the block and from any thread.
-        """
         self._note = note
         self._push: Callable | None = None
 

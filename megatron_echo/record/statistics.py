@@ -18,7 +18,7 @@ class StepStatistics:
     after planning, the mean over layer calls, and the highest under the same name with ``_max``.
     ``clones``: clones of a layer call. ``tokens_moved``: the share of token-expert pairs computed
     by clones. ``layer_calls``: layer calls of a step, over all pipeline stages. ``seconds_saved``:
-    what the clones of a layer call save by prediction, where plans are chosen by it.
+    what the clones of a layer call save by prediction, where plans have a price.
 
     Without clones there is no plan, and no rank knows the loads of the others in a layer: each
     keeps what it sends where, and one all-reduce at the end of the step adds up all calls.
@@ -27,11 +27,6 @@ class StepStatistics:
     """
 
     def __init__(self, is_priced: bool = False) -> None:
-        """Begin.
-
-        Args:
-            is_priced: plans have a price.
-        """
         self._sums_kept = _SUMS if is_priced else _SUMS - 1
         self._local = CallLog()
         self._group: dist.ProcessGroup | None = None
@@ -47,11 +42,7 @@ class StepStatistics:
 
     @torch.no_grad()
     def record(self, plan: Any) -> None:
-        """Add one layer call. Nothing is read.
-
-        Args:
-            plan: a ``ClonePlan``.
-        """
+        """Add one layer call with its ``ClonePlan``. Nothing is read."""
         before = plan.load_before
         ranks, pairs = before.shape[0], before.sum()
         mean = pairs.clamp(min=1).double() / ranks
@@ -70,9 +61,8 @@ class StepStatistics:
     def record_local(self, pairs: Tensor, group: dist.ProcessGroup) -> None:
         """Keep one layer call without clones. Nothing is read, nothing is sent.
 
-        Args:
-            pairs: int64 ``[R]``, this rank's pairs for the experts of each rank.
-            group: the expert-parallel group.
+        ``pairs`` are int64 ``[R]``, this rank's for the experts of each rank of the expert-parallel
+        group.
         """
         self._local.add(pairs)
         self._group = group
@@ -104,8 +94,7 @@ class StepStatistics:
     def read(self) -> dict[str, float]:
         """Everything since the last call, over all ranks; all of them must call.
 
-        Returns:
-            The values above; ``layer_calls`` alone, 0, where no layer call was recorded.
+        ``layer_calls`` alone, 0, where no layer call was recorded.
         """
         total, self._total = self._total, None
         if total is None:

@@ -14,30 +14,19 @@ from megatron.core.num_microbatches_calculator import get_micro_batch_size
 
 
 class TokenLayout(NamedTuple):
-    """A rank's place in the layout of a run.
+    """A rank's place in the layout of a run."""
 
-    Attributes:
-        data_rank: d, of data_size D.
-        context_rank: c, of context_size C.
-        sequence_rank: p, of sequence_size P.
-        micro_batch_size: b.
-    """
-
-    data_rank: int
-    data_size: int
-    context_rank: int
-    context_size: int
-    sequence_rank: int
-    sequence_size: int
-    micro_batch_size: int
+    data_rank: int  # d
+    data_size: int  # D
+    context_rank: int  # c
+    context_size: int  # C
+    sequence_rank: int  # p
+    sequence_size: int  # P
+    micro_batch_size: int  # b
 
     @classmethod
     def of_this_rank(cls, is_sequence_parallel: bool) -> Self | None:
-        """From Megatron's groups; None where Megatron's training has not set a microbatch's size.
-
-        Args:
-            is_sequence_parallel: of the model.
-        """
+        """From Megatron's groups; None where its training has not set a microbatch's size."""
         try:
             batch = get_micro_batch_size()
         except AttributeError:  # its calculator does not exist
@@ -55,14 +44,9 @@ class TokenLayout(NamedTuple):
         )
 
     def places(self, tokens: int, microbatch: int) -> np.ndarray:
-        """Where this rank's tokens of a microbatch are in the step's ``[samples * S]`` tokens.
+        """Where a microbatch's T tokens of this rank are in a step's ``[samples * S]``.
 
-        Args:
-            tokens: T, what a layer sees on this rank.
-            microbatch: m.
-
-        Returns:
-            int64 ``[T]``, in the order of the layer's rows.
+        The result is int64 ``[T]``, in the order of the layer's rows.
         """
         batch = self.micro_batch_size
         length = tokens // batch * self.sequence_size * self.context_size

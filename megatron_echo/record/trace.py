@@ -20,16 +20,7 @@ from megatron_echo.record.call_log import CallLog
 
 
 def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.savez) -> None:
-    """Write a file that is there whole or not at all; its folder is made where it is missing.
-
-    Args:
-        path: the file.
-        arrays: by name.
-        save: ``np.savez``, or ``np.savez_compressed``.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write arrays by name into a file, made with its folder, that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as file:
@@ -41,25 +32,16 @@ def write_npz(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np
 class StepTrace:
     """One file: C layer calls of one step on one pipeline stage. R ranks, E experts, S slots.
 
-    Calls are in the order of microbatches, and within each in that of layers.
-
-    Attributes:
-        iteration: Megatron's, from 1.
-        stage: the pipeline stage's rank.
-        layer: int32 ``[C]``, Megatron's layer numbers, from 1.
-        microbatch: int32 ``[C]``, from 0.
-        counts: int32 ``[C, R, E]``, token-expert pairs of each rank for each expert.
-        slot_expert: int32 ``[C, R, S]``, the expert in each slot, -1 if unused.
-        load_after: int32 ``[C, R]``, pairs that each rank computed.
+    Calls are in the order of microbatches, and within each in that of layers. Arrays are int32.
     """
 
-    iteration: int
-    stage: int
-    layer: np.ndarray
-    microbatch: np.ndarray
-    counts: np.ndarray
-    slot_expert: np.ndarray
-    load_after: np.ndarray
+    iteration: int  # Megatron's, from 1
+    stage: int  # the pipeline stage's rank
+    layer: np.ndarray  # ``[C]``, Megatron's layer numbers, from 1
+    microbatch: np.ndarray  # ``[C]``, from 0
+    counts: np.ndarray  # ``[C, R, E]``, token-expert pairs of each rank for each expert
+    slot_expert: np.ndarray  # ``[C, R, S]``, the expert in each slot, -1 if unused
+    load_after: np.ndarray  # ``[C, R]``, pairs that each rank computed
 
     @property
     def load_before(self) -> np.ndarray:
@@ -69,20 +51,14 @@ class StepTrace:
 
 
 class RoutingTrace:
-    """Collects the plans of a step on the device and writes them at its end.
+    """Collects the plans of each ``every``-th step on the device and writes them at its end.
 
-    With CUDA graphs those of all steps are collected, as a graph does the same in each.
-    A folder that cannot be written ends the tracing with a warning, not the training.
+    With CUDA graphs those of all steps are collected, as a graph does the same in each. A
+    folder that cannot be written ends the tracing with a warning, not the training; None is no
+    trace.
     """
 
     def __init__(self, folder: str | None, every: int, has_graph: bool = False) -> None:
-        """Set up; nothing is written yet.
-
-        Args:
-            folder: where to, None for no trace.
-            every: trace each so many steps.
-            has_graph: whether layers are in CUDA graphs.
-        """
         self._folder = Path(folder) if folder is not None else None
         self._every = every
         self._has_graph = has_graph
@@ -105,13 +81,7 @@ class RoutingTrace:
         self._log.begin_step()
 
     def record(self, layer: int, stage: int, plan: Any) -> None:
-        """Keep one layer call. Nothing is read.
-
-        Args:
-            layer: its number.
-            stage: the pipeline stage's rank.
-            plan: a ``ClonePlan``.
-        """
+        """Keep one layer call by its layer's and stage's numbers. Nothing of the plan is read."""
         self._stage = stage
         parts = (plan.counts, plan.slot_expert, plan.load_after)
         self._shapes = tuple(part.shape for part in parts)
@@ -160,12 +130,8 @@ def _numbered(layers: np.ndarray) -> np.ndarray:
 
 
 _DIMENSIONS = {
-    "layer": "C",
-    "microbatch": "C",
-    "counts": "CRE",
-    "slot_expert": "CRS",
-    "load_after": "CR",
-}
+    "layer": "C", "microbatch": "C", "counts": "CRE", "slot_expert": "CRS", "load_after": "CR"
+}  # fmt: skip
 
 
 class TraceError(ValueError):
@@ -178,11 +144,7 @@ def trace_files(folder: str | os.PathLike) -> list[Path]:
 
 
 def read_trace(path: Path) -> StepTrace:
-    """One file, checked.
-
-    Raises:
-        TraceError: it cannot be read or is no trace.
-    """
+    """One file, checked; a ``TraceError`` if it cannot be read or is no trace."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("iteration", "stage", *_DIMENSIONS)}
@@ -206,12 +168,7 @@ def read_trace(path: Path) -> StepTrace:
 
 
 def read_traces(folder: str | os.PathLike) -> list[StepTrace]:
-    """All traces of a folder, by iteration and stage.
-
-    Raises:
-        FileNotFoundError: there is none.
-        TraceError: a file is no trace, or is damaged.
-    """
+    """All traces of a folder, by iteration and stage; ``FileNotFoundError`` for none."""
     paths = trace_files(folder)
     if not paths:
         raise FileNotFoundError(

@@ -9,11 +9,6 @@ from megatron_echo.testing.capturable import (
 from megatron_echo.testing.no_host_sync import Hit, HostSyncError, no_host_sync
 
 __all__ = [
-    "Hit",
-    "HostSyncError",
-    "NotCapturableError",
-    "Operator",
-    "Violation",
-    "assert_capturable",
+    "Hit", "HostSyncError", "NotCapturableError", "Operator", "Violation", "assert_capturable",
     "no_host_sync",
-]
+]  # fmt: skip

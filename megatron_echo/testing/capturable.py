@@ -35,18 +35,13 @@ from megatron_echo.testing.no_host_sync import Hit, caller, no_host_sync
 class Violation(NamedTuple):
     """One reason why the function cannot be captured.
 
-    Attributes:
-        kind: ``"host read"``, ``"data-dependent shape"``, ``"host copy"``, ``"memory"``, or what
-            differs between calls: ``"operators"``, ``"constants"``, ``"allocations"``,
-            ``"wiring"``.
-        what: what happens there.
-        where: ``file:line`` of the innermost frame outside torch; in backward, where that is
-            torch's own, the line that started it.
+    Its kind is ``"host read"``, ``"data-dependent shape"``, ``"host copy"``, ``"memory"``, or what
+    differs between calls: ``"operators"``, ``"constants"``, ``"allocations"``, ``"wiring"``.
     """
 
     kind: str
-    what: str
-    where: str
+    what: str  # what happens there
+    where: str  # ``file:line`` outside torch; in torch's own backward the line that started it
 
 
 class NotCapturableError(AssertionError):
@@ -64,14 +59,12 @@ class NotCapturableError(AssertionError):
 class Made(NamedTuple):
     """A tensor as an operator takes or makes it.
 
-    Attributes:
-        memory: whose storage it is: ``"made 3"`` is the fourth that the call allocated,
-            ``"outside 0"`` the first of those that were there before.
-        layout: shape, strides, offset, dtype, device and bytes of the storage.
+    ``"made 3"`` is the fourth storage that the call allocated, ``"outside 0"`` the first of those
+    that were there before.
     """
 
     memory: str
-    layout: tuple
+    layout: tuple  # shape, strides, offset, dtype, device and bytes of the storage
 
     def __str__(self) -> str:
         shape, _, _, dtype, *_ = self.layout
@@ -250,15 +243,13 @@ def assert_capturable(
     """Fail unless every call of ``fn`` does the same on the device, and reads nothing there.
 
     As in a capture, the tensors of an input are copied into buffers, the same for all, before each
-    call. ``fn`` is called ``warmup`` times with the first input, where it may read and allocate
-    what stays (workspaces, gradients), then once with each input. What a call changes, such as
-    gradients that add up, stays changed.
+    call. What a call changes, such as gradients that add up, stays changed.
 
     Args:
         fn: what would be captured; it runs backward itself, if at all.
         inputs: at least two; each a tuple of arguments, or one argument. They have equal shapes
             and should differ in what decides: a balanced, a skewed and an empty routing.
-        warmup: calls that are not judged.
+        warmup: calls with the first input that are not judged: they may read, and make what stays.
         allow: code that may read, as in :class:`no_host_sync`.
 
     Returns:

@@ -7,15 +7,11 @@
         layer(x).sum().backward()
     assert sync.hits == []
 
-Every tensor counts as a device tensor, whatever its device: a CPU tensor stands for the CUDA tensor
-that it would be, so that a machine without a GPU gives the same answer. Three layers watch:
-
-* methods of ``torch.Tensor`` that hand a value to Python are patched on the class, so backward and
-  other threads are watched too (a ``TorchFunctionMode`` is off inside backward);
-* a ``TorchDispatchMode`` sees the operators: those whose result or whose output shape is data. It
-  covers the entering thread and the backward that starts there;
-* ``torch.cuda``'s waits (whatever classes stand there on entry) and ``torch.distributed``'s
-  barriers and collectives of Python objects are patched. Without CUDA they are not called.
+Every tensor counts as a device tensor: a CPU tensor stands for the CUDA tensor that it would be.
+Patched on entry are methods of ``torch.Tensor`` that hand a value to Python (in backward and other
+threads too), ``torch.cuda``'s waits, not called without CUDA, and ``torch.distributed``'s barriers
+and collectives of Python objects. A ``TorchDispatchMode`` sees operators whose result or output
+shape is data, in the entering thread and the backward that starts there.
 
 What none of them can see:
 
@@ -23,7 +19,7 @@ What none of them can see:
   ``tensor_split``; ``histc`` without bounds) or inside a custom operator's own operators, and the
   copy of pageable host memory by ``torch.tensor(..., device="cuda")``. ``host_reads.py`` lists the
   known cases that look at a tensor argument;
-* operators called in a thread that the code itself started (patched methods are seen there);
+* operators called in a thread that the code itself started;
 * names bound before entry (``from torch.cuda import synchronize``), pickling, ``data_ptr``, NCCL
   and extensions. ``torch.cuda.set_sync_debug_mode`` on a GPU is the complement, not a substitute:
   it misses event waits.

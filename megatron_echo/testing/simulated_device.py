@@ -43,9 +43,8 @@ def _block(tensor: Tensor) -> tuple[int, int]:
 class SimulatedBackend(Backend):
     """A device whose tensors are CPU tensors.
 
-    Args:
-        link: bytes per tick, what the planner is told.
-        latency: what copies really take; by default what the link says.
+    The planner is told the link's bytes per tick; ``latency`` is what copies take, by default the
+    same.
 
     Attributes:
         races: descriptions of conflicting accesses that no event orders.

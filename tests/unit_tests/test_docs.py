@@ -99,7 +99,7 @@ def messages(path: Path) -> Iterator[str]:
                 value = node.exc.args[0] if isinstance(node, ast.Raise) else node.value
                 either = (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,)
                 yield from map(text_of, either)
-    if path.name == "compatibility.py":
+    if path.name in ("compatibility.py", "flag_checks.py"):
         for node in ast.walk(tree):
             if isinstance(node, ast.Tuple) and len(node.elts) == 2:
                 yield re.sub(r"\{config\.\w+\}", GAP, text_of(node.elts[1]))

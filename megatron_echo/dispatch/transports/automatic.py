@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_echo.compatibility import engine_refusal
 from megatron_echo.config import (
     clone_itemsize,
     computes_in_fp8,
@@ -20,6 +19,7 @@ from megatron_echo.config import (
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
 from megatron_echo.environment import device_speeds, has_peer_memory, machine_number
+from megatron_echo.flag_checks import engine_refusal
 from megatron_echo.per_model import PerModel
 from megatron_echo.plan_settings import domain_ranks
 from megatron_echo.planner.price import MAX_ROWS, ClonePrice

@@ -15,13 +15,12 @@ reduction and the weights' gathering. Offloading takes what the host's link move
 pass, and no time.
 """
 
+import dataclasses
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_echo.environment import Speeds
 from megatron_echo.memory.schedules import BACKWARD_SHARE
 from megatron_echo.observe.simulation.layout import Layout, Run, held
 from megatron_echo.observe.simulation.placement import Placement
@@ -86,21 +85,15 @@ def clone_price(run: Run, ranks: int, tokens_by: str, by_node: bool) -> ClonePri
     Where the planner is not told of nodes, each clone costs what it costs between them.
     """
     cluster, model = run.cluster, run.model
-    reached = 1e9 * cluster.link_efficiency
-    speeds = Speeds(
-        cluster.tflops * 1e12 * cluster.efficiency,
-        cluster.nvlink_gb_s * reached,
-        cluster.network_gb_s * reached,
-    )
     row = 4 * 2 * model.hidden if tokens_by in TRAVELS_BY_PLAN else 0
     node = cluster.ranks_per_node(ranks)
     clone = 8 * model.expert_parameters
-    price = ClonePrice.of_layer(speeds, model.expert_parameters, row, clone, ranks, node)
-    return price if by_node or node == ranks else replace(price, inside=price.across)
+    price = ClonePrice.of_layer(cluster.speeds, model.expert_parameters, row, clone, ranks, node)
+    return price if by_node or node == ranks else dataclasses.replace(price, inside=price.across)
 
 
 class Costs:
-    """What a layout costs.
+    """What a layout, whose sizes fit, costs at the mean of its layer calls.
 
     Attributes:
         calls: seconds of each layer call on the slowest rank in experts' products, tokens' traffic
@@ -112,19 +105,9 @@ class Costs:
     """
 
     def __init__(self, run: Run, layout: Layout, placed: Placement) -> None:
-        """Count.
-
-        Args:
-            run: the cluster, the model and the batch.
-            layout: sizes that fit (:meth:`.Layout.check`).
-            placed: its layer calls, as many as one likes: their mean counts.
-        """
         self.run, self.layout, self.placed = run, layout, placed
         self.tokens = layout.tokens(run.work)
-        self._rate = run.cluster.tflops * 1e12 * run.cluster.efficiency
-        reached = 1e9 * run.cluster.link_efficiency
-        self._nvlink = run.cluster.nvlink_gb_s * reached
-        self._network = run.cluster.network_gb_s * reached
+        self._rate, self._nvlink, self._network = dataclasses.astuple(run.cluster.speeds)
         self._again = 1 + (1 - BACKWARD_SHARE) if layout.recompute else 1.0
         experts = self._again * 6 * run.model.expert_parameters * placed.placed / self._rate
         self.calls = experts, self._row_traffic(), self._clone_traffic()

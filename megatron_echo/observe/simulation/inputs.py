@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_echo.environment import Speeds
+
 
 def _check_numbers(given: "Cluster | Model") -> None:
     """Positive numbers everywhere, whole ones where they count; 0 where that is the default."""
@@ -49,6 +51,13 @@ class Cluster:
     def ranks_per_node(self, ranks: int) -> int:
         """Of an expert-parallel group of consecutive ranks, how many share a node."""
         return math.gcd(ranks, self.gpus_per_node)
+
+    @property
+    def speeds(self) -> Speeds:
+        """What a GPU is assumed to reach."""
+        reached = 1e9 * self.link_efficiency
+        flops = self.tflops * 1e12 * self.efficiency
+        return Speeds(flops, self.nvlink_gb_s * reached, self.network_gb_s * reached)
 
     @property
     def assumed(self) -> dict[str, float]:
@@ -156,12 +165,9 @@ MODELS = {
 
 
 def load[T: (Cluster, Model)](known: dict[str, T], name: str) -> T:
-    """One by name, or from a ``.json`` file with its fields.
+    """A known cluster or model by name, or one from a ``.json`` file with its fields.
 
-    Args:
-        known: :data:`CLUSTERS` or :data:`MODELS`.
-        name: a key or a path. A file may leave ``name`` out, and with ``"like": KEY`` all fields
-            that are as there.
+    A file may leave ``name`` out, and with ``"like": KEY`` all fields that are as there.
 
     Raises:
         ValueError: an unknown name, fields missing or too many, a value out of range.

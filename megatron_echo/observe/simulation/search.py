@@ -45,11 +45,7 @@ def _slots(word: str, _: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried, each field a flag; plain expert parallelism always is.
-
-    Raises:
-        ValueError: a value out of range.
-    """
+    """What is tried, each field a flag, besides plain EP; a ``ValueError`` for one out of range."""
 
     loads: str = _flag(
         "lognormal 1.0",
@@ -66,10 +62,7 @@ class Search:
     tp: int = _flag(1, "tensor parallelism, not of experts", check=_size)
     cp: int = _flag(1, "context parallelism", check=_size)
     offload_fraction: tuple[float, ...] = _flag(
-        (0.0, 1.0),
-        "shares of what is kept for backward that may go to the host",
-        metavar="X",
-        check=_share,
+        (0.0, 1.0), "shares of what is kept for backward that may go to the host", check=_share
     )
     token_transports: tuple[str, ...] = _flag(
         TRANSPORTS, "how tokens travel with clones", choices=TRANSPORTS
@@ -83,7 +76,6 @@ class Search:
     tolerance: tuple[float | None, ...] = _flag(
         (0.02,),
         "of balance; auto: clones only where they win (weights by p2p)",
-        metavar="X",
         check=_tolerance,
         none_word="auto",
     )
@@ -153,8 +145,7 @@ class Candidate:
 def candidates(search: Search) -> tuple[list[Candidate], list[str]]:
     """Everything that is tried, in the order of the search, and why some EP sizes are not.
 
-    Raises:
-        ValueError: no size can be tried; the sentence is the first one's.
+    A ``ValueError`` says that no size can be tried; the sentence is the first one's.
     """
     run, found, left_out = search.run, list[Candidate](), list[str]()
     powers = (2**n for n in range(1, 11))

@@ -12,21 +12,10 @@ import numpy as np
 from megatron_echo.record.trace import StepTrace, TraceError, read_traces
 
 WORKLOADS = (
-    "uniform",
-    "lognormal 0.5",
-    "lognormal 1.0",
-    "zipf 0.3",
-    "zipf 0.6",
-    "zipf 0.9",
-    "zipf 1.2",
-    "one hot rank",
-    "one hot expert",
-    "spread hot experts",
-    "ragged sources",
-    "empty experts and ranks",
-    "rotating hotspot",
-    "burst",
-)
+    "uniform", "lognormal 0.5", "lognormal 1.0", "zipf 0.3", "zipf 0.6", "zipf 0.9", "zipf 1.2",
+    "one hot rank", "one hot expert", "spread hot experts", "ragged sources",
+    "empty experts and ranks", "rotating hotspot", "burst",
+)  # fmt: skip
 """Also the planner benchmark's; a name's place is part of its seed."""
 
 PUBLISHED = {"ultraep-low": 1.30, "ultraep-high": 4.01}
@@ -53,10 +42,8 @@ class Loads:
     ) -> np.ndarray:
         """Pairs of each source rank, with ``tokens`` tokens, for each expert: int64 ``[R, E]``.
 
-        A recorded call gives its own where it has this size; all else is drawn.
-
-        Raises:
-            ValueError: a trace of another number of experts.
+        A recorded call gives its own where it has this size; all else is drawn. A ``ValueError``
+        says that a trace is of another number of experts.
         """
         share, pairs = self.popularity(ranks, experts, layer, microbatch), tokens * topk
         if share.shape[-1] != experts:
@@ -159,9 +146,7 @@ def at_overload(name: str, overload: float, basis: str) -> Loads:
 def traced(folder: str) -> Loads:
     """A run's routing trace: its own counts at its own size, elsewhere its shares, drawn again.
 
-    Raises:
-        ValueError: a file that is cut short, foreign, or does not fit the others.
-        FileNotFoundError: no trace in the folder.
+    A ``ValueError`` says that a file is cut short, foreign, or does not fit the others.
     """
     try:
         traces = read_traces(folder)
@@ -199,9 +184,8 @@ def traced(folder: str) -> Loads:
 def load_workload(name: str) -> Loads:
     """Loads by name: a workload, a published figure, ``overload X``, or a trace's folder.
 
-    Raises:
-        ValueError: an unknown name or a bad file.
-        FileNotFoundError: a folder without traces.
+    A ``ValueError`` says that a name is unknown or a file bad, a ``FileNotFoundError`` that a
+    folder has no traces.
     """
     if name in WORKLOADS:
         return synthetic(name)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from moe_cases import layer_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_echo import compatibility
+from megatron_echo import flag_checks
 from megatron_echo.dispatch.transports import automatic
 from megatron_echo.dispatch.transports.automatic import Topology, Transports, choose, token_bytes
 from megatron_echo.environment import Speeds
@@ -77,7 +77,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, others: list[int] | None = None, **
     """GPUs over NCCL; what another rank has, in the order in which ranks tell each other."""
     for name, value in {"find_hybrid_ep": None, "find_nccl_ep": None, **found}.items():
         if name != "has_peer_memory":
-            monkeypatch.setattr(compatibility, name, lambda value=value: value)
+            monkeypatch.setattr(flag_checks, name, lambda value=value: value)
     monkeypatch.setattr(automatic, "has_peer_memory", lambda: found.get("has_peer_memory", True))
     monkeypatch.setattr(automatic, "machine_number", lambda: 7)
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
