@@ -40,6 +40,11 @@ def exchange(tensor: Tensor, group: Group) -> Tensor:
     return output
 
 
+def _bound_device() -> Any:
+    """Of the whole job's group, None where it has none."""
+    return getattr(dist.group.WORLD, "bound_device_id", None)
+
+
 def part_of(group: Group, size: int) -> Group:
     """Of so many consecutive ranks of a group, those among which this one is.
 
@@ -52,8 +57,8 @@ def part_of(group: Group, size: int) -> Group:
     """
     if size == group.size():
         return group
-    first, whole = group.rank() // size * size, dist.group.WORLD
-    if whole is not None and whole.bound_device_id is not None:  # all ranks of its parent split it
+    first = group.rank() // size * size
+    if _bound_device() is not None:  # groups are split off, by all ranks of their parent
         numbers = list(range(group.size()))
         parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
         part = dist.split_group(group, parts)

@@ -77,7 +77,7 @@ def check_dense() -> None:
     cases = itertools.product(("skewed", "random", "one expert"), clones.all_slots())
     tolerances = (0.0, 0.02, None, None) * 3
     ways = itertools.cycle(zip(WEIGHTS * 4, WIRES * 4, tolerances, strict=True))
-    for (kind, slots), _ in itertools.product(cases, range(2)):
+    for kind, slots in cases:
         case = case_of(kind)
         expected = dense(clones.plain(2, torch.float64), case)
         weights, wire, tolerance = next(ways)
