@@ -143,7 +143,7 @@ def choices(shape: Shape, ranks: int) -> Tensor:
 
 @functools.cache
 def routing(shape: Shape, ranks: int, slots: int, in_nodes: bool = False) -> Routing:
-    """Draw, plan, clones inside nodes if told, and follow each pair to the rank that computes it."""
+    """Draw, plan, inside nodes if told, and follow each pair to the rank that computes it."""
     from megatron_echo.dispatch.reroute import physical_experts
     from megatron_echo.planner import plan_clones
 
