@@ -7,7 +7,10 @@ Routing is drawn (experts wanted by a lognormal of spread 1.0) and planned by th
 figure is of a mean rank. *Necessary*: each token once to each rank that computes it, in bf16, there
 and back in both passes; each clone's weights twice, its gradient once, in bf16. Megatron's own
 dispatchers have this package's experts, so that the dispatchers compare. *FP8*: experts compute in
-it, in a microbatch that finds its weights quantised.
+it, in a microbatch that finds its weights quantised. *Between*: of the bytes over links, those to
+ranks of other nodes, of 8 ranks each; necessary is each token once to each other node, and clones
+from there. *In nodes*: clones stay in theirs, and weights are exchanged there. ``hybrid_ep`` is
+counted by its stated wire format, its routing and what it forwards inside nodes included.
 """
 
 import argparse
@@ -43,8 +46,10 @@ TOKENS = 4096
 RANKS_PER_NODE = 8
 WEIGHTS = ("collective", "p2p", "symmetric_memory")
 WIRES = ("all_gather", "all_to_all", "symmetric_memory")
-COLUMNS = ("model", "EP", "tokens", "weights", "S", "link GB", "x necessary", "memory GB",
-           "operators", "collectives", "host reads")  # fmt: skip
+IN_NODES = ", in nodes"
+COLUMNS = ("model", "EP", "tokens", "weights", "S", "link GB", "x necessary", "between GB",
+           "x necessary between", "memory GB", "operators", "collectives",
+           "host reads")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class Routing:
         node_visits: its tokens, counted once for each other node.
         clones: of a mean rank.
         node_clones: those whose home is on another node.
+        far_away: of ``away``, pairs that go to another node.
+        far_visits: of ``visits``, those on other nodes.
+        forwarded: of them, those beside the rank of the source's number in the node.
     """
 
     slot_expert: list[list[int]]
@@ -96,6 +104,19 @@ class Routing:
     node_visits: float
     clones: float
     node_clones: float
+    far_away: float = 0
+    far_visits: float = 0
+    forwarded: float = 0
+
+    def facts(self, ranks: int, pairs: int) -> Any:
+        """What the counter must know."""
+        from traffic_counter import Facts
+
+        return Facts(
+            ranks, pairs, self.away, self.leads, self.visits, self.clones, self.slot_expert,
+            RANKS_PER_NODE, self.far_away, self.far_visits, self.node_visits, self.forwarded,
+            self.node_clones,
+        )  # fmt: skip
 
     def necessary(self, shape: Shape) -> float:
         """Bytes that a mean rank must send to others."""
@@ -121,24 +142,31 @@ def choices(shape: Shape, ranks: int) -> Tensor:
 
 
 @functools.cache
-def routing(shape: Shape, ranks: int, slots: int) -> Routing:
-    """Draw, plan, and follow each pair to the rank that computes it."""
+def routing(shape: Shape, ranks: int, slots: int, in_nodes: bool = False) -> Routing:
+    """Draw, plan, inside nodes if told, and follow each pair to the rank that computes it."""
     from megatron_echo.dispatch.reroute import physical_experts
     from megatron_echo.planner import plan_clones
 
     chosen = choices(shape, ranks)
     counts = torch.stack([c.reshape(-1).bincount(minlength=shape.experts) for c in chosen])
-    plan = plan_clones(counts, slots, 0.02)
+    nodes = {"ranks_per_node": RANKS_PER_NODE, "within_node": True} if in_nodes else {}
+    plan = plan_clones(counts, slots, 0.02, **nodes)
     groups = shape.experts // ranks + slots
     rank_node = torch.arange(ranks) // RANKS_PER_NODE
-    away = leads = visits = node_visits = 0
+    away = leads = visits = node_visits = far_away = far_visits = forwarded = 0
     for rank, experts in enumerate(chosen):
         target = physical_experts(experts.int(), plan, plan.split_for(rank)).long() // groups
         away += int((target != rank).sum())
+        far_away += int((rank_node[target] != rank_node[rank]).sum())
         reached = torch.zeros(TOKENS, ranks).scatter_(1, target, 1)
         leads += int(reached.sum())
         reached[:, rank] = 0
         visits += int(reached.sum())
+        far = reached * (rank_node != rank_node[rank])
+        far_visits += int(far.sum())
+        forwarded += int(
+            far[:, torch.arange(ranks) % RANKS_PER_NODE != rank % RANKS_PER_NODE].sum()
+        )
         nodes = torch.zeros(TOKENS, int(rank_node[-1]) + 1)
         nodes = nodes.scatter_(1, rank_node[target], 1)
         nodes[:, rank_node[rank]] = 0
@@ -146,7 +174,10 @@ def routing(shape: Shape, ranks: int, slots: int) -> Routing:
     used = plan.slot_expert >= 0
     home_node = rank_node[(plan.slot_expert // (shape.experts // ranks)).clamp(min=0)]
     elsewhere = used & (home_node != rank_node[:, None])
-    totals = (away, leads, visits, node_visits, int(used.sum()), int(elsewhere.sum()))
+    totals = (
+        away, leads, visits, node_visits, int(used.sum()), int(elsewhere.sum()), far_away,
+        far_visits, forwarded,
+    )  # fmt: skip
     return Routing(plan.slot_expert.tolist(), *(total / ranks for total in totals))
 
 
@@ -179,7 +210,7 @@ def build(
         ranks: of the expert-parallel group.
         slots: S.
         wire: a token transport, or ``Megatron`` and a dispatcher of its.
-        weights: how weights of clones travel.
+        weights: how weights of clones travel; with ``, in nodes`` behind it, inside them.
         stock_experts: of Megatron's layer, by default ours.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -197,7 +228,9 @@ def build(
             "moe_enable_echo": True,
             "moe_num_echo_experts": slots * ranks,
             "moe_echo_token_transport": wire,
-            "moe_echo_expert_dispatcher_type": weights,
+            "moe_echo_expert_dispatcher_type": weights.removesuffix(IN_NODES),
+            "moe_echo_clones_within_node": weights.endswith(IN_NODES),
+            "moe_echo_ranks_per_node": RANKS_PER_NODE if weights.endswith(IN_NODES) else None,
             "moe_echo_expert_precision": "fp8-rowwise" if precision else "params-dtype",
         }
     )
@@ -222,17 +255,13 @@ def build(
 
 
 @contextlib.contextmanager
-def fake_tensors(shape: Shape, ranks: int, slots: int) -> Iterator[Any]:
+def fake_tensors(shape: Shape, ranks: int, slots: int, in_nodes: bool = False) -> Iterator[Any]:
     """Build and run layers of one routing here, within the counter that this gives."""
     from megatron.core.transformer.moe import token_dispatcher
-    from traffic_counter import Counter, Facts, kernels
+    from traffic_counter import Counter, kernels
 
-    drawn = routing(shape, ranks, slots)
-    pairs = TOKENS * shape.topk
-    facts = Facts(
-        ranks, pairs, drawn.away, drawn.leads, drawn.visits, drawn.clones, drawn.slot_expert
-    )
-    counter = Counter(facts)
+    drawn, pairs = routing(shape, ranks, slots, in_nodes), TOKENS * shape.topk
+    counter = Counter(drawn.facts(ranks, pairs))
 
     def move(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
         """In place of ``maybe_move_tensor_to_cpu``: splits are known, each a host read."""
@@ -261,7 +290,7 @@ def count_layer(
     shape: Shape, ranks: int, slots: int, wire: str, weights: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Counts of the forward pass, and of both."""
-    with fake_tensors(shape, ranks, slots) as counter:
+    with fake_tensors(shape, ranks, slots, weights.endswith(IN_NODES)) as counter:
         layer = build(shape, ranks, slots, wire, weights)
         size = (TOKENS, 1, shape.hidden)
         # Buffers are made in the first call.
@@ -287,9 +316,14 @@ def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str
     slots = dict.fromkeys((auto_slots(ranks, shape.experts), home))
     ours += itertools.product(wires, slots, WEIGHTS)
     ours += [(f"{wire}, FP8", min(slots), WEIGHTS[-1]) for wire in wires]
+    if ranks > RANKS_PER_NODE:
+        inside = (f"symmetric_memory{IN_NODES}", f"collective{IN_NODES}")
+        ways = (*inside, "symmetric_memory", "p2p")
+        ours += [(wires[0], min(slots), way) for way in inside]
+        ours += [("hybrid_ep", 0, "-"), *(("hybrid_ep", min(slots), way) for way in ways)]
     stock = [("Megatron alltoall", 0, "-"), ("Megatron allgather", 0, "-")]
     for wire, number, weights in [*stock, *ours]:
-        drawn = routing(shape, ranks, number)
+        drawn = routing(shape, ranks, number, weights.endswith(IN_NODES))
         forward, both = count_layer(shape, ranks, number, wire, weights.replace("-", "collective"))
         yield {
             "model": model,
@@ -299,6 +333,7 @@ def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str
             "S": number,
             "link GB": both["link"] / 1e9,
             "x necessary": both["link"] / drawn.necessary(shape),
+            **_between(both["between"], drawn.necessary_between_nodes(shape)),
             "memory GB": both["memory"] / 1e9,
             "operators": both["operators"],
             "collectives": both["collectives"],
@@ -308,6 +343,13 @@ def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str
             "necessary GB between nodes": drawn.necessary_between_nodes(shape) / 1e9,
             "forward": forward,
         }
+
+
+def _between(sent: float, necessary: float) -> dict[str, float]:
+    """Cells of the bytes between nodes, where there are several."""
+    if not necessary:
+        return {}
+    return {"between GB": sent / 1e9, "x necessary between": sent / necessary}
 
 
 def count_all(models: dict[str, Shape], sizes: list[int], rows_of: Rows) -> list[dict[str, Any]]:

@@ -10,10 +10,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,6 +52,7 @@ class Count:
 
     Attributes:
         link: bytes sent to other ranks.
+        between: of them, those to ranks of other nodes.
         memory: bytes read and written in device memory, grouped products left out.
         operators: kernels launched; a collective or barrier is not one.
         collectives: collectives, barriers and batches of sends.
@@ -57,6 +60,7 @@ class Count:
     """
 
     link: float = 0
+    between: float = 0
     memory: float = 0
     operators: int = 0
     collectives: int = 0
@@ -75,6 +79,12 @@ class Facts:
         visits: of them, those on other ranks.
         clones: slots in use on a rank.
         slot_expert: of the plan, ``[R, S]``.
+        node: ranks of a node.
+        far_away: of ``away``, those that go to other nodes.
+        far_visits: of ``visits``, those there.
+        node_visits: its tokens, each once for each other node.
+        forwarded: of ``far_visits``, those beside the rank of this one's number in the node.
+        far_clones: of ``clones``, those whose home is on another node.
     """
 
     ranks: int
@@ -84,13 +94,21 @@ class Facts:
     visits: float
     clones: float
     slot_expert: list[list[int]] = field(default_factory=list)
+    node: int = 8
+    far_away: float = 0
+    far_visits: float = 0
+    node_visits: float = 0
+    forwarded: float = 0
+    far_clones: float = 0
 
-    def moved(self, places: Tensor) -> tuple[float, float]:
-        """Rows that peers' places ``[T, C]`` name, and of them those of other ranks.
+    def moved(self, places: Tensor) -> tuple[float, float, float]:
+        """Rows that peers' places ``[T, C]`` name, those of other ranks, and of other nodes.
 
         Tokens have several places, pairs one.
         """
-        return (self.pairs, self.away) if places.shape[1] == 1 else (self.leads, self.visits)
+        if places.shape[1] == 1:
+            return self.pairs, self.away, self.far_away
+        return self.leads, self.visits, self.far_visits
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -163,7 +181,7 @@ class Counter(TorchDispatchMode):
     def _collective(self, func: Any, name: str, args: tuple) -> None:
         self.count.collectives += 1
         names = [argument.name for argument in func._schema.arguments]
-        ranks = self.facts.ranks
+        ranks = dist.ProcessGroup.unbox(args[names.index("process_group")]).size()
         if name == "allreduce_":
             given = got = sum(_nbytes(tensor) for tensor in _tensors(args[0]))
         else:
@@ -171,28 +189,86 @@ class Counter(TorchDispatchMode):
             given = sum(_nbytes(tensor) for tensor in _tensors(args[1]))
         if "process_group" not in names or name not in _COPIES_SENT:
             raise ValueError(f"The collective {name} has no formula. Add it to _COPIES_SENT.")
-        self.count.link += _COPIES_SENT[name](given, got, ranks)
+        sent = _COPIES_SENT[name](given, got, ranks)
+        self.sent(sent, sent * max(ranks - self.facts.node, 0) / (ranks - 1))
         self.count.memory += given + got
 
-    def kernel(self, memory: float, link: float = 0) -> None:
+    def sent(self, link: float, between: float) -> None:
+        """Count bytes sent to other ranks, and of them those to other nodes."""
+        self.count.link += link
+        self.count.between += between
+
+    def kernel(self, memory: float, link: float = 0, between: float = 0) -> None:
         """Count one launch of a kernel that fake tensors cannot run."""
         self.count.operators += 1
         self.count.memory += memory
-        self.count.link += link
+        self.sent(link, between)
 
 
 class _CountedMemory(PeerMemory):
     """Of peers that are not there: barriers are counted."""
 
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
+    def __init__(self, counter: Counter, group: dist.ProcessGroup) -> None:
+        self._counter, self._ranks = counter, group.size()
 
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> PeerRows:
         own = torch.empty(rows, columns, dtype=dtype)
-        return PeerRows(own, None, torch.empty(self._counter.facts.ranks, dtype=torch.int64))
+        return PeerRows(own, None, torch.empty(self._ranks, dtype=torch.int64))
 
     def barrier(self, lane: int = 0) -> None:
         self._counter.count.collectives += 1
+
+
+class _HybridEP:
+    """DeepEP's buffer of this name, by its stated wire format.
+
+    A token goes once to each other node that wants it, to the rank of its source's number there,
+    and from there once to each other rank that does; results come back the same way, summed on it.
+    With it go the probabilities of all experts of the node, in fp32. The routing is gathered from
+    all ranks, a byte for each expert.
+    """
+
+    def __init__(
+        self, counter: Counter, group: dist.ProcessGroup, num_local_experts: int, **_: Any
+    ) -> None:
+        self._counter, self._group, self._experts = counter, group, num_local_experts
+
+    def dispatch_with_permute(
+        self, *, hidden: Tensor, probs: Tensor | None, routing_map: Tensor | None, handle: Any,
+        num_permuted_tokens: int, **_: Any,
+    ) -> tuple[Tensor, Tensor | None, None, Tensor, Any]:  # fmt: skip
+        """Rows, probabilities, no scales, rows of each expert, and the handle."""
+        if routing_map is not None:
+            whole = routing_map.new_empty(self._group.size() * len(hidden), routing_map.shape[1])
+            dist.all_gather_into_tensor(whole, routing_map, group=self._group)
+            self._counter.kernel(_nbytes(whole))
+            counts = hidden.new_empty(self._experts, dtype=torch.int64)
+            handle = len(hidden), counts, hidden.new_empty(1, dtype=torch.int32)
+        rows = hidden.new_empty(num_permuted_tokens, hidden.shape[1])
+        self._move(hidden, probs is not None)
+        row_probs = None if probs is None else probs.new_empty(num_permuted_tokens)
+        return rows, row_probs, None, handle[1], handle
+
+    def combine_with_unpermute(
+        self, *, hidden: Tensor, probs: Tensor | None, handle: Any, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums of the rows of each token, and the probabilities of all experts."""
+        tokens = hidden.new_empty(handle[0], hidden.shape[1])
+        self._move(tokens, probs is not None)
+        if probs is not None:
+            probs = probs.new_empty(handle[0], self._group.size() * self._experts)
+        return tokens, probs
+
+    def _move(self, tokens: Tensor, has_probs: bool) -> None:
+        facts, row = self._counter.facts, tokens.shape[1] * tokens.itemsize
+        node = min(facts.node, self._group.size())
+        sent = row + has_probs * node * self._experts * 4
+        inside = facts.visits - facts.far_visits + facts.forwarded
+        self._counter.count.collectives += 1  # ranks wait for each other once
+        link = (inside + facts.node_visits) * sent
+        moved = len(tokens) + facts.node_visits + facts.leads  # sent, landed, on its ranks
+        self._counter.kernel(2 * moved * row, link, facts.node_visits * sent)
+        self._counter.kernel((facts.leads + facts.pairs) * row)  # into rows, or from them
 
 
 @contextlib.contextmanager
@@ -208,8 +284,12 @@ def kernels(counter: Counter) -> Iterator[None]:
         f"{package}.experts.grouped_linear._takes_grouped_mm": lambda *_: True,
         f"{package}.experts.grouped_linear.grouped_outer": _outer(counter),
         f"{package}.experts.kernels.product": _product(counter),
-        f"{package}.dispatch.transports.peer_buffers.peer_memory": lambda _: _CountedMemory(
-            counter
+        f"{package}.dispatch.transports.peer_buffers.peer_memory": lambda group: _CountedMemory(
+            counter, group
+        ),
+        f"{package}.compatibility.find_hybrid_ep": lambda: True,
+        f"{package}.dispatch.transports.hybrid_ep.find_hybrid_ep": lambda: partial(
+            _HybridEP, counter
         ),
         **_row_kernels(counter),
         **_activation_kernels(counter),
@@ -350,8 +430,8 @@ def _peer_kernels(counter: Counter) -> dict[str, Any]:
 
     def put_rows(own: Tensor, offsets: Tensor, values: Tensor, places: Tensor) -> None:
         row = values.shape[1] * values.itemsize
-        rows, away = counter.facts.moved(places)
-        counter.kernel(_nbytes(values) + _nbytes(places) + rows * row, away * row)
+        rows, away, far = counter.facts.moved(places)
+        counter.kernel(_nbytes(values) + _nbytes(places) + rows * row, away * row, far * row)
 
     def pull_rows(
         own: Tensor, offsets: Tensor, places: Tensor, into: Tensor | None = None
@@ -360,14 +440,15 @@ def _peer_kernels(counter: Counter) -> dict[str, Any]:
         if output is None:
             output = own.new_empty(len(places), own.shape[1], dtype=wide_dtype(own.dtype))
         row = own.shape[1] * own.itemsize
-        rows, away = counter.facts.moved(places)
-        counter.kernel(_nbytes(output) + _nbytes(places) + rows * row, away * row)
+        rows, away, far = counter.facts.moved(places)
+        counter.kernel(_nbytes(output) + _nbytes(places) + rows * row, away * row, far * row)
         return output
 
     def put_matrices(own: Tensor, offsets: Tensor, matrices: Tensor, source: Tensor) -> None:
         moved = counter.facts.clones * _nbytes(matrices[0])
-        is_offer = len(offsets) == 1
-        counter.kernel(2 * moved + _nbytes(source), 0 if is_offer else moved)
+        sent = len(offsets) > 1  # else it is an offer
+        far = counter.facts.far_clones * _nbytes(matrices[0])
+        counter.kernel(2 * moved + _nbytes(source), sent * moved, sent * far)
 
     def add_matrices(
         own: Tensor, offsets: Tensor, places: Tensor, slots: int, home: Tensor
@@ -375,8 +456,9 @@ def _peer_kernels(counter: Counter) -> dict[str, Any]:
         elements, clones = home[0].numel(), counter.facts.clones
         read = clones * elements * own.itemsize
         homes = clones * elements * home.itemsize  # at most: an expert may have several clones
-        is_here = len(offsets) == 1
-        counter.kernel(read + 2 * homes + _nbytes(places), 0 if is_here else read)
+        sent = len(offsets) > 1
+        far = counter.facts.far_clones * elements * own.itemsize
+        counter.kernel(read + 2 * homes + _nbytes(places), sent * read, sent * far)
 
     place = "megatron_echo.dispatch.transports."
     return {
@@ -396,7 +478,7 @@ def _sends(counter: Counter, name: str) -> Callable[..., Any]:
         columns = zip(*facts.slot_expert, strict=True)
         counter.count.collectives += sum(max(column) >= 0 for column in columns)
         nbytes = facts.clones * _nbytes(matrix)
-        counter.count.link += nbytes
+        counter.sent(nbytes, facts.far_clones * _nbytes(matrix))
         counter.count.memory += reads * nbytes
 
     def push(self: Any, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:

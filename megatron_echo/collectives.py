@@ -31,23 +31,42 @@ def _reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     return output
 
 
-def exchange(tensor: Tensor, group: Group, peers: range | None = None) -> Tensor:
-    """All-to-all of equal parts, without gradients: part r of ``[R * n, ...]`` goes to rank r.
+def exchange(tensor: Tensor, group: Group) -> Tensor:
+    """:func:`all_to_all` without gradients."""
+    if group.size() == 1:
+        return tensor
+    output = torch.empty_like(tensor)
+    dist.all_to_all_single(output, tensor.contiguous(), group=group)
+    return output
+
+
+def _bound_device() -> Any:
+    """Of the whole job's group, None where it has none."""
+    return getattr(dist.group.WORLD, "bound_device_id", None)
+
+
+def part_of(group: Group, size: int) -> Group:
+    """Of so many consecutive ranks of a group, those among which this one is.
+
+    All ranks of the group call it together, in the same order as other groups are made. No others
+    have to: stages of a pipeline may have no layer that wants it.
 
     Args:
-        tensor: ``[R * n, ...]``, or with ``peers`` as many parts as these are.
         group: R ranks.
-        peers: those that take part with this rank; each of them names the same. None for all.
+        size: a divisor of R.
     """
-    number = group.size() if peers is None else len(peers)
-    if number == 1:
-        return tensor
-    output, splits = torch.empty_like(tensor), None
-    if number < group.size():
-        part = len(tensor) // number
-        splits = [part if peers is None or r in peers else 0 for r in range(group.size())]
-    dist.all_to_all_single(output, tensor.contiguous(), splits, splits, group=group)
-    return output
+    if size == group.size():
+        return group
+    first = group.rank() // size * size
+    if _bound_device() is not None:  # groups are split off, by all ranks of their parent
+        numbers = list(range(group.size()))
+        parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+        part = dist.split_group(group, parts)
+    else:
+        ranks = dist.get_process_group_ranks(group)[first : first + size]
+        part = dist.new_group(ranks, use_local_synchronization=True)
+    assert part is not None
+    return part
 
 
 class _Collective(torch.autograd.Function):

@@ -164,7 +164,7 @@ class EchoConfigMixin:
         "How weights of clones travel. auto: by the topology, and says what. collective: for each "
         "slot an expert between each two ranks, in use or not. p2p: only the slots in use, for "
         "which the host reads each plan; not within CUDA graphs. symmetric_memory: only the slots "
-        "in use, read by the ranks that want them; for ranks of one machine.",
+        "in use, read by the ranks that want them; for ranks of one machine, or of each node.",
         check=checks.expert_dispatcher,
         choices=("auto", "collective", "p2p", "symmetric_memory"),
     )

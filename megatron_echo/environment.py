@@ -156,14 +156,21 @@ def skip_dataset_compilation(replace: Callable[[Any, str, Any], None] = setattr)
     return True
 
 
-def peer_memory_refusal(ranks: int) -> str | None:
-    """Why consecutive ranks cannot address each other's memory here; None if they may."""
+def peer_memory_refusal(
+    ranks: int, group: str = "expert-parallel group", flag: str = "--expert-model-parallel-size"
+) -> str | None:
+    """Why ranks cannot address each other's memory here, and what to do; None if they may.
+
+    Args:
+        ranks: consecutive expert-parallel ones that must.
+        group: what they are called.
+        flag: that says how many they are.
+    """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if local % ranks:
         return (
-            f"needs each expert-parallel group on one machine, but its size is {ranks} and a "
-            f"machine runs {local} processes. Use another transport, or an "
-            f"--expert-model-parallel-size that divides {local}."
+            f"needs each {group} on one machine, but its size is {ranks} and a machine runs "
+            f"{local} processes. Use auto, or for {flag} a divisor of {local}."
         )
     if ranks > 1 and torch.accelerator.is_available():
         from torch.distributed import _symmetric_memory as symmetric_memory

@@ -176,16 +176,12 @@ def capacity(value: float | None, config: Any) -> str | None:
     return None
 
 
-def peer_memory(value: str, config: Any) -> str | None:
-    if value != "symmetric_memory":
-        return None
-    return peer_memory_refusal(config.expert_model_parallel_size)
-
-
 def token_transport(value: str, config: Any) -> str | None:
     if value in ("hybrid_ep", "nccl_ep"):
         return engine_refusal(value, config)
-    return peer_memory(value, config)
+    if value != "symmetric_memory":
+        return None
+    return peer_memory_refusal(config.expert_model_parallel_size)
 
 
 def peer_capacity(value: float, config: Any) -> str | None:
@@ -226,7 +222,12 @@ def skew(value: float, config: Any) -> str | None:
 def expert_dispatcher(value: str, config: Any) -> str | None:
     if value == "p2p" and config.cuda_graph_impl != "none":
         return "reads the plan on the host, which a CUDA graph cannot. Use auto."
-    return peer_memory(value, config)
+    if value != "symmetric_memory":
+        return None
+    node = config.moe_echo_ranks_per_node
+    if config.moe_echo_clones_within_node and node:
+        return peer_memory_refusal(node, "node", "--moe-echo-ranks-per-node")
+    return peer_memory_refusal(config.expert_model_parallel_size)
 
 
 def kernels(value: str, config: Any) -> str | None:

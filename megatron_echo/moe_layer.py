@@ -17,6 +17,7 @@ from megatron_echo.compatibility import config_refusal
 from megatron_echo.config import computes_in_fp8
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.dispatch.clones_of_call import Homecoming
+from megatron_echo.dispatch.transports import Transports
 from megatron_echo.experts import EchoGroupedMLP
 from megatron_echo.experts.fp8 import FP8, pack_rows
 from megatron_echo.experts.projection import FetchInBackward
@@ -79,6 +80,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         if problem is not None:
             raise ValueError(f"The ECHO MoE layer {problem}")
         groups = pg_collection or get_default_pg_collection()
+        Transports.of(config, config, groups.ep)  # what it decides is read off the configuration
         submodules = dataclasses.replace(submodules or MoESubmodules(None), experts=EchoGroupedMLP)
         if submodules.router is TopKRouter:
             submodules = dataclasses.replace(submodules, router=EchoRouter)

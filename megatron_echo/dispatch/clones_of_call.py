@@ -78,7 +78,8 @@ class Clones:
     """The clones of one layer call: which experts sit in which slots.
 
     Attributes:
-        slot_expert: int64 ``[R, S]``, the expert in each slot of each rank, -1 if unused.
+        slot_expert: int64 ``[R, S]``, the expert in each slot of each rank, -1 if unused; ranks and
+            experts are those of the transport's group.
         experts_per_rank: m; expert e lives on rank ``e // m``.
         transport: how weights get into the slots.
         announced: what the transport keeps of the plan.

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -35,6 +36,7 @@ from megatron_echo.dispatch.transports import (
     HybridEPTransport,
     NcclEPContext,
     NcclEPTransport,
+    NodeBuffers,
     PeerBuffers,
     PeerToPeerWeights,
     SymmetricMemoryTransport,
@@ -44,7 +46,7 @@ from megatron_echo.dispatch.transports import (
     WeightTransport,
 )
 from megatron_echo.environment import on_gpu
-from megatron_echo.plan_settings import domain_ranks, plan_tolerance, token_capacity
+from megatron_echo.plan_settings import plan_tolerance, token_capacity
 from megatron_echo.planner import ClonePlan, balance_bound, planner_backend
 from megatron_echo.step.overflow import too_many_tokens
 from megatron_echo.step.step_end import StepEnd
@@ -158,20 +160,21 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         if way == "nccl_ep":
             return NcclEPTransport(NcclEPContext.of(self.config, self.ep_group), *sizes)
         if way == "symmetric_memory":
-            return SymmetricMemoryTransport(self._peer_buffers(), *sizes)
+            return SymmetricMemoryTransport(self._peer_buffers(self.ep_group), *sizes)
         peer_capacity = echo_setting(self.config, "moe_echo_peer_capacity")
         return AllToAllTransport(self.ep_group, *sizes, peer_capacity)
 
-    def _peer_buffers(self) -> PeerBuffers:
-        return PeerBuffers.of(self.config, self.ep_group, has_layer_graphs(self.config))
+    def _peer_buffers(self, group: dist.ProcessGroup) -> PeerBuffers:
+        kind = PeerBuffers if group.size() == self.ep_size else NodeBuffers
+        return kind.of(self.config, group, has_layer_graphs(self.config))
 
     def _make_weight_transport(self, way: str) -> WeightTransport:
+        group = self._ways.clone_group
         if way == "symmetric_memory" and self._slots > 0:
-            return SymmetricMemoryWeights(self._peer_buffers(), self._local, not self._overlaps)
-        if way == "p2p":
-            return PeerToPeerWeights(self.ep_group, self._local)
-        domain = domain_ranks(self.config, self.ep_size)
-        return CollectiveWeights(self.ep_group, self._local, domain)
+            return SymmetricMemoryWeights(
+                self._peer_buffers(group), self._local, not self._overlaps
+            )
+        return (PeerToPeerWeights if way == "p2p" else CollectiveWeights)(group, self._local)
 
     def buffer_rows(self, tokens: int) -> int:
         """Rows of the receive buffer for T tokens on each rank."""
@@ -262,16 +265,14 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         )  # fmt: skip
         below, up_to = plan.split_up_to(self.ep_rank)
         split = up_to - below
+        slots = self._weights.slots(plan.slot_expert, self.ep_rank)
         return replace(
             call,
             experts=physical_experts(call.experts, plan, split),
             plan=plan,
-            clones=Clones(
-                plan.slot_expert, self._local, self._weights,
-                self._weights.announce(plan.slot_expert),
-            ),
+            clones=Clones(slots, self._local, self._weights, self._weights.announce(slots)),
             counts=pair_counts(plan, below, split) if self._transport.needs_counts else None,
-        )  # fmt: skip
+        )
 
     def expect(self, homecoming: Homecoming | None) -> None:
         """Let the gradients of the call in progress arrive there."""

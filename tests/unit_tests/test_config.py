@@ -133,6 +133,20 @@ def test_symmetric_memory_needs_one_machine(monkeypatch: pytest.MonkeyPatch) -> 
         EchoTransformerConfig(**MOE, **fields)
 
 
+def test_symmetric_memory_of_clones_needs_each_node_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"moe_enable_echo": True, "moe_echo_expert_dispatcher_type": "symmetric_memory"}
+    nodes = {"moe_echo_ranks_per_node": 2, "moe_echo_clones_within_node": True}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    EchoTransformerConfig(**MOE, **fields, **nodes)
+    for wrong in ({}, {"moe_echo_ranks_per_node": 2}):
+        with pytest.raises(ValueError, match="its size is 4 and a machine runs 2"):
+            EchoTransformerConfig(**MOE, **fields, **wrong)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    message = "needs each node on one machine.* Use auto, or for --moe-echo-ranks-per-node a"
+    with pytest.raises(ValueError, match=message):
+        EchoTransformerConfig(**MOE, **fields, **nodes)
+
+
 @pytest.mark.parametrize(
     ("value", "advice"),
     [

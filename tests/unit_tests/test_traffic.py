@@ -85,11 +85,61 @@ def test_slots_that_are_not_used_cost_nothing() -> None:
     assert many["collectives"] == few["collectives"]
 
 
+NODE, OF_NODES = 4, traffic.Shape(hidden=128, ffn=32, experts=16, topk=2)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four ranks each; no other test has this shape."""
+    monkeypatch.setattr(traffic, "RANKS_PER_NODE", NODE)
+
+
+def test_bytes_between_nodes(nodes: None) -> None:
+    """Of tokens to each rank there; of clones inside nodes none, by any transport of weights."""
+
+    def between(wire: str, slots: int, weights: str) -> float:
+        counted = traffic.count_layer(OF_NODES, RANKS, slots, wire, weights)[1]
+        assert counted["between"] < counted["link"]
+        return counted["between"]
+
+    without = between("all_gather", 0, "collective")
+    tokens = NODE * traffic.TOKENS
+    row = OF_NODES.hidden * 2
+    assert tokens * row * 4 <= without <= tokens * (row * 4 + 2 * (3 * 4 + 4))
+    counts = NODE * OF_NODES.experts * 8
+    inside = traffic.routing(OF_NODES, RANKS, 2, in_nodes=True)
+    assert inside.clones > 0 == inside.node_clones
+    for weights in traffic.WEIGHTS:
+        assert between("all_gather", 2, f"{weights}{traffic.IN_NODES}") == without + counts
+    drawn = traffic.routing(OF_NODES, RANKS, 2)
+    assert drawn.node_clones > 0
+    crossing = between("all_gather", 2, "symmetric_memory") - without - counts
+    assert crossing == pytest.approx(drawn.node_clones * OF_NODES.expert_elements * 2 * 3)
+
+
+def test_bytes_of_hybrid_ep(nodes: None) -> None:
+    """A token once to a node, four times; beside it probabilities and the gathered routing."""
+    slots, in_nodes = 1, f"symmetric_memory{traffic.IN_NODES}"
+    drawn = traffic.routing(OF_NODES, RANKS, slots, in_nodes=True)
+    counted = traffic.count_layer(OF_NODES, RANKS, slots, "hybrid_ep", in_nodes)[1]
+    experts = OF_NODES.experts + RANKS * slots
+    routing, counts = NODE * traffic.TOKENS * experts, NODE * OF_NODES.experts * 8
+    probs = 2 * 4 * experts // 2  # there and their gradients back, of a node
+    sent = OF_NODES.hidden * 2 * 4 + probs
+    assert counted["between"] == pytest.approx(drawn.node_visits * sent + routing + counts)
+    hops = drawn.node_visits + drawn.forwarded + drawn.visits - drawn.far_visits
+    assert drawn.visits <= hops
+    weights = drawn.clones * OF_NODES.expert_elements * 2 * 3
+    gathered = (routing + counts) * (RANKS - 1) / NODE
+    assert counted["link"] == pytest.approx(hops * sent + gathered + weights)
+    assert counted["host_reads"] == 0
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer keeps does not depend on the routing."""
 
-    def nothing(shape: traffic.Shape, ranks: int, slots: int) -> traffic.Routing:
+    def nothing(shape: traffic.Shape, ranks: int, slots: int, *_: bool) -> traffic.Routing:
         return traffic.Routing([[-1] * slots] * ranks, 0, 0, 0, 0, 0, 0)
 
     monkeypatch.setattr(traffic, "routing", nothing)

@@ -6,7 +6,7 @@ from megatron_echo.dispatch.transports.automatic import Transports
 from megatron_echo.dispatch.transports.base import Delivery, TokenTransport
 from megatron_echo.dispatch.transports.hybrid_ep import HybridEPBuffers, HybridEPTransport
 from megatron_echo.dispatch.transports.nccl_ep import NcclEPContext, NcclEPTransport
-from megatron_echo.dispatch.transports.peer_buffers import PeerBuffers
+from megatron_echo.dispatch.transports.peer_buffers import NodeBuffers, PeerBuffers
 from megatron_echo.dispatch.transports.symmetric_memory import SymmetricMemoryTransport
 from megatron_echo.dispatch.transports.weights import (
     CollectiveWeights,
@@ -24,6 +24,7 @@ __all__ = [
     "HybridEPTransport",
     "NcclEPContext",
     "NcclEPTransport",
+    "NodeBuffers",
     "PeerBuffers",
     "PeerToPeerWeights",
     "SymmetricMemoryTransport",

@@ -1,5 +1,6 @@
 """Which transports a run uses: as its flags say, and by its topology where they say ``auto``."""
 
+import itertools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -8,20 +9,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_echo.collectives import part_of
 from megatron_echo.config import (
+    EchoConfigMixin,
     clone_itemsize,
     computes_in_fp8,
     dispatched_row_bytes,
     echo_setting,
     expert_elements,
     expert_width,
+    num_clone_slots,
 )
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
 from megatron_echo.environment import device_speeds, has_peer_memory, machine_number
 from megatron_echo.flag_checks import engine_refusal
 from megatron_echo.per_model import PerModel
-from megatron_echo.plan_settings import domain_ranks
+from megatron_echo.plan_settings import NODE_CAPACITY, domain_ranks
 from megatron_echo.planner.price import MAX_ROWS, ClonePrice
 
 ENGINES = ("hybrid_ep", "nccl_ep")
@@ -43,21 +47,20 @@ class Topology:
     Attributes:
         ranks: R.
         has_nccl: the group's tensors are on GPUs.
-        is_one_machine: all ranks run on one machine.
+        node: consecutive ranks that share a machine, as many on each; 1 where that is not so.
         has_peer_memory: each GPU reaches the memory of the others of its machine.
         engines: those of :data:`ENGINES` that all ranks can use with their flags.
     """
 
     ranks: int
     has_nccl: bool
-    is_one_machine: bool = True
+    node: int = 1
     has_peer_memory: bool = False
     engines: tuple[str, ...] = ()
 
-    @property
-    def is_linked(self) -> bool:
-        """Every rank reaches the memory of every other."""
-        return self.is_one_machine and self.has_peer_memory
+    def is_linked(self, ranks: int) -> bool:
+        """Whether each of so many consecutive ranks reaches the memory of the others."""
+        return self.has_peer_memory and self.node % ranks == 0
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, config: Any) -> "Topology":
@@ -66,40 +69,74 @@ class Topology:
         if ranks == 1 or "nccl" not in str(dist.get_backend_config(group)):
             return cls(ranks, has_nccl=False)
         lacks = [int(engine_refusal(engine, config) is not None) for engine in ENGINES]
-        machine = machine_number()
-        most, least, lacks_peers, *lacks = highest(
-            [machine, -machine, not has_peer_memory(), *lacks], group, _device_of(group)
+        machines = [machine_number() if rank == group.rank() else 0 for rank in range(ranks)]
+        lacks_peers, *found = highest(
+            [int(not has_peer_memory()), *lacks, *machines], group, _device_of(group)
         )
+        lacks, machines = found[: len(ENGINES)], found[len(ENGINES) :]
         engines = (
             engine for engine, is_absent in zip(ENGINES, lacks, strict=True) if not is_absent
         )
-        return cls(ranks, True, most == -least, not lacks_peers, tuple(engines))
+        return cls(ranks, True, _node_of(machines), not lacks_peers, tuple(engines))
 
 
-def choose(topology: Topology, has_graph: bool) -> tuple[str, str]:
+def _node_of(machines: list[int]) -> int:
+    """Consecutive ranks on each machine; 1 where machines have other numbers of them."""
+    runs = [len(list(run)) for _, run in itertools.groupby(machines)]
+    return runs[0] if len(set(runs)) == 1 else 1
+
+
+def choose(topology: Topology, domain: int, has_graph: bool) -> tuple[str, str]:
     """What ``auto`` is for tokens and for the weights of clones: the one place where it is decided.
 
-    =============================  ==========================  ===================================
-    ranks of a group               tokens                      weights of clones
-    =============================  ==========================  ===================================
-    one, or not over NCCL          all_gather                  collective
-    one machine, memory in reach   symmetric_memory            symmetric_memory
-    else, an engine is installed   the engine                  p2p; in a CUDA graph collective
-    else                           all_gather                  p2p; in a CUDA graph collective
-    =============================  ==========================  ===================================
+    ==========================  =======================  ===================================
+    ranks                       tokens of all of them    weights, among those of clones
+    ==========================  =======================  ===================================
+    one, or not over NCCL       all_gather               collective
+    each other's memory in      symmetric_memory         symmetric_memory
+    reach
+    else                        an engine installed,     p2p; in a CUDA graph collective
+                                or all_gather
+    ==========================  =======================  ===================================
 
     ``all_to_all`` sends as many bytes as ``all_gather`` (:func:`token_bytes`) and sorts more.
 
     Args:
         topology: of the group.
+        domain: consecutive ranks among which clones are made.
         has_graph: whether the step becomes a CUDA graph, in which the host cannot read a plan.
     """
     if not topology.has_nccl:
         return "all_gather", "collective"
-    if topology.is_linked:
-        return "symmetric_memory", "symmetric_memory"
     tokens = topology.engines[0] if topology.engines else "all_gather"
-    return tokens, "collective" if has_graph else "p2p"
+    weights = "collective" if has_graph else "p2p"
+    return (
+        "symmetric_memory" if topology.is_linked(topology.ranks) else tokens,
+        "symmetric_memory" if topology.is_linked(domain) else weights,
+    )
+
+
+def wants_nodes(topology: Topology, config: Any) -> bool:
+    """Whether ``auto`` weights keep clones inside nodes, though no flag says so.
+
+    There they need no host read and no link between nodes, for a balance of each node by itself,
+    which wants a larger receive buffer: so only where the ranks of each of several machines reach
+    each other's memory, and no flag is about nodes or gives a buffer that is too small.
+
+    Args:
+        topology: of the expert-parallel group.
+        config: the transformer's configuration.
+    """
+    capacity = echo_setting(config, "moe_received_token_capacity")
+    return (
+        isinstance(config, EchoConfigMixin)
+        and config.moe_echo_expert_dispatcher_type == "auto"
+        and config.moe_echo_ranks_per_node is None
+        and num_clone_slots(config) > 0
+        and topology.has_peer_memory
+        and 1 < topology.node < topology.ranks
+        and (capacity is None or capacity >= NODE_CAPACITY)
+    )
 
 
 def _travels_in_fp8(way: str, config: Any) -> bool:
@@ -186,6 +223,7 @@ class Transports(PerModel):
     Attributes:
         tokens: a word of ``--moe-echo-token-transport`` but ``auto``.
         weights: likewise of ``--moe-echo-expert-dispatcher-type``.
+        clone_group: ranks among which clones are made.
         price: of a clone; None where the tolerance is a number.
     """
 
@@ -193,7 +231,8 @@ class Transports(PerModel):
         """Decide. All ranks of the group call it together.
 
         Args:
-            config: the transformer's configuration.
+            config: the transformer's configuration; where :func:`wants_nodes`, gets the flags for
+                that.
             group: the expert-parallel group, R ranks.
         """
         self._config, self._group = config, group
@@ -201,11 +240,17 @@ class Transports(PerModel):
         self.tokens = echo_setting(config, "moe_echo_token_transport")
         self.weights = echo_setting(config, "moe_echo_expert_dispatcher_type")
         if "auto" in (self.tokens, self.weights):
-            self._topology = Topology.of(group, config)
+            self._topology = topology = Topology.of(group, config)
+            self._chose_nodes = wants_nodes(topology, config)
+            if self._chose_nodes:
+                config.moe_echo_ranks_per_node = topology.node
+                config.moe_echo_clones_within_node = True
             has_graph = config.cuda_graph_impl != "none"
-            tokens, weights = choose(self._topology, has_graph)
+            domain = domain_ranks(config, group.size())
+            tokens, weights = choose(topology, domain, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens
             self.weights = weights if self.weights == "auto" else self.weights
+        self.clone_group = part_of(group, domain_ranks(config, group.size()))
         self.price: ClonePrice | None = None
         if echo_setting(config, "moe_echo_tolerance") is None:
             self.price = clone_price(config, group, self.tokens, self.weights)
@@ -225,8 +270,7 @@ class Transports(PerModel):
 
     def line(self, tokens: int, slots: int) -> str:
         """What :meth:`announce` prints."""
-        config, ranks = self._config, self._group.size()
-        domain = domain_ranks(config, ranks)
+        config, ranks, domain = self._config, self._group.size(), self.clone_group.size()
         moved = token_bytes(self.tokens, config, ranks, tokens)
         text = f"tokens by {self.tokens}: at most {_megabytes(moved)} a rank and layer"
         each = clone_bytes(config)
@@ -247,10 +291,16 @@ class Transports(PerModel):
         assert topology is not None
         if not topology.has_nccl:
             return " Chosen by auto, without NCCL."
-        if topology.is_linked:
+        if topology.is_linked(topology.ranks):
             return " Chosen by auto: one machine whose GPUs reach each other's memory."
-        place = "one machine without peer memory" if topology.is_one_machine else "several machines"
+        is_one = topology.node == topology.ranks
+        place = "one machine without peer memory" if is_one else "several machines"
         text = f" Chosen by auto: {place}, engines found: {', '.join(topology.engines) or 'none'}."
+        if self._chose_nodes:
+            text += (
+                f" So clones stay among the {topology.node} ranks of a node, as with "
+                "--moe-echo-clones-within-node; --moe-echo-ranks-per-node alone lets them leave."
+            )
         if not topology.engines and self._config.params_dtype == torch.bfloat16:
             text += " Better: " + ", or ".join(f"{way} ({INSTALL[way]})" for way in ENGINES) + "."
         return text

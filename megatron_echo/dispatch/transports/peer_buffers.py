@@ -39,7 +39,7 @@ class PeerBuffers(PerModel):
     """The buffers of one model, of each shape and purpose one.
 
     Attributes:
-        group: the expert-parallel group.
+        group: of the ranks that share them.
         backend: of the stream that matrices are moved in.
         unread: pushes of matrices that compute will read and was not told to yet; set before the
             next movement of matrices.
@@ -49,7 +49,7 @@ class PeerBuffers(PerModel):
         """Find out how the ranks of the group reach each other; they call it together.
 
         Args:
-            group: the expert-parallel group, R ranks.
+            group: R ranks.
             has_layer_graphs: whether graphs are of single layers, replayed in any order.
 
         Raises:
@@ -175,3 +175,7 @@ class PeerBuffers(PerModel):
         unread = self._pushed[-self.unread :] if lane == 1 and self.unread else []
         self._readable[lane] = [*taken, *unread]
         return taken
+
+
+class NodeBuffers(PeerBuffers):
+    """Those of the ranks of a node, where the model's others are on several."""

@@ -5,6 +5,10 @@ R times the bytes that one slot of each rank holds. ``p2p`` sends only the slots
 that the host must know the plan: one asynchronous copy of it for each layer call.
 ``symmetric_memory`` sends only those too, and the host knows nothing: homes write into the slots of
 their peers, and read the gradients that lie there.
+
+The ranks of a group exchange: all expert-parallel ones, or those of a node where clones stay inside
+it. Experts and ranks are numbered from the first of the group; :meth:`WeightTransport.slots`
+makes them so.
 """
 
 from abc import ABC, abstractmethod
@@ -54,10 +58,27 @@ class WeightTransport(ABC):
         """Set the sizes.
 
         Args:
-            group: the expert-parallel group, R ranks.
+            group: R ranks, among which clones are made.
             experts_per_rank: m; expert e lives on rank ``e // m``.
         """
         self._group, self._rank, self._experts = group, group.rank(), experts_per_rank
+
+    def slots(self, slot_expert: Tensor, rank: int) -> Tensor:
+        """The slots of the group's ranks, experts numbered from the first of these.
+
+        Args:
+            slot_expert: int64, the expert in each slot of more ranks, those of the group in a row,
+                -1 if unused. No home of these is elsewhere.
+            rank: this one's number there.
+
+        Returns:
+            int64 ``[R, S]``, what the other methods take.
+        """
+        if len(slot_expert) == self._group.size():
+            return slot_expert
+        first = rank - self._rank
+        slots = slot_expert[first : first + self._group.size()]
+        return (slots - first * self._experts).clamp_(min=-1)
 
     def announce(self, slot_expert: Tensor) -> Any:
         """Begin what a plan needs before its weights travel; once for a call of a layer.
@@ -116,60 +137,39 @@ class CollectiveWeights(WeightTransport):
     Gradients are added in the order of slots, then ranks.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, experts_per_rank: int, domain: int | None = None
-    ) -> None:
-        """Set the sizes.
-
-        Args:
-            group: the expert-parallel group, R ranks.
-            experts_per_rank: m.
-            domain: consecutive ranks among which clones are made, so that others get nothing;
-                None for R.
-        """
-        super().__init__(group, experts_per_rank)
-        size = domain or group.size()
-        first = self._rank // size * size
-        self._peers = range(first, first + size)
-
     def push(self, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:
         """See :class:`WeightTransport`; an unused slot gets some expert's weights."""
-        wanted = self._of_peers(slot_expert) - self._rank * self._experts
+        wanted = slot_expert - self._rank * self._experts
         wanted = wanted.clamp_(0, self._experts - 1)
-        homes = slot_expert[self._rank] // self._experts - self._peers[0]
-        homes = homes.clamp_(min=0)
+        homes = (slot_expert[self._rank] // self._experts).clamp_(min=0)
         for some in self._parts(slots):
             sent = weight.index_select(0, wanted[:, some].flatten())
-            received = exchange(sent, self._group, self._peers)
-            received = received.unflatten(0, (len(self._peers), -1))
+            received = exchange(sent, self._group).unflatten(0, (self._group.size(), -1))
             number = torch.arange(received.shape[1], device=sent.device)
             slots[some] = received[homes[some], number]
 
     @override
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: Any) -> Tensor:
-        peers, experts = len(self._peers), self._experts
-        target = self._of_peers(slot_expert) - self._rank * experts
+        ranks, experts = self._group.size(), self._experts
+        target = slot_expert - self._rank * experts
         is_here = (target >= 0) & (target < experts)
         for some in self._parts(grads[experts:]):
             parts = grads[experts:][some]
-            sent = parts.expand(peers, *parts.shape).flatten(0, 1)
-            received = exchange(sent, self._group, self._peers)
+            sent = parts.expand(ranks, *parts.shape).flatten(0, 1)
+            received = exchange(sent, self._group)
             targets = target.masked_fill(~is_here, experts)[:, some]
             _add_in_order(grads, experts, received, targets)
         return grads[:experts]
 
-    def _of_peers(self, slot_expert: Tensor) -> Tensor:
-        return slot_expert[self._peers.start : self._peers.stop]
-
     def _parts(self, slots: Tensor) -> list[slice]:
         """Slots that travel at once, all of them or as many as fill ``_EXCHANGED_BYTES``."""
-        number = max(1, _EXCHANGED_BYTES // (len(self._peers) * slots[0].nbytes))
+        number = max(1, _EXCHANGED_BYTES // (self._group.size() * slots[0].nbytes))
         return [slice(first, first + number) for first in range(0, len(slots), number)]
 
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
         """See :class:`WeightTransport`; the same for every plan."""
         ranks, slots = slot_expert.shape
-        return ranks * (len(self._peers) - 1) * slots * expert_bytes
+        return ranks * (ranks - 1) * slots * expert_bytes
 
 
 class PeerToPeerWeights(WeightTransport):
@@ -257,7 +257,7 @@ class SymmetricMemoryWeights(WeightTransport):
         """Set the sizes.
 
         Args:
-            buffers: the model's.
+            buffers: the model's, of the ranks among which clones are made.
             experts_per_rank: m.
             is_hidden: movements go beside compute; False where a schedule fills that time already.
         """

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from moe_cases import layer_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_echo import flag_checks
+from megatron_echo import collectives, flag_checks
 from megatron_echo.dispatch.transports import automatic
 from megatron_echo.dispatch.transports.automatic import Topology, Transports, choose, token_bytes
 from megatron_echo.environment import Speeds
@@ -18,11 +18,12 @@ from megatron_echo.planner import ClonePrice
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = Topology(8, has_nccl=False)
-LINKED = Topology(8, True, has_peer_memory=True)
-UNLINKED = Topology(8, True)
-NODES = Topology(16, True, is_one_machine=False, has_peer_memory=True)
-NCCL_EP = Topology(16, True, False, True, ("nccl_ep",))
-BOTH = Topology(16, True, False, True, ("hybrid_ep", "nccl_ep"))
+LINKED = Topology(8, True, 8, has_peer_memory=True)
+UNLINKED = Topology(8, True, 8)
+NODES = Topology(16, True, 8, has_peer_memory=True)
+NCCL_EP = Topology(16, True, 8, True, ("nccl_ep",))
+BOTH = Topology(16, True, 8, True, ("hybrid_ep", "nccl_ep"))
+SPREAD = Topology(16, True, 1, True, ("hybrid_ep",))
 
 
 @pytest.mark.parametrize(
@@ -34,11 +35,28 @@ BOTH = Topology(16, True, False, True, ("hybrid_ep", "nccl_ep"))
         (NODES, "all_gather", "p2p", "collective"),
         (NCCL_EP, "nccl_ep", "p2p", "collective"),
         (BOTH, "hybrid_ep", "p2p", "collective"),
+        (SPREAD, "hybrid_ep", "p2p", "collective"),
     ],
 )
 def test_what_is_chosen(topology: Topology, tokens: str, weights: str, in_a_graph: str) -> None:
-    assert choose(topology, has_graph=False) == (tokens, weights)
-    assert choose(topology, has_graph=True) == (tokens, in_a_graph)
+    assert choose(topology, topology.ranks, has_graph=False) == (tokens, weights)
+    assert choose(topology, topology.ranks, has_graph=True) == (tokens, in_a_graph)
+
+
+@pytest.mark.parametrize(
+    ("topology", "domain", "weights"),
+    [
+        (CPU, 4, "collective"), (LINKED, 4, "symmetric_memory"), (UNLINKED, 4, "p2p"),
+        (NODES, 8, "symmetric_memory"), (BOTH, 4, "symmetric_memory"), (SPREAD, 8, "p2p"),
+        (Topology(32, True, 8, True), 16, "p2p"), (Topology(24, True, 8, True), 6, "p2p"),
+    ],
+)  # fmt: skip
+def test_weights_inside_nodes(topology: Topology, domain: int, weights: str) -> None:
+    """By symmetric memory where all of a node's ranks are on one machine that has it."""
+    tokens, _ = choose(topology, topology.ranks, has_graph=False)
+    in_a_graph = "collective" if weights == "p2p" else weights
+    assert choose(topology, domain, has_graph=False) == (tokens, weights)
+    assert choose(topology, domain, has_graph=True) == (tokens, in_a_graph)
 
 
 def test_bytes_of_tokens() -> None:
@@ -73,8 +91,11 @@ def group() -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
+ONE, TWO = [7] * 8, [7] * 4 + [9] * 4
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, others: list[int] | None = None, **found: Any) -> None:
-    """GPUs over NCCL; what another rank has, in the order in which ranks tell each other."""
+    """GPUs over NCCL; what other ranks have, in the order in which ranks tell each other."""
     for name, value in {"find_hybrid_ep": None, "find_nccl_ep": None, **found}.items():
         if name != "has_peer_memory":
             monkeypatch.setattr(flag_checks, name, lambda value=value: value)
@@ -84,7 +105,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, others: list[int] | None = None, **
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def highest(values: list[int], *_: Any) -> list[int]:
-        return [max(pair) for pair in zip(values, others or values, strict=True)]
+        return [max(pair) for pair in zip(values, others or [0, 0, 0, *ONE], strict=True)]
 
     monkeypatch.setattr(automatic, "highest", highest)
 
@@ -92,18 +113,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, others: list[int] | None = None, **
 @pytest.mark.parametrize(
     ("found", "others", "dtype", "expected"),
     [
-        ({}, None, BF16, Topology(8, True, True, True)),
-        ({}, [9, -9, 0, 1, 1], BF16, Topology(8, True, False, True)),
-        ({}, [7, -7, 1, 1, 1], BF16, Topology(8, True, True, False)),
-        ({"has_peer_memory": False}, [7, -7, 0, 1, 1], BF16, Topology(8, True, True, False)),
-        ({"find_nccl_ep": 1}, [9, -9, 0, 1, 0], BF16, Topology(8, True, False, True, ("nccl_ep",))),
-        ({"find_nccl_ep": 1}, [9, -9, 0, 0, 1], BF16, Topology(8, True, False, True)),
-        ({"find_hybrid_ep": 1, "find_nccl_ep": 1}, None, BF16,
-         Topology(8, True, True, True, ("hybrid_ep", "nccl_ep"))),
-        ({"find_hybrid_ep": 1}, None, FP32, Topology(8, True, True, True)),
+        ({}, [0, 1, 1, *ONE], BF16, Topology(8, True, 8, True)),
+        ({}, [0, 1, 1, *TWO], BF16, Topology(8, True, 4, True)),
+        ({}, [0, 1, 1, *[7, 9, 7, 9, 7, 9, 7, 9]], BF16, Topology(8, True, 1, True)),
+        ({}, [0, 1, 1, *[7, 7, 7, 9, 9, 9, 9, 9]], BF16, Topology(8, True, 1, True)),
+        ({}, [1, 1, 1, *ONE], BF16, Topology(8, True, 8, False)),
+        ({"has_peer_memory": False}, [0, 1, 1, *ONE], BF16, Topology(8, True, 8, False)),
+        ({"find_nccl_ep": 1}, [0, 1, 0, *TWO], BF16, Topology(8, True, 4, True, ("nccl_ep",))),
+        ({"find_nccl_ep": 1}, [0, 0, 1, *TWO], BF16, Topology(8, True, 4, True)),
+        ({"find_hybrid_ep": 1, "find_nccl_ep": 1}, [0, 0, 0, *ONE], BF16,
+         Topology(8, True, 8, True, ("hybrid_ep", "nccl_ep"))),
+        ({"find_hybrid_ep": 1}, [0, 1, 1, *ONE], FP32, Topology(8, True, 8, True)),
     ],
-    ids=["linked", "nodes", "one lacks links", "this lacks links", "an engine",
-         "an engine that one lacks", "two engines", "fp32"],
+    ids=["linked", "nodes", "in turn", "unequal", "one lacks links", "this lacks links",
+         "an engine", "an engine that one lacks", "two engines", "fp32"],
 )  # fmt: skip
 def test_ranks_decide_by_what_all_have(
     found: dict[str, Any], others: list[int] | None, dtype: torch.dtype, expected: Topology,
@@ -149,12 +172,12 @@ def test_what_is_said(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch)
     assert line_of(group).endswith(
         "Chosen by auto: one machine whose GPUs reach each other's memory."
     )
-    pretend(monkeypatch, [9, -9, 0, 1, 1])
+    pretend(monkeypatch, [1, 1, 1, *TWO])
     assert line_of(group).endswith(
         "several machines, engines found: none. Better: hybrid_ep (DeepEP's branch hybrid-ep), or "
         "nccl_ep (Transformer Engine >= 2.20 with NCCL EP and NCCL >= 2.30.4)."
     )
-    pretend(monkeypatch, [9, -9, 0, 0, 1], find_hybrid_ep=1)
+    pretend(monkeypatch, [1, 0, 1, *TWO], find_hybrid_ep=1)
     assert line_of(group).endswith("several machines, engines found: hybrid_ep.")
     pretend(monkeypatch, has_peer_memory=False)
     assert "Chosen by auto: one machine without peer memory" in line_of(group)
@@ -168,6 +191,59 @@ def test_clones_within_nodes(group: dist.ProcessGroup) -> None:
     )
     text = line_of(group, **nodes, moe_echo_expert_dispatcher_type="p2p")
     assert "by p2p: 12.0 MB a clone in use, inside nodes; both passes." in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "machines", "node"),
+    [
+        ({}, TWO, 4),
+        ({"moe_received_token_capacity": 2.5}, TWO, 4),
+        ({"cuda_graph_impl": "full_iteration", "moe_echo_token_transport": "all_to_all"}, TWO, 4),
+        ({}, ONE, None),
+        ({}, [7, 7, 7, 9, 9, 9, 9, 9], None),
+        ({"moe_received_token_capacity": 1.5}, TWO, None),
+        ({"moe_echo_ranks_per_node": 4}, TWO, None),
+        ({"moe_echo_expert_dispatcher_type": "p2p"}, TWO, None),
+        ({"moe_num_echo_experts": 0}, TWO, None),
+    ],
+)
+def test_auto_keeps_clones_inside_nodes(
+    fields: dict[str, Any], machines: list[int], node: int | None, group: dist.ProcessGroup,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where no flag is about nodes or the buffer; it sets the flags and says so."""
+    pretend(monkeypatch, [0, 1, 1, *machines])
+    settings = {"moe_num_echo_experts": 8, **fields}
+    config = layer_config(8, 2, BF16, hidden_size=1000, moe_ffn_hidden_size=500, **settings)
+    before = config.moe_echo_ranks_per_node
+    ways = Transports(config, group)
+    text = ways.line(1000, 1)
+    if node is None:
+        assert (config.moe_echo_ranks_per_node, config.moe_echo_clones_within_node) == (
+            before, False,
+        )  # fmt: skip
+        assert ways.clone_group is group
+        assert "So clones" not in text
+        return
+    assert (config.moe_echo_ranks_per_node, config.moe_echo_clones_within_node) == (node, True)
+    assert dist.get_process_group_ranks(ways.clone_group) == list(range(node))
+    assert ways.weights == "symmetric_memory"
+    assert "clones by symmetric_memory: 12.0 MB a clone in use, inside nodes; both" in text
+    assert (
+        "So clones stay among the 4 ranks of a node, as with --moe-echo-clones-within-node; "
+        "--moe-echo-ranks-per-node alone lets them leave." in text
+    )
+
+
+def test_a_job_whose_groups_are_split(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound to a device, new groups split a communicator, for which all of its ranks must come."""
+    split = mock.Mock()
+    monkeypatch.setattr(dist, "split_group", split)
+    monkeypatch.setattr(collectives, "_bound_device", lambda: 0)
+    assert collectives.part_of(group, 4) is split.return_value
+    split.assert_called_once_with(group, [[0, 1, 2, 3], [4, 5, 6, 7]])
 
 
 def price_of(group: dist.ProcessGroup, **fields: Any) -> ClonePrice | None:

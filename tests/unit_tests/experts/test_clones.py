@@ -47,8 +47,9 @@ def test_latent_experts(ranks: int) -> None:
 
 
 def test_clones_within_nodes() -> None:
-    """Two nodes of two ranks: no clone leaves its node, and the result is that of a dense loop."""
-    run("nodes", 4)
+    """Two nodes of two ranks: no clone and no byte of one leaves its node, and all is right."""
+    checks = ["dense", "bytes", "mutants", "auto", "order"]
+    launch.run(checks, 4, script=WORKER.with_name("nodes.py")).check()
 
 
 @launch.on_ranks(3, slow=(2, 4))

@@ -152,37 +152,6 @@ def against(
     report(f"worst errors in {dtype}", {name: f"{value:.1e}" for name, value in worst.items()})
 
 
-def check_nodes() -> None:
-    """Two nodes: clones stay in theirs, by each transport of weights, and nothing overflows."""
-    ranks, made = dist.get_world_size(), 0
-    node = ranks // 2
-    cases = itertools.product(("hot", "random", "one expert"), all_slots())
-    ways = itertools.cycle(itertools.product(("collective", "p2p"), (0.0, 0.02, None)))
-    for kind, slots in cases:
-        case = case_of(kind, 2, torch.float64)
-        expected = dense(plain(2, torch.float64), case)
-        weights, tolerance = next(ways)
-        layer = cloned(
-            2, torch.float64, slots, moe_echo_tolerance=tolerance, moe_echo_ranks_per_node=node,
-            moe_echo_clones_within_node=True, moe_echo_expert_dispatcher_type=weights,
-            moe_received_token_capacity=float(ranks) if slots < layer_experts(ranks) else None,
-        )  # fmt: skip
-        with watched(layer) as seen:
-            found = errors(run(layer, case), expected)
-        assert max(found.values()) <= 1e-12, (kind, slots, weights, found)
-        ((_, clones),) = seen
-        assert clones is not None
-        homes = clones.slot_expert // clones.experts_per_rank // node
-        there = torch.arange(ranks)[:, None] // node
-        assert ((homes == there) | (clones.slot_expert < 0)).all()
-        made += int((clones.slot_expert >= 0).sum())
-        if slots >= layer_experts(ranks):
-            rows = 2 * TOKENS * 2 * (1.25 if tolerance is None else 1 + tolerance)
-            assert layer.token_dispatcher.buffer_rows(TOKENS) == round_rows(int(rows + 0.999))
-        StepEnd.of(layer.config).overflow.check()
-    assert made > 0
-
-
 def layer_experts(ranks: int) -> int:
     """Experts of a rank."""
     return experts_for(ranks) // ranks

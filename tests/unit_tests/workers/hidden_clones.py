@@ -264,10 +264,10 @@ def races(log: Log, ranks: int = 3) -> list[str]:
     return found
 
 
-def logged_step(wire: str, evaluates: bool = False) -> Log:
+def logged_step(wire: str, evaluates: bool = False, **fields: Any) -> Log:
     log: Log = []
     with logged(log):
-        model, step = block(**{**WAYS, "moe_echo_token_transport": wire})
+        model, step = block(**{**WAYS, "moe_echo_token_transport": wire, **fields})
         log.clear()  # of the memory's own trial
         step()
         if evaluates:
