@@ -188,6 +188,8 @@ def test_layer_calls(most: int, length: int) -> None:
         ("qwen3-30b-a3b", 30.5),
         ("qwen3-235b-a22b", 235.1),
         ("deepseek-v3", 671.0),
+        ("kimi-k2", 1026.4),
+        ("nemotron-3-nano", 31.58),
     ],
 )
 def test_published_parameters(name: str, billions: float) -> None:
@@ -290,7 +292,7 @@ def test_tensor_and_context_parallelism_by_hand() -> None:
     context = 3 * (2 * 32 * 1 * 2 * 4 * 16 / 80e9 + 20e-6)
     assert time.shards == pytest.approx(2 * 16 * (tensor + context))
     assert plain.shards == 0
-    assert Costs(model, layout, placed)._shards("dense") == pytest.approx(2 * tensor + context)
+    assert Costs(model, layout, placed)._shards("*-") == pytest.approx(2 * tensor + context)
     dense = (2 * (4 * 64 * 64 + 64 * 8) + 2 * 256 * 64) / 2
     states = 2 * 3 * 64 * 64 * (6 + 12) + dense * (6 + 12 / 4)
     assert Costs(model, layout, placed).memory().states * 2**30 == pytest.approx(states)
@@ -319,7 +321,7 @@ def test_offloading_by_hand() -> None:
         Costs(model, layout, placed).step_time() == Costs(model, Layout(8, 8), placed).step_time()
     )
     slow = Run(dataclasses.replace(SMALL, host_gb_s=0.01), TINY, WORK)
-    seconds = Costs(slow, layout, placed).kinds["moe"].seconds
+    seconds = Costs(slow, layout, placed).kinds["*E"].seconds
     assert Costs(slow, layout, placed).memory().host * 2**30 == pytest.approx(2 * 8e6 * seconds / 3)
 
 
@@ -364,9 +366,9 @@ def test_stages() -> None:
     """DeepSeek-V3 on 16 stages: three dense layers, and one layer at the end."""
     layout = Layout(128, 8, 16)
     found = layout.stages(MODELS["deepseek-v3"])
-    assert found[0] == ["dense"] * 3 + ["moe", "embedding"]
-    assert found[1:-1] == [["moe"] * 4] * 14
-    assert found[-1] == ["moe", "output"]
+    assert found[0] == ["*-"] * 3 + ["*E", "embedding"]
+    assert found[1:-1] == [["*E"] * 4] * 14
+    assert found[-1] == ["*E", "output"]
     moments = held(layout.schedule(Work(4096, 1, 80)))
     assert [moment for ((moment,),) in moments] == [10] * 7 + list(range(9, 0, -1))
 
@@ -537,7 +539,13 @@ def test_flags_are_megatrons(name: str) -> None:
     assert args.moe_num_echo_experts == ranks
     assert args.moe_echo_peer_capacity == 0.5
     freq = args.moe_layer_freq
-    assert freq == ([0] * 3 + [1] * 58 if shape.dense_layers else 1)
+    first = shape.dense_layers
+    assert freq == ([0] * first + [1] * (shape.layers - first) if first else 1)
+    if shape.pattern:
+        assert args.hybrid_layer_pattern == f"{shape.pattern[:26]}|{shape.pattern[26:]}"
+        assert args.mamba_num_heads * args.mamba_head_dim == shape.mamba_widths[0]
+        assert args.squared_relu
+        return
     last = args.decoder_last_pipeline_num_layers
     assert last == (None if shape.layers % 2 == 0 else shape.layers // 2)
 
