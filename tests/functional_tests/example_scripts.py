@@ -105,5 +105,7 @@ def validate(
     runs = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt")]
     argv = [*flags, *stand_ins, *(runs if "--save" in flags else [])]
     size = str(processes)
-    result = launch.run(argv, script=script, env={"EXAMPLE_WORLD_SIZE": size, "EXAMPLE_SCRIPT": str(start_with)}).check()
+    result = launch.run(
+        argv, script=script, env={"EXAMPLE_WORLD_SIZE": size, "EXAMPLE_SCRIPT": str(start_with)}
+    ).check()
     assert f"VALID {size}" in result.output

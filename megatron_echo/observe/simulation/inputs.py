@@ -95,8 +95,8 @@ class Model:
         _check_numbers(self)
         if self.pattern and len(self.pattern) != self.layers:
             raise ValueError(
-                f"Model {self.name} has {self.layers} layers and {len(self.pattern)} letters in its "
-                "pattern. Give a letter for each layer."
+                f"Model {self.name} has {self.layers} layers, but pattern {self.pattern} has "
+                f"{len(self.pattern)}. Give a letter for each layer."
             )
         if self.topk > self.experts or self.dense_layers >= self.layers:
             raise ValueError(

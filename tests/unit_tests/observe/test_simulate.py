@@ -300,6 +300,27 @@ def test_tensor_and_context_parallelism_by_hand() -> None:
         Layout(9, 1, tensor=3).check(TINY, WORK)
 
 
+def test_a_hybrid_by_hand() -> None:
+    """Each layer is one part, with one norm; experts and MLPs here have no gate."""
+    shape = dataclasses.replace(
+        TINY, layers=4, pattern="M*-E", matrices=2, mamba_heads=4, mamba_head_dim=32,
+        mamba_groups=2, mamba_state=8,
+    )  # fmt: skip
+    inner, others = 4 * 32, 2 * 2 * 8 + 4
+    mamba = 64 * (3 * inner + others)
+    dense = mamba + 4 * 64 * 64 + 2 * 64 * 128 + 64 * 8
+    assert shape.parameters == dense + 8 * 2 * 64 * 64 + 2 * 256 * 64
+    layout = Layout(8, 8)
+    assert layout.stages(shape) == [["M", "*", "-", "E", "embedding", "output"]]
+    costs = Costs(Run(SMALL, shape, WORK), layout, two_calls(0)[1])
+    assert costs.kinds["M"].seconds == pytest.approx(128 * (6 * mamba + 12 * inner * 8) / 50e12)
+    assert costs.kinds["M"].kept == 2 * 128 * (2 * 64 + 5 * inner + 2 * others)
+    both = costs.kinds["*"].kept + costs.kinds["-"].kept
+    assert both == 2 * 128 * (4 * 64 + 2 * 8 * 16 + 2 * 128)
+    with pytest.raises(ValueError, match=r"has 5 layers, but pattern M\*-E has 4\. Give a letter"):
+        dataclasses.replace(shape, layers=5)
+
+
 def test_offloading_by_hand() -> None:
     """What the link moves in a forward pass is gone, but for two layers on their way."""
     model, placed = two_calls(0)
