@@ -72,10 +72,6 @@ _CONFIG: Rows = (
         "has shared experts without biases, as Megatron. Use --disable-bias-linear.",
     ),
     (
-        lambda c: c.moe_apply_probs_on_input,
-        "applies probabilities inside the activation. Leave --moe-apply-probs-on-input out.",
-    ),
-    (
         lambda c: c.overlap_moe_expert_parallel_comm and c.cuda_graph_impl != "none",
         "runs in stages of several microbatches with --overlap-moe-expert-parallel-comm, which "
         "--cuda-graph-impl {config.cuda_graph_impl} does not capture. Leave one of the two out.",
@@ -98,7 +94,8 @@ _CONFIG: Rows = (
     ),
     (
         lambda c: c.moe_mlp_glu_interleave_size is not None,
-        "keeps gate and up projections apart. Leave --moe-mlp-glu-interleave-size out.",
+        "keeps gate and up projections apart, as all of Megatron's experts but its TEGroupedMLP. "
+        "Leave --moe-mlp-glu-interleave-size out.",
     ),
     (
         lambda c: (
@@ -230,8 +227,9 @@ _ARGUMENTS: Rows = (
     ),
     (
         lambda a: a.moe_use_upcycling,
-        "cannot be built from a dense checkpoint. Upcycle with Megatron's own layer, save, and "
-        "load that checkpoint.",
+        "cannot be built from a dense checkpoint: --moe-use-upcycling knows the weights of "
+        "SequentialMLP and TEGroupedMLP by name. Upcycle without --moe-enable-echo, which saves, "
+        "and load that checkpoint.",
     ),
     (
         lambda a: a.overlap_moe_expert_parallel_comm and a.hybrid_layer_pattern,

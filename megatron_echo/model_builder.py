@@ -1,7 +1,7 @@
 """Builds Megatron's ``GPTModel`` with this package's layers, MTP layers included."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import (
@@ -16,6 +16,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_echo.layer_specs import ECHO_GPT_BUILDER, gpt_moe_block_spec, gpt_mtp_block_spec
+from megatron_echo.transformer_layer import keep_padding
 
 
 def freeze(models: list[MegatronModule]) -> list[MegatronModule]:
@@ -29,6 +30,18 @@ def freeze(models: list[MegatronModule]) -> list[MegatronModule]:
             if hasattr(module, "frozen_expert_bias"):
                 module.frozen_expert_bias = True
     return models
+
+
+class EchoGPTModel(GPTModel):
+    """Megatron's; ``--overlap-moe-expert-parallel-comm`` keeps the padding mask."""
+
+    def build_schedule_plan(self, *args: Any, **kwargs: Any) -> Any:
+        """Of Megatron's model, which gives ``padding_mask``, bool ``[b, s]``, to no MoE layer."""
+        plan = super().build_schedule_plan(*args, **kwargs)
+        if plan.state.padding_mask is not None:
+            for layer_plan in plan._transformer_layers:
+                keep_padding(layer_plan)
+        return plan
 
 
 @dataclass(kw_only=True)
@@ -85,7 +98,7 @@ class EchoGPTModelBuilder(GPTModelBuilder):
             "seq_len_interpolation_factor",
             "scatter_embedding_sequence_parallel",
         )
-        return GPTModel(
+        return EchoGPTModel(
             config=config.transformer,
             transformer_layer_spec=gpt_moe_block_spec(config, vp_stage=vp_stage),
             mtp_block_spec=gpt_mtp_block_spec(config, vp_stage=vp_stage),

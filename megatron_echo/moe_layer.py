@@ -50,6 +50,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
 
     Attributes:
         frees: of those tickets.
+        schedule_state: of the microbatch that this schedule routes, where that has a
+            ``padding_mask``, bool ``[b, s]``; else None.
     """
 
     token_dispatcher: EchoTokenDispatcher
@@ -94,6 +96,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             # The schedule frees what the dispatcher of these words needs no more, as ours.
             config.moe_token_dispatcher_type = "flex"
             config.moe_flex_dispatcher_backend = "hybridep"
+        self.schedule_state: Any = None
         self._made: dict[str, Tensor] = {}
         self._groups = groups
         self.token_dispatcher = self._dispatcher()
@@ -106,7 +109,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         self._homecoming: Homecoming | None = None
 
     def _dispatcher(self, num_slots: int | None = None) -> EchoTokenDispatcher:
-        pack = pack_rows if computes_in_fp8(self.config) else None
+        is_packed = computes_in_fp8(self.config) and not self.config.moe_apply_probs_on_input
+        pack = pack_rows if is_packed else None
         return EchoTokenDispatcher(self.config, self._groups, num_slots, pack)
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -127,6 +131,8 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         Returns:
             Probabilities ``[T, E]`` and the map of choices, bool ``[T, E]``, ``T = s * b``.
         """
+        if self.schedule_state is not None:
+            padding_mask = self.schedule_state.padding_mask.transpose(0, 1).bool()
         probs, routing_map = super().route(hidden_states, padding_mask)
         if padding_mask is not None:
             routing_map = routing_map & ~padding_mask.reshape(-1, 1)

@@ -1,5 +1,6 @@
 """Megatron's transformer layer around ours: where clones' gradients are awaited, and its graphs."""
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,28 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer
 from torch import Tensor
 
 from megatron_echo.moe_layer import EchoMoELayer
+
+
+def keep_padding(plan: Any) -> None:
+    """Let the MoE layer see the padding mask in Megatron's overlapping schedule.
+
+    Args:
+        plan: Megatron's ``TransformerLayerSchedulePlan`` of one layer and microbatch, before it
+            runs.
+    """
+    layers = [module for module in plan.layer.modules() if isinstance(module, EchoMoELayer)]
+    stage = plan.pre_dispatch_computation
+    stage.submodule = functools.partial(_with_padding, stage.submodule, layers)
+
+
+def _with_padding(run: Any, layers: list[EchoMoELayer], node: Any, *inputs: Tensor) -> Any:
+    for layer in layers:
+        layer.schedule_state = node.chunk_state
+    try:
+        return run(node, *inputs)
+    finally:
+        for layer in layers:
+            layer.schedule_state = None
 
 
 class EchoTransformerLayer(MoETransformerLayer):

@@ -9,7 +9,8 @@ the table in ``examples/README.md`` from the comments::
 Memory is :mod:`megatron_echo.memory.estimate`'s, for the first two pipeline ranks, which keep the
 most microbatches, and the last, which has the loss; offloading is left out, since what it moves
 depends on measured times. The gain is the arithmetic of :mod:`megatron_echo.observe.simulate` for
-the recipe's own layout, with clones and without.
+the recipe's own layout, with clones and without; of a hybrid model memory is too, since Mamba's
+kernels do not run on the estimate's tensors without values.
 """
 
 import argparse
@@ -95,6 +96,7 @@ def settings_of(name: str) -> Namespace:
     parser.add_argument("--num-layers", type=int)
     parser.add_argument("--num-layers-per-virtual-pipeline-stage", type=int)
     parser.add_argument("--pipeline-model-parallel-layout")
+    parser.add_argument("--hybrid-layer-pattern")
     parser.add_argument("--seq-length", type=int)
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--global-batch-size", type=int)
@@ -106,6 +108,8 @@ def settings_of(name: str) -> Namespace:
 def chunks_of(asked: Namespace) -> int:
     """Model chunks on each pipeline rank."""
     stages = asked.pipeline_model_parallel_size
+    if asked.hybrid_layer_pattern is not None:
+        return (asked.hybrid_layer_pattern.count("|") + 1) // stages
     if asked.pipeline_model_parallel_layout is not None:
         layout = PipelineParallelLayerLayout(asked.pipeline_model_parallel_layout, stages)
         return layout.virtual_pipeline_model_parallel_size
@@ -115,6 +119,13 @@ def chunks_of(asked: Namespace) -> int:
 
 def memory_lines(name: str) -> list[str]:
     """The estimate's command and its fullest rank."""
+    if settings_of(name).hybrid_layer_pattern is not None:
+        found = simulated(name, LOADS[0])[1].memory
+        parts = f"states {found.states:.1f}, activations {found.activations:.1f}"
+        return [
+            "Memory: of the simulator, with the command below",
+            f"  {found.total - found.reserve:.1f} GiB on the fullest pipeline rank ({parts})",
+        ]
     stages = settings_of(name).pipeline_model_parallel_size
     wanted = sorted({0, min(1, stages - 1), stages - 1})
     flags = flags_of(name, [array for array in ARRAYS if array != "OFFLOAD"])
@@ -134,13 +145,28 @@ def memory_lines(name: str) -> list[str]:
     ]
 
 
-def simulated(name: str, command: str, loads: str) -> tuple[Candidate, Candidate]:
+def simulator_command(name: str) -> str:
+    """The simulator's flags, all but the loads."""
+    asked = settings_of(name)
+    return (
+        f"--model {name.replace('_', '-')} --cluster {CLUSTER} --gpus {gpus_of(name)} "
+        f"--ep {asked.expert_model_parallel_size} --pp {asked.pipeline_model_parallel_size} "
+        f"--vpp {chunks_of(asked)} --offload-fraction 0 "
+        "--token-transports symmetric_memory "
+        f"--slots {auto_slots(asked.expert_model_parallel_size, asked.num_experts)} "
+        f"--seq-length {asked.seq_length} "
+        f"--micro-batch-size {asked.micro_batch_size} "
+        f"--global-batch-size {asked.global_batch_size}"
+    )
+
+
+def simulated(name: str, loads: str) -> tuple[Candidate, Candidate]:
     """The recipe's layout without clones, and with them as its flags say.
 
     The simulator knows recomputation of whole layers only, which stands for any. Its first layout
     has even pipeline stages; those of a recipe's own layout differ by a layer.
     """
-    words = [*command.split(), "--loads", loads]
+    words = [*simulator_command(name).split(), "--loads", loads]
     asked, search = settings_of(name), search_of(simulator_parser().parse_args(words))
     is_recomputed = asked.recompute_granularity is not None
     found = [one for one in candidates(search)[0] if one.layout.recompute == is_recomputed]
@@ -151,20 +177,10 @@ def simulated(name: str, command: str, loads: str) -> tuple[Candidate, Candidate
 
 def gain_lines(name: str) -> list[str]:
     """The simulator's command, and balance and speed at the loads that are published."""
-    asked = settings_of(name)
-    command = (
-        f"--model {name.replace('_', '-')} --cluster {CLUSTER} --gpus {gpus_of(name)} "
-        f"--ep {asked.expert_model_parallel_size} --pp {asked.pipeline_model_parallel_size} "
-        f"--vpp {chunks_of(asked)} --offload-fraction 0 "
-        "--token-transports symmetric_memory "
-        f"--slots {auto_slots(asked.expert_model_parallel_size, asked.num_experts)} "
-        f"--seq-length {asked.seq_length} "
-        f"--micro-batch-size {asked.micro_batch_size} "
-        f"--global-batch-size {asked.global_batch_size}"
-    )
+    command = simulator_command(name)
     lines = [f"Gain: python -m megatron_echo.observe.simulate {command} --loads ..."]
     for loads in LOADS:
-        plain, echo = simulated(name, command, loads)
+        plain, echo = simulated(name, loads)
         lines.append(
             f"  {loads}: fullest rank {plain.placed.overload_routed.mean():.2f} x the mean, with "
             f"clones {echo.placed.overload_placed.mean():.2f}; "

@@ -114,7 +114,8 @@ class EchoGroupedMLP(MegatronModule):
                 read.
             ends: int32 ``[m]``, with clones ``[m + S]``, end offset of each expert's and slot's
                 rows.
-            probs: ``[B]``, the router's probability of each row.
+            probs: ``[B]``, the router's probability of each row: a factor of the activation, or
+                of the row itself with ``--moe-apply-probs-on-input``.
             clones: which experts sit in the slots.
             packed: the rows in FP8, where they come so; ``hidden_states`` is a stand-in then.
 
@@ -122,6 +123,9 @@ class EchoGroupedMLP(MegatronModule):
             ``[B, H]``, anything in the rows beyond the last expert's; and no bias: that of the
             second projection is added here, times the row's probability, as Megatron does.
         """
+        if self.config.moe_apply_probs_on_input:
+            hidden_states = (hidden_states * probs[:, None]).to(hidden_states.dtype)
+            probs = torch.ones_like(probs)
         if clones is not None and probs.requires_grad and not hidden_states.requires_grad:
             # fc1's backward pass has exchanges: it must not depend on whether its weight is frozen.
             hidden_states = hidden_states.detach().requires_grad_()

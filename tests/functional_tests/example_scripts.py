@@ -25,9 +25,15 @@ FAKES = {
     "scontrol": "#!/bin/sh\nexec seq -f node%g 20000\n",
     "torchrun": f"#!{sys.executable}\nimport json, sys\nprint('WORDS', json.dumps(sys.argv[1:]))\n",
 }
+KERNEL_STAND_INS = Path(__file__).resolve().parent / "kernel_stand_ins.py"
 VALIDATE = """
 import os
+import sys
 import pretrain_gpt_moe as script
+if "kernel_stand_ins" in os.environ["EXAMPLE_SCRIPT"]:
+    sys.path.insert(0, os.path.dirname(os.environ["EXAMPLE_SCRIPT"]))
+    import kernel_stand_ins
+    kernel_stand_ins.install()
 from megatron_echo import preflight
 from megatron.training.arguments import validate_args
 
@@ -85,8 +91,13 @@ def words_of(
     return processes * nodes, flags
 
 
-def validate(flags: Sequence[str], processes: int, tmp_path: Path) -> None:
-    """Parse and validate a command line as ``pretrain_gpt_moe.py`` does, for so many processes."""
+def validate(
+    flags: Sequence[str], processes: int, tmp_path: Path, start_with: Path = launch.SCRIPT
+) -> None:
+    """Parse and validate a command line as ``pretrain_gpt_moe.py`` does, for so many processes.
+
+    ``start_with`` may be ``KERNEL_STAND_INS``, where Mamba's packages are missing.
+    """
     script = tmp_path / "validate.py"
     script.write_text(VALIDATE)
     on_gpu = environment.add_missing_flags(flags, has_cuda=True, verbose=False)[len(flags) :]
@@ -94,5 +105,7 @@ def validate(flags: Sequence[str], processes: int, tmp_path: Path) -> None:
     runs = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt")]
     argv = [*flags, *stand_ins, *(runs if "--save" in flags else [])]
     size = str(processes)
-    result = launch.run(argv, script=script, env={"EXAMPLE_WORLD_SIZE": size}).check()
+    result = launch.run(
+        argv, script=script, env={"EXAMPLE_WORLD_SIZE": size, "EXAMPLE_SCRIPT": str(start_with)}
+    ).check()
     assert f"VALID {size}" in result.output

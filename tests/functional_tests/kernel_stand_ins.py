@@ -45,11 +45,13 @@ def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
         b: ``[batch, s, h, n]``.
         c: the same.
     """
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, a.dtype)
+    x, dt, b, c = (each.to(wide) for each in (x, dt, b, c))
     log_decay = (dt * a).cumsum(1).transpose(1, 2)
     between = log_decay[..., :, None] - log_decay[..., None, :]
     later = torch.ones_like(between, dtype=torch.bool).triu(1)
     weight = between.masked_fill(later, -torch.inf).exp() * torch.einsum("bihn,bjhn->bhij", c, b)
-    return torch.einsum("bhij,bjh,bjhp->bihp", weight, dt, x)
+    return torch.einsum("bhij,bjh,bjhp->bihp", weight, dt, x).to(dtype)
 
 
 def mamba_split_conv1d_scan_combined(

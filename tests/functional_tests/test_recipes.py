@@ -7,7 +7,7 @@ from pathlib import Path
 import launch
 import pytest
 import recipes
-from example_scripts import start, validate, words_of
+from example_scripts import KERNEL_STAND_INS, start, validate, words_of
 from megatron.training.arguments import parse_args
 
 from megatron_echo.arguments import add_echo_arguments
@@ -22,8 +22,11 @@ PUBLISHED_PARAMETERS = {
     "qwen3_235b_a22b": 235e9,
     "gpt_oss_120b": 116.8e9,
     "deepseek_v3": 671e9,  # without the MTP layer
+    "kimi_k2": 1026e9,  # of the checkpoint
+    "nemotron_3_nano": 31.6e9,
 }
 QWEN3 = {"rotary_base": 1_000_000, "layernorm_epsilon": 1e-6, "qk_layernorm": True}
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 PUBLISHED_SETTINGS = {
     "mixtral_8x7b": {"rotary_base": 1_000_000, "layernorm_epsilon": 1e-5, "qk_layernorm": False},
     "qwen3_30b_a3b": QWEN3,
@@ -45,15 +48,33 @@ PUBLISHED_SETTINGS = {
         "qk_layernorm": True,
         "rope_type": "rope",
         "mtp_num_layers": 1,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        **SIGMOID,
         "moe_router_topk_scaling_factor": 2.5,
         "moe_router_num_groups": 8,
         "moe_router_group_topk": 4,
     },
+    "kimi_k2": {
+        "rotary_base": 50_000,
+        "layernorm_epsilon": 1e-6,
+        "qk_layernorm": True,
+        "mtp_num_layers": None,
+        **SIGMOID,
+        "moe_router_topk_scaling_factor": 2.827,
+        "moe_router_num_groups": None,
+    },
+    "nemotron_3_nano": {
+        "position_embedding_type": "none",
+        "layernorm_epsilon": 1e-5,
+        "qk_layernorm": False,
+        "squared_relu": True,
+        **SIGMOID,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": None,
+    },
 }
 QUICK_TWINS = ("deepseek_v3", "gpt_oss_120b", "mixtral_8x7b")
 """Between them every array of flags; the other twins differ from them in sizes."""
+FOLLOWS_QUICKLY = ("kimi_k2", "nemotron_3_nano")
 TWIN_STEPS = 10
 
 
@@ -72,6 +93,7 @@ def model_of(args: Namespace, name: str) -> Model:
     frequency = args.moe_layer_freq
     dense = frequency.index(1) if isinstance(frequency, list) else 0
     assert not dense or frequency == [0] * dense + [1] * (args.num_layers - dense)
+    pattern = (args.hybrid_layer_pattern or "").replace("|", "")
     shape = {
         "groups": args.num_query_groups,
         "head_dim": args.kv_channels,
@@ -87,7 +109,13 @@ def model_of(args: Namespace, name: str) -> Model:
         }
     return Model(
         name=name,
-        layers=args.num_layers,
+        layers=len(pattern) or args.num_layers,
+        pattern=pattern,
+        matrices=2 if args.squared_relu else 3,
+        mamba_heads=args.mamba_num_heads or 0,
+        mamba_head_dim=args.mamba_head_dim if pattern else 0,
+        mamba_groups=args.mamba_num_groups if pattern else 0,
+        mamba_state=args.mamba_state_dim if pattern else 0,
         hidden=args.hidden_size,
         heads=args.num_attention_heads,
         vocab=args.padded_vocab_size,
@@ -105,7 +133,7 @@ def model_of(args: Namespace, name: str) -> Model:
 def test_the_shape_is_the_published_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags, the simulator's model and the published number of parameters say the same."""
     args = parsed(name, monkeypatch)
-    assert args.swiglu != args.quick_geglu  # both are gated
+    assert args.swiglu + args.quick_geglu + args.squared_relu == 1
     assert args.normalization == "RMSNorm"
     assert args.untie_embeddings_and_output_weights
     assert args.group_query_attention != args.multi_latent_attention
@@ -126,7 +154,13 @@ def test_the_job_parses_and_resumes(name: str, tmp_path: Path) -> None:
     assert flags[flags.index("--save") + 1] == flags[flags.index("--load") + 1]
     for flag in ("--moe-enable-echo", "--bf16", "--use-distributed-optimizer", "--save-interval"):
         assert flag in flags
-    validate(flags, processes, tmp_path)
+    validate(flags, processes, tmp_path, script_of(name))
+
+
+def script_of(name: str) -> Path:
+    """What starts a recipe here: with functions of torch in place of Mamba's kernels."""
+    is_hybrid = recipes.settings_of(name).hybrid_layer_pattern is not None
+    return KERNEL_STAND_INS if is_hybrid else launch.SCRIPT
 
 
 def test_the_job_ends_before_its_limit(tmp_path: Path) -> None:
@@ -190,10 +224,30 @@ def test_the_small_twin_trains(name: str, tmp_path: Path) -> None:
 def losses_of_the_twin(name: str, folder: Path, *more: str) -> list[float]:
     words = [name, "--run-dir", str(folder / "run"), *more]
     processes, flags = words_of(EXAMPLES / "smoke.sh", folder, words)
-    launch.run(flags, processes).check()
-    losses = [line["lm loss"] for line in read_metrics(folder / "run") if "lm loss" in line]
+    return losses_of(flags, processes, script_of(name))
+
+
+def losses_of(flags: list[str], processes: int, script: Path) -> list[float]:
+    launch.run(flags, processes, script).check()
+    folder = flags[len(flags) - flags[::-1].index("--run-dir")]
+    losses = [line["lm loss"] for line in read_metrics(folder) if "lm loss" in line]
     assert all(map(math.isfinite, losses))
     return losses
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FOLLOWS_QUICKLY)) for n in NAMES]
+)
+def test_a_small_twin_follows_megatrons_layer(name: str, tmp_path: Path) -> None:
+    """Five steps in fp32, from the same parameters; what else the recipe sets is as it is."""
+    words = [name, "--exit-interval", "5", "--run-dir", str(tmp_path / "ours")]
+    processes, flags = words_of(EXAMPLES / "smoke.sh", tmp_path, words)
+    flags.remove("--bf16")
+    ours = losses_of(flags, processes, script_of(name))
+    flags.remove("--moe-enable-echo")
+    flags[-1] = str(tmp_path / "theirs")
+    assert ours == pytest.approx(losses_of(flags, processes, script_of(name)), rel=1e-5)
+    assert len(set(ours)) == 5
 
 
 @pytest.mark.parametrize("name", QUICK_TWINS)

@@ -67,12 +67,12 @@ def test_all_are_judged() -> None:
             id=config.names[0],
             marks=[pytest.mark.slow] if not set(QUICK) & set(config.names) else [],
         )
-        for config in CONFIGS
+        for config in (*CONFIGS, *upstream_matrix.OWN)
         if not config.refusal
     ],
 )
 def test_it_follows_megatrons_layer(config: Config, tmp_path: Path) -> None:
-    """Two steps: the same losses and gradient norms."""
+    """The same losses and gradient norms."""
     if config.package:
         pytest.importorskip(config.package)
     curves = []
@@ -86,6 +86,6 @@ def test_it_follows_megatrons_layer(config: Config, tmp_path: Path) -> None:
             return
         result.check()
         curves += [[(m["lm loss"], m["grad-norm"]) for m in read_metrics(run_dir)]]
-    assert len(curves[0]) == 2
+    assert len(curves[0]) == config.steps
     for ours, theirs in zip(*curves, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

@@ -50,10 +50,12 @@ class Config:
     package: str = ""
     stand_in: str = ""
     reason: str = ""
+    steps: int = 2
 
     def argv(self, *, ours: bool, run_dir: object = None) -> list[str]:
         """The command line with our layer, or with Megatron's."""
-        words = [*launch.tiny_model(**BASE, run_dir=run_dir), *self.flags.split()]
+        base = {**BASE, "train_iters": self.steps}
+        words = [*launch.tiny_model(**base, run_dir=run_dir), *self.flags.split()]
         if ours:
             return [*words, "--moe-enable-echo"]
         if "--cuda-graph-impl" in words:  # whose graphs of dropless layers are parts of them
@@ -76,6 +78,37 @@ class Config:
         if self.reason:
             return f"refused: {self.reason}"
         return "follows Megatron's layer"
+
+
+_LLAMA = "--normalization RMSNorm --position-embedding-type rope --num-layers 2 --num-experts 8 "
+_TP2 = (
+    _LLAMA
+    + "--tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type alltoall "
+)
+_BIASES = (
+    "--moe-router-topk 2 --quick-geglu --activation-func-clamp-value 0.2 --glu-linear-offset 1.0 "
+    "--no-bias-gelu-fusion --no-bias-dropout-fusion --expert-tensor-parallel-size 1 --lr 1e-2 "
+)
+OWN = (
+    Config(("biases, TP 2, ETP 1",), 2, _TP2 + _BIASES, steps=5),
+    Config(
+        ("biases, TP 2, EP 2, ETP 1",), 2, _TP2 + _BIASES + "--expert-model-parallel-size 2",
+        steps=5,
+    ),
+    Config(
+        ("Muon, ETP 2",), 2,
+        _TP2 + "--swiglu --moe-router-topk 2 --optimizer muon --expert-tensor-parallel-size 2",
+        stand_in="emerging_optimizers", steps=5,
+    ),
+    Config(
+        ("probabilities on the input",), 2,
+        _LLAMA + "--swiglu --moe-router-topk 1 --moe-apply-probs-on-input "
+        "--moe-router-pre-softmax --expert-model-parallel-size 2 "
+        "--moe-token-dispatcher-type alltoall",
+        steps=20,
+    ),
+)  # fmt: skip
+"""Settings that none of Megatron-Core's configurations has."""
 
 
 def load() -> list[Config]:

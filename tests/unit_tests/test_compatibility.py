@@ -39,7 +39,6 @@ OF_CONFIG = (
     {"moe_expert_capacity_factor": 1.0},
     {"moe_expert_rank_capacity_factor": 1.5},
     {"add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},
-    {"moe_apply_probs_on_input": True},
     {"overlap_moe_expert_parallel_comm": True, "cuda_graph_impl": "local"},
     {"overlap_moe_expert_parallel_comm": True, "moe_layer_freq": 2},
     {"overlap_moe_expert_parallel_comm": True, "moe_layer_freq": [1, 1, 1, 0]},

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import functools
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ from megatron.core.models.backends import LocalSpecProvider as Local
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import GatedDeltaNet
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -140,6 +142,25 @@ def test_frozen_models_keep_their_expert_bias_too() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
     routers = [module.router for module in model.modules() if isinstance(module, MoELayer)]
     assert [router.frozen_expert_bias for router in routers] == [True] * 3
+
+
+def test_the_overlapping_schedule_keeps_the_padding_mask() -> None:
+    """The MoE layer sees the microbatch's state while its first stage runs, and no longer."""
+    model_parallel_cuda_manual_seed(1)
+    config = model_config(moe_ffn_hidden_size=8)
+    model = EchoGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    (layer,) = [one for one in model.decoder.layers if isinstance(one.mlp, EchoMoELayer)][:1]
+    for mask in (torch.ones(1, 8, dtype=torch.bool), None):
+        node = SimpleNamespace(chunk_state=SimpleNamespace(padding_mask=mask))
+        stage = SimpleNamespace(submodule=lambda *_: layer.mlp.schedule_state)
+        plan = SimpleNamespace(
+            state=node.chunk_state,
+            _transformer_layers=[SimpleNamespace(layer=layer, pre_dispatch_computation=stage)],
+        )
+        with mock.patch.object(GPTModel, "build_schedule_plan", return_value=plan):
+            assert model.build_schedule_plan("tokens") is plan
+        assert stage.submodule(node) is (None if mask is None else node.chunk_state)
+        assert layer.mlp.schedule_state is None
 
 
 def test_a_hybrid_model_takes_the_layer() -> None:

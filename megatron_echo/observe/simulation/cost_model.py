@@ -2,10 +2,10 @@
 
 A layer call takes as long as its slowest rank::
 
-    compute   18 H F x rows of the fullest rank / rate         gate, up, down; forward and backward
+    compute   6 x an expert's parameters x rows of the fullest rank / rate; forward and backward
     tokens    4 passes of the rows, max(inside / NVLink, across / network)
     clones    weights to the slots (twice: again for backward), gradients home in fp32
-    rest      attention, shared expert, router; the same on every rank
+    rest      attention, Mamba, shared expert, router; the same on every rank
     shards    what TP and CP exchange
 
 Inside and across run at the same time on their links. A step is all microbatches of the slowest
@@ -101,7 +101,7 @@ class Costs:
         capacity: ``--moe-received-token-capacity`` for the loads seen; None (``auto``) never
             overflows.
         buffer_rows: rows that one layer call keeps on the fullest rank.
-        kinds: the cost of each kind of layer: ``dense``, ``moe``, ``embedding``, ``output``.
+        kinds: the cost of each kind of layer: those of :class:`.Model`, ``embedding``, ``output``.
     """
 
     def __init__(self, run: Run, layout: Layout, placed: Placement) -> None:
@@ -112,7 +112,7 @@ class Costs:
         experts = self._again * 6 * run.model.expert_parameters * placed.placed / self._rate
         self.calls = experts, self._row_traffic(), self._clone_traffic()
         self.capacity, self.buffer_rows = self._buffer()
-        self.kinds = {kind: self._cost(kind) for kind in ("dense", "moe", "output")}
+        self.kinds = {kind: self._cost(kind) for kind in {*run.model.kinds, "output"}}
         self.kinds["embedding"] = Cost(0.0, 0.0, self.kinds["output"].states, 0.0, 0.0)
         stages, schedule = layout.stages(run.model), layout.schedule(run.work)
         self._ranks = [
@@ -129,8 +129,8 @@ class Costs:
         ]
         slowest = busy.index(max(busy))
         here = [kind for stage in self._ranks[slowest] for kind in stage]
-        layers = {kind: here.count(kind) for kind in ("dense", "moe", "output")}
-        calls = layers["moe"] * microbatches
+        layers = {kind: here.count(kind) for kind in {*here} - {"embedding"}}
+        calls = sum(n for kind, n in layers.items() if "E" in kind) * microbatches
         experts, tokens, clones = (float(each.mean()) * calls for each in self.calls)
         whole = np.sum(self.calls, axis=0)
         deviation = float(whole.std(ddof=1)) if len(whole) > 1 else 0.0
@@ -229,27 +229,29 @@ class Costs:
         if kind == "output":
             return 6 * model.vocab * model.hidden * self.tokens / self._rate
         width = model.head_dim + model.rope_dim + model.value_width
-        scores = 3 * self.run.work.sequence * model.heads * width
-        flops = self.tokens * (6 * model.dense_parameters(kind) + scores)
+        scores = 3 * self.run.work.sequence * model.heads * width * kind.count("*")
+        scan = 12 * model.mamba_widths[0] * model.mamba_state * kind.count("M")
+        flops = self.tokens * (6 * model.dense_parameters(kind) + scores + scan)
         return self._again * flops / self._rate
 
     def _shards(self, kind: str) -> float:
         """Of a microbatch in exchanges of TP and CP.
 
-        TP with sequence parallelism: around attention and around a dense MLP the rows are gathered
+        TP with sequence parallelism: around attention, Mamba and a dense MLP the rows are gathered
         and reduced, twice forward, three times backward, twice more if recomputed. CP: keys and
-        values go round once forward and, with their gradients, twice backward.
+        values go round once forward and, with their gradients, twice backward; what Mamba exchanges
+        is left out.
         """
         layout, model = self.layout, self.run.model
         if kind == "output":
             return 0.0
         found, latency = 0.0, self.run.cluster.exchange_us * 1e-6
         if layout.tensor > 1:
-            has_mlp = kind == "dense" or model.shared_ffn > 0
-            passes = (7 if layout.recompute else 5) * (1 + has_mlp)
+            parts = sum(letter != "E" or model.shared_ffn > 0 for letter in kind)
+            passes = (7 if layout.recompute else 5) * parts
             moved = 2 * self.tokens * (layout.tensor - 1) * model.hidden
             found += passes * (moved / self._link_of(layout.tensor) + latency)
-        if layout.context > 1:
+        if layout.context > 1 and "*" in kind:
             passes = 4 if layout.recompute else 3
             width = 2 * model.groups * model.head_dim
             if model.q_lora:
@@ -270,7 +272,7 @@ class Costs:
 
     def _cost(self, kind: str) -> Cost:
         seconds = self._rest(kind) + self._shards(kind)
-        if kind == "moe":
+        if "E" in kind:
             seconds += sum(float(each.mean()) for each in self.calls)
         kept, working = self._activations(kind)
         if self.layout.recompute and kind != "output":
@@ -289,14 +291,15 @@ class Costs:
         model, layout = self.run.model, self.layout
         if kind in ("embedding", "output"):
             return 0.0, model.vocab * model.hidden / layout.tensor
-        expert = model.experts / layout.expert * model.expert_parameters if kind == "moe" else 0.0
+        expert = model.experts / layout.expert * model.expert_parameters if "E" in kind else 0.0
         return expert, model.dense_parameters(kind) / layout.tensor
 
     def _activations(self, kind: str) -> tuple[float, float]:
         """Kept for backward, and while it runs, for one microbatch.
 
-        In bf16 two norms' inputs and outputs, queries, keys, values, attention's output (scores
-        are not kept: flash attention), a dense or shared MLP's two products and their activation.
+        In bf16 the norms' inputs and outputs, queries, keys, values, attention's output (scores are
+        not kept: flash attention), a dense or shared MLP's products and their activation; of Mamba
+        what its projection gives, convolved too, and its output before and behind its norm.
         """
         model, layout, rows = self.run.model, self.layout, self.buffer_rows
         if kind == "output":
@@ -305,13 +308,20 @@ class Costs:
         if model.q_lora:
             width = 2 * (model.head_dim + model.rope_dim) + 2 * model.value_width
             heads = model.heads * width + model.q_lora + model.kv_lora
-        mlp = model.ffn if kind == "dense" else model.shared_ffn
-        kept = float(2 * self.tokens * (4 * model.hidden + heads + 3 * mlp))
-        if kind == "dense":
+        inner, others = model.mamba_widths
+        widths = {
+            "*": heads,
+            "-": model.matrices * model.ffn,
+            "E": model.matrices * model.shared_ffn,
+            "M": 5 * inner + 2 * others,
+        }
+        kept = float(2 * self.tokens * sum(2 * model.hidden + widths[part] for part in kind))
+        if "E" not in kind:
             return kept, 0.0
-        widths = 2 if layout.weights_by else 3  # our experts make the activation again
-        kept += rows * 2 * (model.hidden + widths * model.moe_ffn)
-        working = rows * 4 * (model.hidden + 2 * model.moe_ffn)
+        # Our experts make the activation again.
+        products = model.matrices - bool(layout.weights_by)
+        kept += rows * 2 * (model.hidden + products * model.moe_ffn)
+        working = rows * 4 * (model.hidden + (model.matrices - 1) * model.moe_ffn)
         if layout.tokens_by in ("all_gather", "all_to_all"):
             working += layout.expert * self._places() * model.hidden * 6
         return kept, working
@@ -336,6 +346,6 @@ class Costs:
         if not layout.weights_by:
             return 0.0
         pool = model.experts // layout.expert + slots
-        projection = 2 * model.hidden * model.moe_ffn
+        projection = (model.matrices - 1) * model.hidden * model.moe_ffn
         buffers = 2 * 4 * layout.expert if layout.weights_by == "collective" else 2 * slots * 4
         return pool * (2 * model.expert_parameters + (2 + 4) * projection) + buffers * projection

@@ -11,7 +11,9 @@ from megatron_echo.environment import Speeds
 
 def _check_numbers(given: "Cluster | Model") -> None:
     """Positive numbers everywhere, whole ones where they count; 0 where that is the default."""
-    for field in dataclasses.fields(given)[1:]:
+    for field in dataclasses.fields(given):
+        if field.type is str:
+            continue
         value, whole = getattr(given, field.name), field.type is int
         good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not good or not (0 < value < math.inf or value == field.default == 0):
@@ -68,7 +70,11 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder whose first layers are dense and whose others are mixtures of experts."""
+    """A decoder whose first layers are dense and whose others are mixtures of experts; or a hybrid.
+
+    A kind of layer is what it has, in Megatron's letters: ``*`` attention, ``-`` a dense MLP, ``E``
+    experts, ``M`` Mamba.
+    """
 
     name: str  # for people
     layers: int  # all of them
@@ -87,9 +93,20 @@ class Model:
     kv_lora: int = 0  # MLA's key-value rank
     rope_dim: int = 0  # MLA's rotated part of a head
     value_dim: int = 0  # width of a value head; 0: as ``head_dim``
+    pattern: str = ""  # of a hybrid model: one letter for each layer
+    matrices: int = 3  # of an expert or MLP: gate, up and down; 2 without a gate
+    mamba_heads: int = 0  # of a Mamba-2 layer, and so on
+    mamba_head_dim: int = 0
+    mamba_groups: int = 0  # that share B and C
+    mamba_state: int = 0  # width of the state
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        if self.pattern and len(self.pattern) != self.layers:
+            raise ValueError(
+                f"Model {self.name} has {self.layers} layers, but pattern {self.pattern} has "
+                f"{len(self.pattern)}. Give a letter for each layer."
+            )
         if self.topk > self.experts or self.dense_layers >= self.layers:
             raise ValueError(
                 f"Model {self.name} has top-{self.topk} of {self.experts} experts and "
@@ -99,7 +116,19 @@ class Model:
     @property
     def moe_layers(self) -> int:
         """Layers with experts."""
-        return self.layers - self.dense_layers
+        return sum("E" in kind for kind in self.kinds)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of all layers, in order."""
+        first = self.dense_layers
+        return list(self.pattern) or ["*-"] * first + ["*E"] * (self.layers - first)
+
+    @property
+    def mamba_widths(self) -> tuple[int, int]:
+        """Of all heads; and of B, C and the step sizes together."""
+        others = 2 * self.mamba_groups * self.mamba_state + self.mamba_heads
+        return self.mamba_heads * self.mamba_head_dim, others
 
     @property
     def value_width(self) -> int:
@@ -108,8 +137,8 @@ class Model:
 
     @property
     def expert_parameters(self) -> int:
-        """Of one expert: gate, up and down."""
-        return 3 * self.hidden * self.moe_ffn
+        """Of one expert."""
+        return self.matrices * self.hidden * self.moe_ffn
 
     @property
     def attention_parameters(self) -> int:
@@ -121,18 +150,23 @@ class Model:
         down = self.hidden * (self.kv_lora + self.rope_dim)
         return query + down + self.kv_lora * self.heads * (self.head_dim + self.value_width) + out
 
-    def dense_parameters(self, layer: str) -> int:
-        """What a layer has besides routed experts; ``layer`` is ``dense`` or ``moe``."""
-        if layer == "dense":
-            return self.attention_parameters + 3 * self.hidden * self.ffn
-        return self.attention_parameters + self.hidden * (3 * self.shared_ffn + self.experts)
+    def dense_parameters(self, kind: str) -> int:
+        """What a layer of this kind has besides routed experts."""
+        inner, others = self.mamba_widths
+        parts = {
+            "*": self.attention_parameters,
+            "-": self.hidden * self.matrices * self.ffn,
+            "E": self.hidden * (self.matrices * self.shared_ffn + self.experts),
+            "M": self.hidden * (3 * inner + others),
+        }
+        return sum(parts[letter] for letter in kind)
 
     @property
     def parameters(self) -> int:
-        """All of them, without norms and biases."""
-        moe = self.dense_parameters("moe") + self.experts * self.expert_parameters
-        dense = self.dense_layers * self.dense_parameters("dense")
-        return self.moe_layers * moe + dense + 2 * self.vocab * self.hidden
+        """All of them, without norms, biases and convolutions."""
+        experts = self.moe_layers * self.experts * self.expert_parameters
+        dense = sum(map(self.dense_parameters, self.kinds))
+        return experts + dense + 2 * self.vocab * self.hidden
 
 
 CLUSTERS = {
@@ -158,6 +192,15 @@ MODELS = {
         Model(
             "deepseek-v3", 61, 7168, 128, 128, 128, 129280, 18432, 2048, 256, 8,
             dense_layers=3, shared_ffn=2048, q_lora=1536, kv_lora=512, rope_dim=64, value_dim=128,
+        ),
+        Model(
+            "kimi-k2", 61, 7168, 64, 64, 128, 163840, 18432, 2048, 384, 8,
+            dense_layers=1, shared_ffn=2048, q_lora=1536, kv_lora=512, rope_dim=64, value_dim=128,
+        ),
+        Model(
+            "nemotron-3-nano", 52, 2688, 32, 2, 128, 131072, 1856, 1856, 128, 6, shared_ffn=3712,
+            pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", matrices=2,
+            mamba_heads=64, mamba_head_dim=64, mamba_groups=8, mamba_state=128,
         ),
     )
 }  # fmt: skip

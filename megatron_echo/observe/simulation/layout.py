@@ -84,7 +84,7 @@ class Layout:
 
     def stages(self, model: Model) -> list[list[str]]:
         """What each of the PP x VPP stages has, in no order: kinds of :class:`.Costs`."""
-        kinds = ["dense"] * model.dense_layers + ["moe"] * model.moe_layers
+        kinds = model.kinds
         found = [[kinds.pop(0) for _ in range(count)] for count in self.counts(model)]
         found[0].append("embedding")
         found[-1].append("output")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -105,15 +106,21 @@ def _table(run: Run, found: Sequence[Candidate]) -> list[str]:
 def _model_flags(model: Model) -> list[str]:
     """Without the vocabulary's tokenizer."""
     lines = [
-        f"--num-layers {model.layers} --hidden-size {model.hidden}",
+        f"{'' if model.pattern else f'--num-layers {model.layers} '}--hidden-size {model.hidden}",
         f"--ffn-hidden-size {model.ffn} --num-attention-heads {model.heads}",
         f"--num-experts {model.experts} --moe-router-topk {model.topk}",
         f"--moe-ffn-hidden-size {model.moe_ffn}",
-        "--swiglu --disable-bias-linear --normalization RMSNorm",
-        "--position-embedding-type rope --untie-embeddings-and-output-weights",
+        f"{'--swiglu' if model.matrices == 3 else '--squared-relu'} --disable-bias-linear",
+        "--normalization RMSNorm --untie-embeddings-and-output-weights",
+        f"--position-embedding-type {'none' if model.pattern else 'rope'}",
     ]
     if model.dense_layers:
         lines.append(f"--moe-layer-freq '[0]*{model.dense_layers}+[1]*{model.moe_layers}'")
+    if model.pattern:
+        lines.append(
+            f"--mamba-num-heads {model.mamba_heads} --mamba-head-dim {model.mamba_head_dim} "
+            f"--mamba-num-groups {model.mamba_groups} --mamba-state-dim {model.mamba_state}"
+        )
     if model.shared_ffn:
         lines.append(f"--moe-shared-expert-intermediate-size {model.shared_ffn}")
     mla = (
@@ -139,7 +146,11 @@ def _parallel_flags(run: Run, layout: Layout) -> str:
     if layout.context > 1:
         words.append(f"--context-parallel-size {layout.context}")
     counts = layout.counts(run.model)
-    if layout.layers is not None:
+    if run.model.pattern:
+        letters = iter(run.model.pattern)
+        stages = ["".join(islice(letters, count)) for count in counts]
+        words.append(f"--hybrid-layer-pattern '{'|'.join(stages)}'")
+    elif layout.layers is not None:
         middle = "|".join("t" * count for count in counts)
         words.append(f"--pipeline-model-parallel-layout 'E{middle}L'")
     elif layout.virtual > 1:

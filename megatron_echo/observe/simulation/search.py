@@ -214,10 +214,10 @@ def _planned(run: Run, found: list[Candidate]) -> Iterator[Candidate]:
     for group in groups.values():
         best = fastest(group, hbm) or smallest(group)
         layout, costs = best.layout, Costs(run, best.layout, best.placed).kinds
-        dense, moe = [("t", "dense")] * model.dense_layers, [("t", "moe")] * model.moe_layers
+        layers = [("t", kind) for kind in model.kinds]
         items = [
             LayerCost(letter, *costs[kind][:4])
-            for letter, kind in [("E", "embedding"), *dense, *moe, ("L", "output")]
+            for letter, kind in [("E", "embedding"), *layers, ("L", "output")]
         ]
         budget = (hbm - (run.cluster.reserve_gib + best.memory.clones)) * GIB
         microbatches = layout.microbatches(run.work)
@@ -227,9 +227,9 @@ def _planned(run: Run, found: list[Candidate]) -> Iterator[Candidate]:
             )
         except ValueError:  # nothing fits
             continue
-        layers = _counts(plan.cuts)
-        if layers != layout.counts(model):
-            yield Candidate.of(run, replace(layout, layers=layers), best.placed)
+        counts = _counts(plan.cuts)
+        if counts != layout.counts(model):
+            yield Candidate.of(run, replace(layout, layers=counts), best.placed)
 
 
 def _of_size(search: Search, layouts: list[Layout]) -> list[Candidate]:

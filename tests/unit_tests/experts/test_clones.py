@@ -27,6 +27,12 @@ def test_dense_with_other_topk(ranks: int) -> None:
     run("dense_topk", ranks)
 
 
+@launch.thinned_on_ranks(2, slow=(4,), every=3)
+def test_probabilities_on_the_input(ranks: int, every: int) -> None:
+    """With biases too; the layer that applies them elsewhere is seen."""
+    run("probs_on_input", ranks, every)
+
+
 @launch.thinned_on_ranks(4, slow=(2,), every=5)
 def test_expert_tensor_parallelism(ranks: int, every: int) -> None:
     """Two ranks share each expert, over one or two expert-parallel ranks."""

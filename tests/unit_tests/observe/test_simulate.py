@@ -188,6 +188,8 @@ def test_layer_calls(most: int, length: int) -> None:
         ("qwen3-30b-a3b", 30.5),
         ("qwen3-235b-a22b", 235.1),
         ("deepseek-v3", 671.0),
+        ("kimi-k2", 1026.4),
+        ("nemotron-3-nano", 31.58),
     ],
 )
 def test_published_parameters(name: str, billions: float) -> None:
@@ -290,12 +292,33 @@ def test_tensor_and_context_parallelism_by_hand() -> None:
     context = 3 * (2 * 32 * 1 * 2 * 4 * 16 / 80e9 + 20e-6)
     assert time.shards == pytest.approx(2 * 16 * (tensor + context))
     assert plain.shards == 0
-    assert Costs(model, layout, placed)._shards("dense") == pytest.approx(2 * tensor + context)
+    assert Costs(model, layout, placed)._shards("*-") == pytest.approx(2 * tensor + context)
     dense = (2 * (4 * 64 * 64 + 64 * 8) + 2 * 256 * 64) / 2
     states = 2 * 3 * 64 * 64 * (6 + 12) + dense * (6 + 12 / 4)
     assert Costs(model, layout, placed).memory().states * 2**30 == pytest.approx(states)
     with pytest.raises(ValueError, match=r"TP=3 x CP=1 does not divide 128 tokens and 4 heads\."):
         Layout(9, 1, tensor=3).check(TINY, WORK)
+
+
+def test_a_hybrid_by_hand() -> None:
+    """Each layer is one part, with one norm; experts and MLPs here have no gate."""
+    shape = dataclasses.replace(
+        TINY, layers=4, pattern="M*-E", matrices=2, mamba_heads=4, mamba_head_dim=32,
+        mamba_groups=2, mamba_state=8,
+    )  # fmt: skip
+    inner, others = 4 * 32, 2 * 2 * 8 + 4
+    mamba = 64 * (3 * inner + others)
+    dense = mamba + 4 * 64 * 64 + 2 * 64 * 128 + 64 * 8
+    assert shape.parameters == dense + 8 * 2 * 64 * 64 + 2 * 256 * 64
+    layout = Layout(8, 8)
+    assert layout.stages(shape) == [["M", "*", "-", "E", "embedding", "output"]]
+    costs = Costs(Run(SMALL, shape, WORK), layout, two_calls(0)[1])
+    assert costs.kinds["M"].seconds == pytest.approx(128 * (6 * mamba + 12 * inner * 8) / 50e12)
+    assert costs.kinds["M"].kept == 2 * 128 * (2 * 64 + 5 * inner + 2 * others)
+    both = costs.kinds["*"].kept + costs.kinds["-"].kept
+    assert both == 2 * 128 * (4 * 64 + 2 * 8 * 16 + 2 * 128)
+    with pytest.raises(ValueError, match=r"has 5 layers, but pattern M\*-E has 4\. Give a letter"):
+        dataclasses.replace(shape, layers=5)
 
 
 def test_offloading_by_hand() -> None:
@@ -319,7 +342,7 @@ def test_offloading_by_hand() -> None:
         Costs(model, layout, placed).step_time() == Costs(model, Layout(8, 8), placed).step_time()
     )
     slow = Run(dataclasses.replace(SMALL, host_gb_s=0.01), TINY, WORK)
-    seconds = Costs(slow, layout, placed).kinds["moe"].seconds
+    seconds = Costs(slow, layout, placed).kinds["*E"].seconds
     assert Costs(slow, layout, placed).memory().host * 2**30 == pytest.approx(2 * 8e6 * seconds / 3)
 
 
@@ -364,9 +387,9 @@ def test_stages() -> None:
     """DeepSeek-V3 on 16 stages: three dense layers, and one layer at the end."""
     layout = Layout(128, 8, 16)
     found = layout.stages(MODELS["deepseek-v3"])
-    assert found[0] == ["dense"] * 3 + ["moe", "embedding"]
-    assert found[1:-1] == [["moe"] * 4] * 14
-    assert found[-1] == ["moe", "output"]
+    assert found[0] == ["*-"] * 3 + ["*E", "embedding"]
+    assert found[1:-1] == [["*E"] * 4] * 14
+    assert found[-1] == ["*E", "output"]
     moments = held(layout.schedule(Work(4096, 1, 80)))
     assert [moment for ((moment,),) in moments] == [10] * 7 + list(range(9, 0, -1))
 
@@ -537,7 +560,13 @@ def test_flags_are_megatrons(name: str) -> None:
     assert args.moe_num_echo_experts == ranks
     assert args.moe_echo_peer_capacity == 0.5
     freq = args.moe_layer_freq
-    assert freq == ([0] * 3 + [1] * 58 if shape.dense_layers else 1)
+    first = shape.dense_layers
+    assert freq == ([0] * first + [1] * (shape.layers - first) if first else 1)
+    if shape.pattern:
+        assert args.hybrid_layer_pattern == f"{shape.pattern[:26]}|{shape.pattern[26:]}"
+        assert args.mamba_num_heads * args.mamba_head_dim == shape.mamba_widths[0]
+        assert args.squared_relu
+        return
     last = args.decoder_last_pipeline_num_layers
     assert last == (None if shape.layers % 2 == 0 else shape.layers // 2)
 

@@ -118,17 +118,18 @@ def with_clones_somewhere(layer: EchoMoELayer, case: Problem) -> Tensor:
 
 
 def against(
-    dtype: torch.dtype, limit: float, kinds: tuple[str, ...], topk: int, many: int = 1
-) -> None:
+    dtype: torch.dtype, limit: float, kinds: tuple[str, ...], topk: int, many: int = 1,
+    **fields: Any,
+) -> None:  # fmt: skip
     """Each routing and number of slots with so many of the eight other combinations, in turn."""
     worst = dict.fromkeys(RESULTS, 0.0)
     most_clones = 0
     variants = itertools.cycle(itertools.product((0.0, 0.02), TRANSPORTS, (True, False)))
     for kind in kinds:
         case = case_of(kind, topk, dtype)
-        oracle = dense(plain(topk, dtype), case)
+        oracle = dense(plain(topk, dtype, **fields), case)
         unmoved = {
-            wire: run(plain(topk, dtype, moe_echo_token_transport=wire), case)
+            wire: run(plain(topk, dtype, moe_echo_token_transport=wire, **fields), case)
             for wire in TRANSPORTS
         }
         for slots, _ in thinned(itertools.product(all_slots(), range(many))):
@@ -136,6 +137,7 @@ def against(
             layer = cloned(
                 topk, dtype, slots, moe_echo_tolerance=tolerance, moe_echo_token_transport=wire,
                 moe_echo_recompute_expert_dispatch=again, moe_echo_row_alignment=4 if again else 1,
+                **fields,
             )  # fmt: skip
             with watched(layer) as seen:
                 result = run(layer, case)
@@ -235,6 +237,10 @@ def with_biases(topk: int, dtype: torch.dtype, slots: int, **fields: Any) -> Ech
 
 
 def check_biases() -> None:
+    against_biases({})
+
+
+def against_biases(fields: dict[str, Any]) -> None:
     """Those of clones come with the weights and take their gradients home, by every way."""
     ways = itertools.cycle(("collective", "p2p", "symmetric_memory"))
     wires = itertools.cycle(TRANSPORTS)
@@ -244,7 +250,7 @@ def check_biases() -> None:
         way = next(ways)
         layer = with_biases(
             2, torch.float64, slots, moe_echo_expert_dispatcher_type=way,
-            moe_echo_token_transport=next(wires), moe_received_token_capacity=4.0,
+            moe_echo_token_transport=next(wires), moe_received_token_capacity=4.0, **fields,
         )  # fmt: skip
         if kind == "hot" and slots:
             assert with_clones_somewhere(layer, case).any()
@@ -339,6 +345,16 @@ def check_dense_topk() -> None:
     """One expert for each token, and three."""
     for topk in (1, 3):
         against(torch.float64, 1e-12, ("hot", "padding"), topk)
+
+
+def check_probs_on_input() -> None:
+    """Probabilities as factors of the rows; that is not what they are behind the activation."""
+    on_input, case = {"moe_apply_probs_on_input": True}, case_of("hot", 1, torch.float64)
+    for topk in (1, 2):
+        against(torch.float64, 1e-12, ("hot", "padding"), topk, **on_input)
+    layer = cloned(1, torch.float64, **on_input)
+    assert errors(run(layer, case), dense(plain(1, torch.float64), case))["output"] > 1e-3
+    against_biases(on_input)
 
 
 def check_balance() -> None:

@@ -159,8 +159,10 @@ def dense(layer: EchoMoELayer, case: Problem, slices: int = 1) -> dict[str, Tens
     output = torch.zeros_like(hidden)
     for expert in range(len(fc1)):
         bias1, bias2 = (bias[expert] for bias in added) if added else (0, 0)
-        inner = gated_unit(layer.config, hidden @ fc1[expert].T + bias1)
-        result = (inner @ fc2[expert].T + bias2) * probs[:, expert, None]
+        factor = probs[:, expert, None]
+        on_input, behind = (factor, 1) if layer.config.moe_apply_probs_on_input else (1, factor)
+        inner = gated_unit(layer.config, (hidden * on_input) @ fc1[expert].T + bias1)
+        result = (inner @ fc2[expert].T + bias2) * behind
         output = output + torch.where(case.chosen[:, expert, None], result, 0)
     leaves = (hidden, probs, fc1, fc2, *added)
     grads = torch.autograd.grad(output, leaves, case.weight.double())

@@ -48,6 +48,7 @@ from megatron_echo.free_ticket import FreeQueue
 from megatron_echo.layer_specs import moe_module_spec
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.step.step_end import StepEnd
+from megatron_echo.transformer_layer import keep_padding
 
 KINDS = ("hot", "random", "idle rank")
 OVERLAP = {
@@ -143,6 +144,26 @@ def scheduled(layer: TransformerLayer, cases: list[Problem]) -> list[dict[str, T
 
 def cases() -> list[Problem]:
     return [case_of(kind, 2, torch.float64, seed) for seed, kind in enumerate(KINDS)]
+
+
+def check_padding() -> None:
+    """Padded tokens go to no expert, in each of two microbatches in flight; else they would."""
+    for keeps in (True, False):
+        layer, some, expected = build(2, delay_wgrad_compute=True), [], []
+        for number, case in enumerate(cases()[:2]):
+            mask = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % (3 + number) == 0
+            padded = mask.T.reshape(-1, 1).repeat(dist.get_world_size(), 1)
+            each = Microbatch(layer, case)
+            each.chunk.padding_mask = mask
+            if keeps:
+                keep_padding(each.plan)
+            overlapped(each, None)
+            some.append(each)
+            expected.append(dense(layer.mlp, replace(case, chosen=case.chosen & ~padded)))
+        found = [overlapped(None, each) for each in some]
+        error = max(max(errors(*pair).values()) for pair in zip(found, expected, strict=True))
+        assert (error <= 1e-12) == keeps, error
+        assert layer.mlp.schedule_state is None
 
 
 def worst(found: list[dict[str, Tensor]], layer: TransformerLayer) -> float:
