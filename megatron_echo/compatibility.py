@@ -218,11 +218,6 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "keeps its experts whole. Leave --use-torch-fsdp2 out and use --use-distributed-optimizer.",
     ),
     (
-        lambda a: a.use_megatron_fsdp,
-        "keeps its experts whole. Leave --use-megatron-fsdp out and use "
-        "--use-distributed-optimizer.",
-    ),
-    (
         lambda a: a.moe_use_upcycling,
         "cannot be built from a dense checkpoint. Upcycle with Megatron's own layer, save, and "
         "load that checkpoint.",

@@ -103,8 +103,7 @@ class _ClonedLinear(torch.autograd.Function):
         stack = clones.brought(weight_key(weight), bringer(weight, clones, pool, gemm))
         kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(kept_rows(rows), weight, ends, clones.slot_expert, *kept)
-        ctx.key, ctx.pool, ctx.gemm, ctx.clones = weight_key(weight), pool, gemm, clones
-        ctx.later = later
+        ctx.pool, ctx.gemm, ctx.clones, ctx.later = pool, gemm, clones, later
         return gemm.product(rows, weight, stack, ends, transpose=True)
 
     @staticmethod
@@ -115,7 +114,7 @@ class _ClonedLinear(torch.autograd.Function):
         if kept:
             stack = _filled(pool, gemm, weight, clones, *kept)
         else:
-            stack = clones.brought(ctx.key, bringer(weight, clones, pool, gemm))
+            stack = clones.brought(weight_key(weight), bringer(weight, clones, pool, gemm))
         grad = grad.contiguous()
         to_rows = None
         if ctx.needs_input_grad[0]:

@@ -267,6 +267,7 @@ def _check_packages(args: Namespace) -> None:
         ("--hybrid-layer-pattern", "G" in pattern and pattern, "fla"),
         ("--experimental-attention-variant", has_delta_net and variant, "fla"),
         ("--num-distributed-optimizer-instances", instances if instances > 1 else None, "einops"),
+        ("--use-megatron-fsdp", args.use_megatron_fsdp, "einops"),
         ("--wandb-project", args.wandb_project, "wandb"),
         ("--optimizer", args.optimizer in MUON and args.optimizer, "emerging_optimizers"),
         ("--sft", "of conversations" if args.sft else None, "datasets"),
