@@ -132,6 +132,17 @@ class GroupedLinear(torch.nn.Module):
         weight.is_qkv, weight.qkv_split_shapes = True, [out_features] * experts
         weight.partition_dim = partition_dim
 
+    def number(self) -> None:
+        """Call ``weight`` ``weight0``, for a checkpoint of Megatron-FSDP.
+
+        It adds the number of a rank's first expert to it, so that ranks do not share a name.
+        """
+        self.register_parameter("weight0", self._parameters.pop("weight"))
+
+    def __getattr__(self, name: str) -> Any:
+        is_numbered = name == "weight" and "weight0" in self._parameters
+        return super().__getattr__("weight0" if is_numbered else name)
+
     def forward(
         self, rows: Tensor, ends: Tensor, clones: Clones | None = None,
         packed: Tensor | None = None,
