@@ -218,6 +218,11 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "keeps its experts whole. Leave --use-torch-fsdp2 out and use --use-distributed-optimizer.",
     ),
     (
+        lambda a: a.use_megatron_fsdp and a.cuda_graph_impl != "none",
+        "was never captured with parameters that --use-megatron-fsdp gathers and frees in hooks and "
+        "streams of its own. Leave it out, or --cuda-graph-impl {args.cuda_graph_impl}.",
+    ),
+    (
         lambda a: a.moe_use_upcycling,
         "cannot be built from a dense checkpoint. Upcycle with Megatron's own layer, save, and "
         "load that checkpoint.",
