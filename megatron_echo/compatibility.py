@@ -219,7 +219,7 @@ _ARGUMENTS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda a: a.use_megatron_fsdp and a.cuda_graph_impl != "none",
-        "was never captured with parameters that --use-megatron-fsdp gathers and frees in hooks and "
+        "was never captured with parameters that --use-megatron-fsdp gathers in hooks and "
         "streams of its own. Leave it out, or --cuda-graph-impl {args.cuda_graph_impl}.",
     ),
     (

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
-from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.clones_of_call import as_it_is_now
+from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 

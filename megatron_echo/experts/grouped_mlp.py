@@ -176,7 +176,7 @@ def experts_as_matrices(models: list[MegatronModule]) -> list[MegatronModule]:
 
 
 def experts_for_fsdp(models: list[MegatronModule]) -> list[MegatronModule]:
-    """``--use-megatron-fsdp``, as a pre-wrap hook: it shards rows of matrices, and saves by name."""
+    """``--use-megatron-fsdp``, as a pre-wrap hook: it shards rows, and saves by name."""
     for model in experts_as_matrices(models):
         for module in model.modules():
             if isinstance(module, EchoGroupedMLP):

@@ -215,7 +215,7 @@ ROWS = (
         "read by our layer at the same expert-parallel size only"),
     Row("Megatron-FSDP in CUDA graphs",
         {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor", "cuda_graph_impl": "local"},
-        "was never captured with parameters that --use-megatron-fsdp gathers and frees in hooks"),
+        "was never captured with parameters that --use-megatron-fsdp gathers in hooks"),
     Row("Megatron-FSDP over pipeline stages",
         {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor",
          "pipeline_model_parallel_size": 2},
