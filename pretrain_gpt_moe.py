@@ -76,7 +76,7 @@ from megatron_echo.arguments import (  # noqa: E402
 )
 from megatron_echo.compatibility import MUON, settings_taken_over  # noqa: E402
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
-from megatron_echo.experts.grouped_mlp import experts_as_matrices  # noqa: E402
+from megatron_echo.experts.grouped_mlp import experts_as_matrices, experts_for_fsdp  # noqa: E402
 from megatron_echo.layer_specs import hybrid_stack_spec  # noqa: E402
 from megatron_echo.model_builder import EchoGPTModelConfig, freeze  # noqa: E402
 from megatron_echo.offload.config import OffloadConfig  # noqa: E402
@@ -349,6 +349,8 @@ def model_config_from_args(args: Any) -> GPTModelConfig | HybridModelConfig:
         config.pre_wrap_hooks.append(freeze)
     if args.optimizer in MUON:
         config.pre_wrap_hooks.append(experts_as_matrices)
+    if args.use_megatron_fsdp:
+        config.pre_wrap_hooks.append(experts_for_fsdp)
     return config
 
 

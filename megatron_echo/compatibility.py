@@ -221,9 +221,9 @@ _ARGUMENTS: Rows = (
         "keeps its experts whole. Leave --use-torch-fsdp2 out and use --use-distributed-optimizer.",
     ),
     (
-        lambda a: a.use_megatron_fsdp,
-        "keeps its experts whole. Leave --use-megatron-fsdp out and use "
-        "--use-distributed-optimizer.",
+        lambda a: a.use_megatron_fsdp and a.cuda_graph_impl != "none",
+        "was never captured with parameters that --use-megatron-fsdp gathers in hooks and "
+        "streams of its own. Leave it out, or --cuda-graph-impl {args.cuda_graph_impl}.",
     ),
     (
         lambda a: a.moe_use_upcycling,

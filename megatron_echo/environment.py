@@ -95,6 +95,7 @@ _NO_MASKED_SOFTMAX: Flag = ("--no-masked-softmax-fusion",)
 _NO_WGRAD_FUSION: Flag = ("--no-gradient-accumulation-fusion",)
 _NO_PERSISTENT_NORM: Flag = ("--no-persist-layer-norm",)
 _NO_ROPE_FUSION: Flag = ("--no-rope-fusion",)
+_NO_FUSED_MEAN: Flag = ("--no-gradient-reduce-div-fusion",)  # gloo has no sum that scales
 _WITHOUT_CUDA: tuple[Flag, ...] = (
     ("--distributed-backend", "gloo"), _LOCAL_LAYERS, _NO_MASKED_SOFTMAX, _NO_WGRAD_FUSION,
     _NO_PERSISTENT_NORM, ("--no-bias-swiglu-fusion",), ("--no-bias-gelu-fusion",), _NO_ROPE_FUSION,
@@ -116,6 +117,8 @@ def flags_to_add(argv: Sequence[str], has_cuda: bool) -> list[Flag]:
     wanted: list[Flag] = list(_ALWAYS)
     if not has_cuda:
         wanted += _WITHOUT_CUDA
+        if "--use-megatron-fsdp" in argv:
+            wanted.append(_NO_FUSED_MEAN)
     else:
         if not HAVE_TRANSFORMER_ENGINE:
             wanted += [_LOCAL_LAYERS, _NO_ROPE_FUSION]

@@ -62,6 +62,7 @@ def run(
         world_size: what the ranks are told, for scripts that end before they meet.
     """
     server = _start_server()
+    is_fsdp = "--use-megatron-fsdp" in argv
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
@@ -69,7 +70,8 @@ def run(
             "script": str(script),
             "argv": [str(word) for word in argv],
             "nprocs": nprocs,
-            "env": env or {},
+            # The processes that this one forks have what the CPU backend set here.
+            "env": ({"CUDA_DEVICE_MAX_CONNECTIONS": "2"} if is_fsdp else {}) | (env or {}),
             "log": log.name,
             "timeout": timeout,
             "world_size": world_size or nprocs,

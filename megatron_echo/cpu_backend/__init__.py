@@ -337,8 +337,10 @@ def enable(verbose: bool = True) -> bool:
     _enabled = True
     try:
         _disable_dynamo()
-        # Megatron asks for it with TP > 1 on the GPU generations before Blackwell.
-        _patches.set_default_env("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # Megatron asks for it with TP > 1 on the GPU generations before Blackwell, but its FSDP
+        # for another number.
+        if "--use-megatron-fsdp" not in sys.argv:
+            _patches.set_default_env("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         _patch_device_queries()
         _patch_streams()
         _patch_random()

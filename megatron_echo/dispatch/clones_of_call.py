@@ -17,6 +17,14 @@ def weight_key(weight: Tensor) -> tuple[int, int]:
     return weight.untyped_storage()._cdata, int(weight.storage_offset())
 
 
+def as_it_is_now(weight: Tensor) -> Tensor:
+    """A view of a parameter again, in the memory that the parameter has by now.
+
+    Megatron-FSDP gathers parameters for backward once more, not always in the same place.
+    """
+    return weight if weight._base is None else weight._base.view(weight.shape)
+
+
 class _Homecoming(torch.autograd.Function):
     """The identity; in backward waits until everything is at home."""
 

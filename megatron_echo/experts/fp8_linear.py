@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import echo_setting
-from megatron_echo.dispatch.clones_of_call import Clones, weight_key
+from megatron_echo.dispatch.clones_of_call import Clones, as_it_is_now, weight_key
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import is_capturing
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
@@ -219,7 +219,7 @@ class _Fp8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, weight, ends, *of_clones = ctx.saved_tensors
-        clones, kept = ctx.clones, None
+        weight, clones, kept = as_it_is_now(weight), ctx.clones, None
         if of_clones:
             clones = replace(clones, slot_expert=of_clones[0])
             kept = of_clones[1] if len(of_clones) > 1 else None

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
+from megatron_echo.dispatch.clones_of_call import as_it_is_now
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
@@ -221,7 +222,7 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends = ctx.saved_tensors
-        grad = grad.contiguous()
+        weight, grad = as_it_is_now(weight), grad.contiguous()
         to_rows = to_weight = None
         if ctx.needs_input_grad[0]:
             to_rows = ctx.gemm.product(grad, weight, None, ends, transpose=False)

@@ -179,6 +179,16 @@ def experts_as_matrices(models: list[MegatronModule]) -> list[MegatronModule]:
     return models
 
 
+def experts_for_fsdp(models: list[MegatronModule]) -> list[MegatronModule]:
+    """``--use-megatron-fsdp``, as a pre-wrap hook: it shards rows, and saves by name."""
+    for model in experts_as_matrices(models):
+        for module in model.modules():
+            if isinstance(module, EchoGroupedMLP):
+                module.linear_fc1.number()
+                module.linear_fc2.number()
+    return models
+
+
 def _forget_extra_states(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Take the empty objects of a loaded checkpoint out: nothing here has such a state."""
     for key in [key for key in state_dict if key.startswith(prefix) and "._extra_state" in key]:

@@ -132,6 +132,17 @@ class GroupedLinear(torch.nn.Module):
         weight.is_qkv, weight.qkv_split_shapes = True, [out_features] * experts
         weight.partition_dim = partition_dim
 
+    def number(self) -> None:
+        """Call ``weight`` ``weight0``, for a checkpoint of Megatron-FSDP.
+
+        It adds the number of a rank's first expert to it, so that ranks do not share a name.
+        """
+        self.register_parameter("weight0", self._parameters.pop("weight"))
+
+    def __getattr__(self, name: str) -> Any:
+        is_numbered = name == "weight" and "weight0" in self._parameters
+        return super().__getattr__("weight0" if is_numbered else name)
+
     def forward(
         self, rows: Tensor, ends: Tensor, clones: Clones | None = None,
         packed: Tensor | None = None,
@@ -224,17 +235,26 @@ class GroupedLinear(torch.nn.Module):
 class CloneFetch(torch.nn.Module):
     """Begins to bring the clones of a projection: a module, so that its pre-hooks run first.
 
-    Those of ``--overlap-param-gather`` wait for the parameters of a module; this one has that of
-    another module. It owns none, so states and optimizers do not see it.
+    Those of ``--overlap-param-gather`` and of Megatron-FSDP wait for the parameters of a module;
+    during a call this one has that of another module. It owns none, so states, optimizers and
+    hooks of gradients do not see it.
     """
 
     def __init__(self, linear: GroupedLinear) -> None:
         super().__init__()
         self._of = (linear,)  # no child
+        self._is_called = False
+
+    def __call__(self, clones: Clones | None) -> None:
+        """Run the hooks, then :meth:`forward`."""
+        self._is_called = True
+        super().__call__(clones)
+        self._is_called = False
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-        """The weights that are read."""
-        yield self._of[0].weight
+        """The weights that are read, during a call."""
+        if self._is_called:
+            yield self._of[0].weight
 
     def forward(self, clones: Clones | None) -> None:
         """See :meth:`GroupedLinear.fetch`."""

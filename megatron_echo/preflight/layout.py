@@ -32,6 +32,7 @@ def check_flags(args: Namespace) -> None:
     _check_batch(args)
     _check_unsupported(args)
     _check_packages(args)
+    _check_fsdp(args)
 
 
 def check_schedule(args: Namespace) -> None:
@@ -221,6 +222,22 @@ def _check_packing(args: Namespace) -> None:
         )
 
 
+def _check_fsdp(args: Namespace) -> None:
+    """What Megatron-FSDP says in a traceback, or does not say."""
+    stages = args.pipeline_model_parallel_size
+    if args.use_megatron_fsdp and stages > 1:
+        raise ValueError(
+            "--use-megatron-fsdp lays its mesh over all ranks, but --pipeline-model-parallel-size "
+            f"{stages} leaves a stage some of them. Use 1."
+        )
+    if args.use_megatron_fsdp and args.moe_enable_echo and args.save and args.add_bias_linear:
+        # It tells ranks' weights apart by the number of an expert, and no biases.
+        raise ValueError(
+            "--use-megatron-fsdp would save the experts' biases of all expert-parallel ranks under "
+            f"one name in --save {args.save}. Add --disable-bias-linear, or leave --save out."
+        )
+
+
 def _has_data(args: Namespace) -> bool:
     names = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
     return args.mock_data or any(getattr(args, name) for name in names)
@@ -236,13 +253,14 @@ def _check_packages(args: Namespace) -> None:
     instances = args.num_distributed_optimizer_instances
     pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern or ""
     variant = args.experimental_attention_variant
-    has_delta_net = variant == "gated_delta_net"
+    has_delta_net, is_fsdp = variant == "gated_delta_net", args.use_megatron_fsdp
     for flag, value, package in (
         ("--hybrid-layer-pattern", "M" in pattern and pattern, "mamba_ssm"),
         ("--hybrid-layer-pattern", "M" in pattern and pattern, "einops"),
         ("--hybrid-layer-pattern", "G" in pattern and pattern, "fla"),
         ("--experimental-attention-variant", has_delta_net and variant, "fla"),
         ("--num-distributed-optimizer-instances", instances if instances > 1 else None, "einops"),
+        ("--use-megatron-fsdp", "of Megatron-Core" if is_fsdp else None, "einops"),
         ("--wandb-project", args.wandb_project, "wandb"),
         ("--optimizer", args.optimizer in MUON and args.optimizer, "emerging_optimizers"),
         ("--sft", "of conversations" if args.sft else None, "datasets"),

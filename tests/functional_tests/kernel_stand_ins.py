@@ -1,4 +1,4 @@
-"""``pretrain_gpt_moe.py`` with Mamba, gated delta net and latent layers, without their packages.
+"""``pretrain_gpt_moe.py`` with packages of Mamba, gated delta nets, latent layers and FSDP played.
 
 Megatron's own modules run, on a CPU; in place of the kernels that they call stand functions of
 torch with the same arguments. They are for sequences of some dozen tokens: the selective scan
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from functorch.einops import rearrange
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
@@ -155,6 +156,8 @@ def install() -> None:
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         sys.modules[name] = module
+    mcore_fsdp_adapter.HAVE_EINOPS = True
+    mcore_fsdp_adapter.einops = types.SimpleNamespace(rearrange=rearrange)
     mamba_mixer.HAVE_MAMBA_SSM = mamba_mixer.HAVE_EINOPS = True
     mamba_context_parallel.HAVE_EINOPS = True
     mamba_mixer.rearrange = rearrange

@@ -66,7 +66,7 @@ TAKEN_OVER = (
     {"moe_router_load_balancing_type": ["sinkhorn"]},
 )  # fmt: skip
 OF_ARGUMENTS = (
-    {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True}, {"moe_use_upcycling": True},
+    {"use_torch_fsdp2": True}, {"use_megatron_fsdp": True, **LAYERS}, {"moe_use_upcycling": True},
     {"overlap_moe_expert_parallel_comm": True, "hybrid_layer_pattern": "*E*E"},
     {"fine_grained_activation_offloading": True},
     {**GRAPH, "rampup_batch_size": [2, 2, 8]}, {**LAYERS, "step_batch_size_schedule": "0:8"},

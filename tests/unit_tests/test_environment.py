@@ -52,6 +52,12 @@ def test_a_flag_that_was_given_is_not_touched() -> None:
     assert "--distributed-backend" not in names(False, "--distributed-backend", "nccl")
 
 
+def test_megatron_fsdp_scales_gradients_itself_on_gloo() -> None:
+    flag = "--no-gradient-reduce-div-fusion"
+    assert flag in names(False, "--use-megatron-fsdp")
+    assert flag not in names(False) | names(True, "--use-megatron-fsdp")
+
+
 def test_versions_name_what_decides_a_result() -> None:
     versions = environment.versions()
     assert versions["megatron-core"] == "0.19.2"

@@ -71,6 +71,19 @@ def test_what_a_run_may_use(parsed, flags: str) -> None:
     preflight.check_flags(parsed("--mock-data", *flags.split()))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--pipeline-model-parallel-size 2", "parallel-size 2 leaves a stage some of them. Use 1"),
+        ("--save x --moe-enable-echo --num-experts 8", "under one name in --save x. Add --disable"),
+    ],
+)
+def test_megatron_fsdp(parsed, monkeypatch: pytest.MonkeyPatch, flags: str, message: str) -> None:
+    monkeypatch.setattr(layout.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=message):
+        preflight.check_flags(parsed("--mock-data", "--use-megatron-fsdp", *flags.split()))
+
+
 def test_packages_that_are_missing(parsed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout.importlib.util, "find_spec", lambda name: None)
     for flags, message in (
@@ -82,6 +95,7 @@ def test_packages_that_are_missing(parsed, monkeypatch: pytest.MonkeyPatch) -> N
             "--experimental-attention-variant gated_delta_net",
             "gated_delta_net needs the package fl",
         ),
+        ("--use-megatron-fsdp", "--use-megatron-fsdp of Megatron-Core needs the package einops"),
         ("--optimizer muon", "--optimizer muon needs the package emerging_optimizers"),
     ):
         with pytest.raises(ValueError, match=message):
