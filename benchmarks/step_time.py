@@ -47,9 +47,9 @@ STORE = "STEP_TIME_STORE"
 
 def worker() -> None:
     """One rank: trains, a step whenever the store says so."""
-    import pretrain_gpt_moe  # turns the CPU backend on: before Megatron
     from megatron.training import training
 
+    import pretrain_gpt_moe  # turns the CPU backend on: before Megatron
     from megatron_echo.dispatch import dispatcher
 
     port, name = os.environ[STORE].split(" ", 1)

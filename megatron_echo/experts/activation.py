@@ -59,7 +59,7 @@ class ExpertActivation:
         return self.function(gate) * up
 
     def has_slope(self, hidden: Tensor) -> bool:
-        """Whether :meth:`gradients` can be had; without values autograd says what there would be."""
+        """Whether :meth:`gradients` can be had; where there are no values nobody needs them."""
         return has_memory_of_cpu(hidden) and self.function in _SLOPES and self.limit is None
 
     def weighted(self, hidden: Tensor, probs: Tensor) -> list[Tensor]:

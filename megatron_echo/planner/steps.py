@@ -50,6 +50,7 @@ class Goal:
         tolerance: with it no rank may be above :func:`.balance_bound` where slots allow it.
         ranks_per_node: None if all links are alike.
         price: of a clone; None: of the plans within the bound the one with the fewest clones.
+        may_stop: values may be read.
     """
 
     total: Tensor
@@ -57,6 +58,7 @@ class Goal:
     tolerance: float
     ranks_per_node: int | None
     price: ClonePrice | None
+    may_stop: bool = False
 
     def bound(self, ranks: int) -> Tensor:
         """The highest load allowed."""
@@ -278,6 +280,8 @@ def greedy(tokens: Tensor, load: Tensor, goal: Goal) -> Tensor:
         rest = left.gather(1, donor * per_rank + columns)
         held, expert = _first_max(_keys(rest))
         piece = torch.where(best > 0, torch.minimum(need, held), 0)
+        if goal.may_stop and not piece.any():
+            break
         home = donor * per_rank + expert
         moved.scatter_add_(1, home * ranks + receiver, piece)
         left.scatter_add_(1, home, -piece)
