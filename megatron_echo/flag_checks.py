@@ -5,7 +5,6 @@ Each takes the value and the configuration and gives the words that follow the f
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,66 +13,10 @@ from megatron_echo.compatibility import config_refusal, engine_refusal
 from megatron_echo.environment import interprets_triton, peer_memory_refusal
 from megatron_echo.flags import nearest_multiples, within
 from megatron_echo.planner.price import MAX_ROWS
+from megatron_echo.precision import precision_refusal
 
 MAX_ROW_ALIGNMENT = 1024
 """Kernels want 8 to 256 rows; each expert and slot of a rank may waste one less than this."""
-
-FP8_ALIGNMENT = 16
-"""Elements of a row, and rows of a group, that products of FP8 take: 16 bytes."""
-
-_NOT_BUILT = {
-    "mxfp8": "is not built: torch takes its scales in tiles of 128 rows of each expert, on compute "
-    "capability 10.0. Use params-dtype there, and fp8-rowwise on 9.0.",
-    "fp8-blockwise": "is not built: it needs Transformer Engine's GroupedLinear with "
-    "use_grouped_tensor, whose splits stay on the device from cuBLAS 13.6 on. Use fp8-rowwise.",
-    "nvfp4": "is not built: it needs compute capability 10.0 and Transformer Engine's "
-    "GroupedLinear with use_grouped_tensor, with cuBLAS 13.3 or newer. Use params-dtype.",
-}
-
-_FP8_ROWWISE: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        lambda c: (c.moe_latent_size or c.hidden_size) % FP8_ALIGNMENT,
-        f"needs a width of a multiple of {FP8_ALIGNMENT}. Use another --hidden-size or "
-        "--moe-latent-size, or params-dtype.",
-    ),
-    (
-        lambda c: c.moe_ffn_hidden_size % (FP8_ALIGNMENT * c.expert_tensor_parallel_size),
-        f"needs a multiple of {FP8_ALIGNMENT} of the inner width on each expert-tensor rank, but "
-        "--moe-ffn-hidden-size is {config.moe_ffn_hidden_size}. Use another one, or params-dtype.",
-    ),
-    (
-        lambda c: torch.accelerator.is_available() and c.params_dtype != torch.bfloat16,
-        "gives bf16 on a GPU, not {config.params_dtype}. Use --bf16.",
-    ),
-    (
-        lambda c: not _multiplies_fp8(c.moe_echo_grouped_gemm),
-        "needs a GPU of compute capability 9.0 (H100, H200), or from 8.9 on with "
-        "--moe-echo-grouped-gemm triton. Use params-dtype.",
-    ),
-)
-
-
-def _multiplies_fp8(gemm: str) -> bool:
-    if not torch.accelerator.is_available():
-        return True
-    capability = torch.cuda.get_device_capability()
-    return capability == (9, 0) or (gemm == "triton" and capability >= (8, 9))
-
-
-def precision_refusal(precision: str, config: Any) -> str | None:
-    """Why experts cannot compute in a precision, and what to do; None if they can.
-
-    Args:
-        precision: a word of ``--moe-echo-expert-precision`` but ``params-dtype``.
-        config: the transformer's configuration.
-    """
-    if precision in _NOT_BUILT:
-        return _NOT_BUILT[precision]
-    for refused, reason in _FP8_ROWWISE:
-        if refused(config):
-            return reason.format(config=config)
-    return None
-
 
 positive = within(1, math.inf, "is below 1. Use 1 or more.")
 not_negative = within(0, math.inf, "is negative. Use 0 or more.")
@@ -169,7 +112,7 @@ def kernels(value: str, config: Any) -> str | None:
 
 
 def expert_precision(value: str, config: Any) -> str | None:
-    return None if value == "params-dtype" else precision_refusal(value, config)
+    return None if value in ("auto", "params-dtype") else precision_refusal(value, config)
 
 
 def every(value: int, config: Any) -> str | None:

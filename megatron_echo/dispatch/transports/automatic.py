@@ -11,11 +11,11 @@ import torch.distributed as dist
 from megatron_echo.compatibility import engine_refusal
 from megatron_echo.config import (
     clone_itemsize,
-    computes_in_fp8,
     dispatched_row_bytes,
     echo_setting,
     expert_elements,
     expert_width,
+    fp8_format,
 )
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.dispatch.transports.peer_memory import highest
@@ -103,7 +103,7 @@ def choose(topology: Topology, has_graph: bool) -> tuple[str, str]:
 
 
 def _travels_in_fp8(way: str, config: Any) -> bool:
-    return computes_in_fp8(config) and way not in ENGINES
+    return fp8_format(config) is not None and way not in ENGINES
 
 
 def token_bytes(way: str, config: Any, ranks: int, tokens: int) -> int:
