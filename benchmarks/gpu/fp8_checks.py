@@ -19,7 +19,6 @@ from megatron_echo.experts.activation import (
 from megatron_echo.experts.fp8 import Quantised
 from megatron_echo.precision import FORMATS, Fp8Format
 
-
 ROWWISE, MXFP8, BLOCKWISE = FORMATS.values()
 
 

@@ -125,7 +125,7 @@ def _packed_kernel(
     hidden, probs, used, bias, groups, values, scales, num_rows, value_stride, scale_stride,
     F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
     OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr = None,
+    SCALE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rowwise each row is computed twice, for its largest magnitude and to be stored."""
     end = tl.minimum(tl.load(used), num_rows)

@@ -60,8 +60,8 @@ def _product_kernel(
     HOME: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, IN: tl.constexpr,
     OUT: tl.constexpr, IS_TRANSPOSED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
-    IMPRECISE: tl.constexpr, ROW_SCALES: tl.constexpr = 0, MATRIX_SCALES: tl.constexpr = 0,
-    IN_BLOCKS: tl.constexpr = False, LINES: tl.constexpr = 1,
+    IMPRECISE: tl.constexpr, ROW_SCALES: tl.constexpr, MATRIX_SCALES: tl.constexpr,
+    IN_BLOCKS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     tile, column_tile = _swizzled(tl.program_id(0), (OUT + BLOCK_N - 1) // BLOCK_N, SUPER)
     # The tiles of group g begin with number start // BLOCK_M + g: enough for any start.
@@ -119,7 +119,7 @@ def _outer_kernel(
     left, right, ends, home, slots, left_scales, right_scales, num_rows,
     HOME: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
-    IMPRECISE: tl.constexpr, IN_BLOCKS: tl.constexpr = False,
+    IMPRECISE: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     row_tile, column_tile = _swizzled(tl.program_id(0), (IN + BLOCK_N - 1) // BLOCK_N, SUPER)
@@ -198,11 +198,10 @@ def product_constants(
     constants = {
         "HOME": home, "GROUPS": groups, "FIRST": first, "IN": widths[0], "OUT": widths[1],
         "IS_TRANSPOSED": is_transposed, "BLOCK_G": groups_block, **blocks,
+        "ROW_SCALES": form.scale_bytes(widths[0]) if form else 0,
+        "MATRIX_SCALES": form.scale_bytes(*widths) if form else 0,
+        "LINES": form.lines if form else 1,
     }  # fmt: skip
-    if form is not None:
-        constants["ROW_SCALES"] = form.scale_bytes(widths[0])
-        constants["MATRIX_SCALES"] = form.scale_bytes(*widths)
-        constants["LINES"] = form.lines
     return constants, options
 
 
@@ -234,7 +233,6 @@ def _tile(
     Four bytes: on CUDA's cores, or on tensor cores where torch rounds to tf32 too. One byte: tensor
     cores keep 14 bits of a sum, so that the sum of each tile of rows is added in fp32.
     """
-    is_in_blocks = form is not None and form.block is not None
     if itemsize == 1:
         rows = 128 if height > 64 and shared_memory >= _LARGE_TILES else 64
         sizes, options = (
@@ -253,7 +251,7 @@ def _tile(
     imprecise = sizes[2] if itemsize == 1 else None
     precision = "tf32" if is_tf32 else "ieee"
     others = {"SUPER": _SUPER, "PRECISION": precision, "IMPRECISE": imprecise}
-    others |= {"IN_BLOCKS": True} if is_in_blocks else {}
+    others["IN_BLOCKS"] = form is not None and form.block is not None
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes)) | others, options
 
 

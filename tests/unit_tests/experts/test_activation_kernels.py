@@ -310,7 +310,8 @@ for name, dtype, constants in {cases}:
     kernel = getattr(activation_kernels, name)
     types = dict.fromkeys(kernel.arg_names, "*" + dtype)
     types |= {{"probs": "*fp32", "to_probs": "*fp32", "used": "*i32", "num_rows": "i32"}}
-    types |= {{"bias": "*fp32", "groups": "*i32", "values": "*fp8e4nv", "scales": "*fp32"}}
+    of_scales = "*u8" if constants.get("SCALE_BLOCK") else "*fp32"
+    types |= {{"bias": "*fp32", "groups": "*i32", "values": "*fp8e4nv", "scales": of_scales}}
     types |= {{"value_stride": "i32", "scale_stride": "i32"}}
     types |= dict.fromkeys(constants, "constexpr")
     types = {{name: types[name] for name in kernel.arg_names}}
@@ -345,7 +346,8 @@ def test_they_compile_for_a_gpu_that_is_not_here(kinds: list[tuple], tmp_path: P
         assert settings is not None
         for kernel in ("_forward_kernel", "_backward_kernel", "_packed_kernel"):
             constants = activation_kernels.constants(width, settings, kernel != "_forward_kernel")
-            cases.append((kernel, name, constants))
+            blocks = ({"SCALE_BLOCK": None}, {"SCALE_BLOCK": 32}) if "packed" in kernel else ({},)
+            cases += [(kernel, name, constants | block) for block in blocks]
     wide = r"{}[.]global[^;]*[.]v4[.]b32"
     script = "import re" + COMPILE.format(
         cases=cases, loads=wide.format("ld"), stores=wide.format("st")
