@@ -18,6 +18,7 @@ from unit_tests.dispatch.test_kernels import run_script
 from megatron_echo.experts import kernels, pointer_gemm
 from megatron_echo.experts.grouped_linear import grouped_outer_reference, grouped_product_reference
 from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
+from megatron_echo.precision import FORMATS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EPSILON = 2.0**-24
@@ -303,7 +304,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_echo.experts import kernels
-from megatron_echo.precision import FORMATS
 
 for name, dtype, stacks, (constants, options) in {cases}:
     kernel = getattr(kernels, name)
