@@ -84,17 +84,26 @@ def check_clones() -> None:
         assert all(0.04 < error < 0.10 for error in of_format.values())
 
 
+def of_all_sizes(layer: EchoMoELayer) -> EchoMoELayer:
+    """Neighbours among the experts have other scales."""
+    for weight in weights_of(layer):
+        number = dist.get_rank() * len(weight) + torch.arange(len(weight))
+        with torch.no_grad():
+            weight *= (number % 3 - 1).exp2()[:, None, None]
+    return layer
+
+
 def worst_differences(kinds: tuple[str, ...], fields: dict[str, Any]) -> tuple[dict, dict]:
     """By clones, and to the fp64 loop."""
     of_format, of_clones = (dict.fromkeys(RESULTS, 0.0) for _ in range(2))
     for number, (kind, way) in enumerate(zip(kinds, itertools.cycle(WAYS))):
         case = case_of(kind, TOPK, DTYPE)
-        unmoved = run(plain(TOPK, DTYPE, **fields), case)
+        unmoved = run(of_all_sizes(plain(TOPK, DTYPE, **fields)), case)
         layer = cloned(
             TOPK, DTYPE, **fields, moe_echo_expert_dispatcher_type=way,
             moe_echo_recompute_expert_dispatch=bool(number % 2),
         )  # fmt: skip
-        moved = run(layer, case)
+        moved = run(of_all_sizes(layer), case)
         StepEnd.of(layer.config).overflow.check()
         by_clones, by_format = errors(moved, unmoved), sizes_of_errors(moved, dense(layer, case))
         for name in RESULTS:
