@@ -187,7 +187,8 @@ def blocks(
     is_turned = source.stride(2) != 1
     tile_lines = 128 if lines > 1 else 64
     grid = triton.cdiv(num_lines, tile_lines), triton.cdiv(width, _TILE), matrices
-    scales, row_scales = (t if t is None else t.view(torch.uint8) for t in (scales, row_scales))
+    scales = scales.view(torch.uint8)
+    row_scales = None if row_scales is None else row_scales.view(torch.uint8)
     with torch.cuda.device_of(source):
         _blocks_kernel[grid](
             source, row_scales, source if used is None else used, values, scales, num_lines, width,
