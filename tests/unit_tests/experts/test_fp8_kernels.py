@@ -88,9 +88,9 @@ def test_columns(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 def test_columns_in_blocks(dtype: torch.dtype, form: Fp8Format) -> None:
     """Of rows, and of rows that are quantised; what is behind the last end is not written."""
     unit = form.alignment
-    rows = drawn(dtype, 5 * unit, 3 * unit)
+    rows = drawn(dtype, 3 * unit, 2 * unit)
     packed = fp8.unpacked(fp8.pack_rows(rows, form), form)
-    for ends in ([unit, unit, 4 * unit], [0, 5 * unit], [0, 0]):
+    for ends in ([unit, unit, 2 * unit], [0, 3 * unit], [0, 0]):
         on_device, used = torch.tensor(ends, dtype=torch.int32), slice(ends[-1])
         packed.scales[used.stop :] = torch.nan
         for given in (rows, packed):
@@ -153,11 +153,12 @@ def test_products_take_home_experts_and_clones_where_they_lie(
 
     NaN behind the last end reaches nothing, and padding with a scale of NaN its own row.
     """
-    unit = form.alignment // 16
-    rows, width, out = 176 * unit, 144 if unit == 1 else 3 * form.alignment, 48 * unit
-    out, ends = -(-out // form.alignment) * form.alignment, [end * unit for end in ends]
-    if form.lines > 1:
-        rows, out, ends = 768, 256, [end // 128 // 2 * 128 for end in ends]
+    sizes = {None: (176, 144, 48), 32: (352, 96, 96), 128: (512, 256, 128)}
+    rows, width, out = sizes[form.block]
+    if form.block == 32:
+        ends = [2 * end for end in ends]
+    elif form.block == 128 and ends[-1]:
+        ends = [128, 128, 256, 384]
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
