@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import CudaGraphModule
 
 from megatron_echo.environment import HAVE_TRANSFORMER_ENGINE
 from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS
+from megatron_echo.precision import expert_precision
 
 _PARTS_OF_MOE = (CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess)
 _MOE = (CudaGraphModule.moe, *_PARTS_OF_MOE)
@@ -304,8 +305,9 @@ def _is_sinkhorn(config: Any) -> bool:
 def settings_taken_over(config: Any) -> list[str]:
     """What a user should know about accepted settings, a line each."""
     parameters = str(config.params_dtype).removeprefix("torch.")
-    precision = getattr(config, "moe_echo_expert_precision", "params-dtype")
+    precision, reason = expert_precision(config)
     computed = parameters if precision == "params-dtype" else precision
+    computed += f" ({reason.removesuffix('.')})" if reason else ""
     words = {"parameters": parameters, "computed": computed}
     return [note.format(**words) for applies, note in _TAKEN_OVER if applies(config)]
 

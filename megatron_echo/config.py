@@ -17,10 +17,10 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron_echo import flag_checks as checks
 from megatron_echo import flags
 from megatron_echo.compatibility import whole_layer_in_graph
-from megatron_echo.flag_checks import FP8_ALIGNMENT
 from megatron_echo.flags import check_type, spelled
 from megatron_echo.loss_settings import RouterLossSettings
 from megatron_echo.planner.slots import auto_slots
+from megatron_echo.precision import FORMATS, Fp8Format, expert_precision
 
 flag = functools.partial(flags.flag, group="echo")
 
@@ -145,14 +145,16 @@ class EchoConfigMixin:
         choices=("auto", "torch", "triton"),
     )
     moe_echo_expert_precision: str = flag(
-        "params-dtype",
-        "What experts compute in. params-dtype: as their parameters, bf16 as a rule, beside "
-        "--fp8-format too. fp8-rowwise: operands in e4m3 with a scale for each row, for compute "
-        "capability 9.0 (from 8.9 on with --moe-echo-grouped-gemm triton) and, as a reference, a "
-        "CPU; tokens and clones travel so, parameters and gradients stay as they are. The others "
-        "are names of what is not built: the refusal says what would do.",
+        "auto",
+        "What experts compute in. params-dtype: as their parameters, bf16 as a rule. The others: "
+        "operands in e4m3, in which tokens and clones travel too; parameters and gradients stay as "
+        "they are. fp8-rowwise: a scale for each row, for compute capability 9.0. mxfp8: a scale "
+        "for 32 elements, for 10.0. fp8-blockwise: for 128, of weights for 128 x 128, by kernels "
+        "of this package, which have all three from 8.9 on with --moe-echo-grouped-gemm triton. A "
+        "CPU has a reference of each. auto: the format of --fp8-recipe mxfp8 or blockwise where "
+        "it can be had, else params-dtype, and says so. nvfp4 is not built.",
         check=checks.expert_precision,
-        choices=("params-dtype", "fp8-rowwise", "mxfp8", "fp8-blockwise", "nvfp4"),
+        choices=("auto", "params-dtype", *FORMATS, "nvfp4"),
     )
     moe_echo_recompute_expert_dispatch: bool = flag(
         True,
@@ -295,26 +297,26 @@ def expert_elements(config: Any) -> int:
     return matrices * width * ffn + biases
 
 
-def computes_in_fp8(config: Any) -> bool:
-    """Whether the experts' products take FP8."""
-    return echo_setting(config, "moe_echo_expert_precision") == "fp8-rowwise"
+def fp8_format(config: Any) -> Fp8Format | None:
+    """Of what the experts' products take; None where they compute in the parameters' dtype."""
+    return FORMATS.get(expert_precision(config)[0])
 
 
 def row_alignment(config: Any) -> int:
-    """To what each expert's rows are padded: ``--moe-echo-row-alignment``, 16 in FP8."""
-    given = echo_setting(config, "moe_echo_row_alignment")
-    return math.lcm(given, FP8_ALIGNMENT) if computes_in_fp8(config) else given
+    """To what each expert's rows are padded: ``--moe-echo-row-alignment``, in FP8 a format's."""
+    given, form = echo_setting(config, "moe_echo_row_alignment"), fp8_format(config)
+    return math.lcm(given, form.alignment) if form else given
 
 
 def dispatched_row_bytes(config: Any, is_packed: bool) -> int:
-    """Bytes of a token on its way to an expert; packed it is in FP8, with its scale."""
-    width = expert_width(config)
-    return width + FP8_ALIGNMENT if is_packed else width * config.params_dtype.itemsize
+    """Bytes of a token on its way to an expert; packed it is in FP8, with its scales."""
+    width, form = expert_width(config), fp8_format(config) if is_packed else None
+    return width + form.scale_bytes(width) if form else width * config.params_dtype.itemsize
 
 
 def clone_itemsize(config: Any) -> int:
     """Bytes of an element of a clone's weights; scales are left out."""
-    return 1 if computes_in_fp8(config) else config.params_dtype.itemsize
+    return 1 if fp8_format(config) else config.params_dtype.itemsize
 
 
 @dataclass

@@ -20,51 +20,10 @@ from megatron_echo.environment import (
 from megatron_echo.flags import Check, nearest_multiples, within
 from megatron_echo.planner.price import MAX_ROWS
 from megatron_echo.planner.slots import auto_slots
+from megatron_echo.precision import precision_refusal
 
 MAX_ROW_ALIGNMENT = 1024
 """Kernels want 8 to 256 rows; each expert and slot of a rank may waste one less than this."""
-
-FP8_ALIGNMENT = 16
-"""Elements of a row, and rows of a group, that products of FP8 take: 16 bytes."""
-
-_NOT_BUILT = {
-    "mxfp8": "is not built: torch takes its scales in tiles of 128 rows of each expert, on compute "
-    "capability 10.0. Use params-dtype there, and fp8-rowwise on 9.0.",
-    "fp8-blockwise": "is not built: it needs Transformer Engine's GroupedLinear with "
-    "use_grouped_tensor, whose splits stay on the device from cuBLAS 13.6 on. Use fp8-rowwise.",
-    "nvfp4": "is not built: it needs compute capability 10.0 and Transformer Engine's "
-    "GroupedLinear with use_grouped_tensor, with cuBLAS 13.3 or newer. Use params-dtype.",
-}
-
-_FP8_ROWWISE: Rows = (
-    (
-        lambda c: (c.moe_latent_size or c.hidden_size) % FP8_ALIGNMENT,
-        f"needs a width of a multiple of {FP8_ALIGNMENT}. Use another --hidden-size or "
-        "--moe-latent-size, or params-dtype.",
-    ),
-    (
-        lambda c: c.moe_ffn_hidden_size % (FP8_ALIGNMENT * c.expert_tensor_parallel_size),
-        f"needs a multiple of {FP8_ALIGNMENT} of the inner width on each expert-tensor rank, but "
-        "--moe-ffn-hidden-size is {config.moe_ffn_hidden_size}. Use another one, or params-dtype.",
-    ),
-    (
-        lambda c: torch.accelerator.is_available() and c.params_dtype != torch.bfloat16,
-        "gives bf16 on a GPU, not {config.params_dtype}. Use --bf16.",
-    ),
-    (
-        lambda c: not _multiplies_fp8(c.moe_echo_grouped_gemm),
-        "needs a GPU of compute capability 9.0 (H100, H200), or from 8.9 on with "
-        "--moe-echo-grouped-gemm triton. Use params-dtype.",
-    ),
-)
-
-
-def _multiplies_fp8(gemm: str) -> bool:
-    if not torch.accelerator.is_available():
-        return True
-    capability = torch.cuda.get_device_capability()
-    return capability == (9, 0) or (gemm == "triton" and capability >= (8, 9))
-
 
 _ENGINE: Rows = (
     (
@@ -125,11 +84,6 @@ def engine_refusal(way: str, config: Any) -> str | None:
     find, missing = _PACKAGES[way]
     rows = (*_ENGINE, *(_NCCL_EP if way == "nccl_ep" else ()), (lambda _: find() is None, missing))
     return first_refusal(rows, config)
-
-
-def precision_refusal(precision: str, config: Any) -> str | None:
-    """Why experts cannot compute in a precision that is not ``params-dtype``; None if they can."""
-    return _NOT_BUILT.get(precision) or first_refusal(_FP8_ROWWISE, config)
 
 
 def _without_graph(refusal: str) -> Check:
@@ -241,7 +195,7 @@ def kernels(value: str, config: Any) -> str | None:
 
 
 def expert_precision(value: str, config: Any) -> str | None:
-    return None if value == "params-dtype" else precision_refusal(value, config)
+    return None if value in ("auto", "params-dtype") else precision_refusal(value, config)
 
 
 def every(value: int, config: Any) -> str | None:

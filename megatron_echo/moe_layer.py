@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import config_refusal
-from megatron_echo.config import computes_in_fp8
+from megatron_echo.config import fp8_format
 from megatron_echo.dispatch import EchoTokenDispatcher
 from megatron_echo.dispatch.clones_of_call import Homecoming
 from megatron_echo.dispatch.transports import Transports
@@ -109,8 +110,9 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         self._homecoming: Homecoming | None = None
 
     def _dispatcher(self, num_slots: int | None = None) -> EchoTokenDispatcher:
-        is_packed = computes_in_fp8(self.config) and not self.config.moe_apply_probs_on_input
-        pack = pack_rows if is_packed else None
+        form = fp8_format(self.config)
+        is_packed = form is not None and not self.config.moe_apply_probs_on_input
+        pack = partial(pack_rows, form=form) if is_packed else None
         return EchoTokenDispatcher(self.config, self._groups, num_slots, pack)
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -232,7 +234,7 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
             expected = self._without_clones(*self._checked_call)
             plan, self._checked_call = self.token_dispatcher.plan, None
             assert plan is not None
-            dtype = FP8 if computes_in_fp8(self.config) else self.config.params_dtype
+            dtype = FP8 if fp8_format(self.config) else self.config.params_dtype
             self._self_check.record(combined, expected, plan, self.ep_group, dtype)
         return combined
 

@@ -19,17 +19,18 @@ from torch.nn.functional import grouped_mm
 from megatron_echo.experts.fp8 import (
     Quantised,
     quantise_columns,
+    quantise_reference,
     quantise_rows,
-    quantise_rows_reference,
     scaled_outer,
     scaled_product,
 )
-from megatron_echo.flag_checks import FP8_ALIGNMENT
+from megatron_echo.precision import FORMATS
 
 PART = "Grouped products in FP8"
 DRY_SHAPES: dict[str, Shape] = {"dry run in FP8": (96, 3, 2, 32, 16)}
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 TARGETS = ("of_grouped_mm >= 1.4",)
+ROWWISE = FORMATS["fp8-rowwise"]
 ERROR = (0.03, 0.045)  # of a product of random values, from e4m3 alone
 
 
@@ -43,12 +44,12 @@ def contenders(direction: str, shape: Shape) -> dict[str, Callable[[], Tensor]]:
 
     inputs, grads = draw(rows * 4 // 3, taken), draw(rows * 4 // 3, made)
     stack = draw(experts + slots, made, taken)
-    aligned = [end // FP8_ALIGNMENT for end in skewed_ends(rows, experts + slots, slots, 1.0)]
-    ends = torch.tensor(aligned, dtype=torch.int32).mul(FP8_ALIGNMENT).to(device())
+    aligned = [end // ROWWISE.alignment for end in skewed_ends(rows, experts + slots, slots, 1.0)]
+    ends = torch.tensor(aligned, dtype=torch.int32).mul(ROWWISE.alignment).to(device())
     if direction == "wgrad":
 
         def quantised() -> tuple[Quantised, Quantised]:
-            return quantise_columns(grads, ends), quantise_columns(inputs, ends)
+            return quantise_columns(grads, ends, ROWWISE), quantise_columns(inputs, ends, ROWWISE)
 
         both = quantised()
         return {
@@ -57,13 +58,13 @@ def contenders(direction: str, shape: Shape) -> dict[str, Callable[[], Tensor]]:
             "grouped_mm": lambda: grouped_mm(grads.t(), inputs, offs=ends),
         }
     left, right = (inputs, stack) if direction == "forward" else (grads, stack.mT.contiguous())
-    of_rows, of_weights = quantise_rows(left, ends), quantise_rows_reference(right)
+    of_rows, of_weights = quantise_rows(left, ends, ROWWISE), quantise_reference(right, ROWWISE)
     last = int(ends[-1])
     return {
         "fp8": lambda: scaled_product(of_rows, of_weights, ends, left.dtype)[:last],
-        "all": lambda: scaled_product(quantise_rows(left, ends), of_weights, ends, left.dtype)[
-            :last
-        ],
+        "all": lambda: scaled_product(
+            quantise_rows(left, ends, ROWWISE), of_weights, ends, left.dtype
+        )[:last],
         "grouped_mm": lambda: grouped_mm(left, right.mT, offs=ends)[:last],
     }
 

@@ -14,6 +14,7 @@ from megatron_echo.dispatch.permute import stand_in
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.biases import bias_of_rows, group_sums, row_groups
 from megatron_echo.experts.fp8 import new_words, pack_rows, unpacked
+from megatron_echo.precision import Fp8Format
 from megatron_echo.rows_in_use import has_memory_of_cpu, on_used_rows
 
 _KERNELS: dict[Callable[[Tensor], Tensor], str] = {
@@ -111,7 +112,7 @@ class _WeightedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation,
-        bias: Tensor | None, is_packed: bool,
+        bias: Tensor | None, form: Fp8Format | None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(hidden, probs, ends, *([] if bias is None else [bias]))
         ctx.activation, ctx.again, ctx.output_again = activation, None, _output_again
@@ -120,14 +121,14 @@ class _WeightedActivation(torch.autograd.Function):
         if settings is None:
             rows = _biased(hidden, *given), probs
             (output,) = on_used_rows(activation.weighted, ends, rows)
-            output = pack_rows(output, ends) if is_packed else output
+            output = pack_rows(output, form, ends) if form else output
         else:
-            output = _by_kernel(hidden, probs, ends, settings, given, is_packed)
-        if not is_packed:
+            output = _by_kernel(hidden, probs, ends, settings, given, form)
+        if form is None:
             return output
         ctx.mark_non_differentiable(output)
         ctx.set_materialize_grads(False)
-        return stand_in(hidden, len(hidden), unpacked(output).values.shape[1]), output
+        return stand_in(hidden, len(hidden), unpacked(output, form).values.shape[1]), output
 
     @staticmethod
     @once_differentiable
@@ -152,15 +153,17 @@ class _WeightedActivation(torch.autograd.Function):
 
 def _by_kernel(
     hidden: Tensor, probs: Tensor, ends: Tensor, settings: dict[str, Any], given: list[Tensor],
-    is_packed: bool,
+    form: Fp8Format | None,
 ) -> Tensor:  # fmt: skip
     from megatron_echo.experts import activation_kernels
 
-    if not is_packed:
+    if form is None:
         return activation_kernels.forward(hidden, probs, ends, settings, *given)
-    words = new_words(hidden, hidden.shape[1] // (2 if settings["IS_GATED"] else 1))
-    into = unpacked(words)
-    activation_kernels.packed(hidden, probs, ends, into.values, into.scales, settings, *given)
+    words = new_words(hidden, hidden.shape[1] // (2 if settings["IS_GATED"] else 1), form)
+    into = unpacked(words, form)
+    activation_kernels.packed(
+        hidden, probs, ends, into.values, into.scales, form.block, settings, *given
+    )
     return words
 
 
@@ -194,7 +197,7 @@ def _output_again(ctx: Any) -> Tensor:
     settings = ctx.activation.kernel_settings(hidden, probs)
     if settings is None:
         return on_used_rows(ctx.activation.weighted, ends, (hidden, probs))[0]
-    return _by_kernel(hidden, probs, ends, settings, given, is_packed=False)
+    return _by_kernel(hidden, probs, ends, settings, given, None)
 
 
 def _biased(hidden: Tensor, bias: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
@@ -223,11 +226,11 @@ def weighted_activation(
     Returns:
         ``[B, F]`` in ``hidden``'s dtype; anything in the rows beyond the last end.
     """
-    return _WeightedActivation.apply(hidden, probs, ends, activation, bias, False)
+    return _WeightedActivation.apply(hidden, probs, ends, activation, bias, None)
 
 
 def packed_activation(
-    hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation,
+    hidden: Tensor, probs: Tensor, ends: Tensor, activation: ExpertActivation, form: Fp8Format,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`weighted_activation` in FP8: a stand-in for its gradient, and the packed rows.
@@ -235,4 +238,4 @@ def packed_activation(
     They are those of ``pack_rows`` of its output. On a GPU one kernel makes both, and the output
     itself never is in memory.
     """
-    return _WeightedActivation.apply(hidden, probs, ends, activation, bias, True)
+    return _WeightedActivation.apply(hidden, probs, ends, activation, bias, form)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_echo.experts.fp8_kernels import _magnitude, _rounded, _scale_and_inverse
+from megatron_echo.experts.fp8_kernels import _in_blocks, _magnitude, _rounded, _scale_and_inverse
 
 _COLUMNS = 256
 _FORWARD_ROWS, _BACKWARD_ROWS = 16, 8  # a thread has 16 or 8 elements of each tensor in flight
@@ -125,8 +125,9 @@ def _packed_kernel(
     hidden, probs, used, bias, groups, values, scales, num_rows, value_stride, scale_stride,
     F: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, LIMIT: tl.constexpr,
     OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each row is computed twice, for its largest magnitude and to be stored; never kept."""
+    """Rowwise each row is computed twice, for its largest magnitude and to be stored."""
     end = tl.minimum(tl.load(used), num_rows)
     row = tl.program_id(0).to(tl.int64) * ROWS
     if row >= end:
@@ -135,7 +136,7 @@ def _packed_kernel(
     prob = tl.load(probs + row, mask=row < end, other=0.0)[:, None]
     group = tl.load(groups + row, mask=row < end, other=0) if HAS_BIAS else 0
     largest = tl.zeros((ROWS,), dtype=tl.int32)
-    for first in range(0, F, BLOCK):
+    for first in range(0, F if SCALE_BLOCK is None else 0, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = (row < end)[:, None] & (column < F)[None, :]
         value = _narrowed(
@@ -143,15 +144,22 @@ def _packed_kernel(
         )
         largest = tl.maximum(largest, tl.max(tl.where(mask, _magnitude(value), 0), axis=1))
     scale, inverse = _scale_and_inverse(largest)
-    tl.store(scales + row * scale_stride, scale, mask=row < end)
+    if SCALE_BLOCK is None:
+        tl.store(scales + row * scale_stride, scale, mask=row < end)
     for first in range(0, F, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = (row < end)[:, None] & (column < F)[None, :]
         value = _narrowed(
             hidden, bias, group, row, column, mask, prob, F, KIND, IS_GATED, LIMIT, OFFSET, HAS_BIAS
         )
-        to = values + row[:, None] * value_stride + column[None, :]
-        tl.store(to, _rounded(value, inverse[:, None]), mask=mask)
+        if SCALE_BLOCK is None:
+            rounded = _rounded(value, inverse[:, None])
+        else:
+            exponents, rounded = _in_blocks(tl.where(mask, value, 0.0), 1, SCALE_BLOCK)
+            part = first // SCALE_BLOCK + tl.arange(0, BLOCK // SCALE_BLOCK)
+            inside = (row < end)[:, None] & (part * SCALE_BLOCK < F)[None, :]
+            tl.store(scales + row[:, None] * scale_stride + part[None, :], exponents, mask=inside)
+        tl.store(values + row[:, None] * value_stride + column[None, :], rounded, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -240,7 +248,8 @@ def forward(
 
 def packed(
     hidden: Tensor, probs: Tensor, ends: Tensor, values: Tensor, scales: Tensor,
-    settings: dict[str, Any], bias: Tensor | None = None, groups: Tensor | None = None,
+    block: int | None, settings: dict[str, Any], bias: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> None:  # fmt: skip
     """:func:`forward`, rounded to the dtype of ``hidden`` and then quantised by row.
 
@@ -249,7 +258,8 @@ def packed(
         probs: likewise.
         ends: likewise.
         values: e4m3 ``[B, F]``, each row contiguous; is written.
-        scales: fp32 ``[B]``, likewise.
+        scales: fp32 ``[B]``, in blocks E8M0 ``[B, F / block]``, likewise.
+        block: elements that share a scale, a divisor of 128; None for all.
         settings: as in :func:`constants`.
         bias: as in :func:`forward`.
         groups: likewise.
@@ -258,6 +268,7 @@ def packed(
     if values.numel() == 0:
         return
     chosen = constants(width, settings, is_backward=True, has_bias=bias is not None)
+    chosen["SCALE_BLOCK"], scales = block, scales.view(torch.uint8) if block else scales
     with torch.cuda.device_of(hidden):
         _packed_kernel[(triton.cdiv(rows, chosen["ROWS"]),)](
             hidden.contiguous(), probs.contiguous(), ends[-1:], bias, groups, values, scales, rows,

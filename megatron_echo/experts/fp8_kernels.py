@@ -1,8 +1,9 @@
-"""Rowwise FP8 in Triton: operands of the grouped products, with the bits of ``fp8.py``.
+"""FP8 in Triton: operands of the grouped products, with the bits of ``fp8.py``.
 
-Each line of numbers is read twice: for its largest magnitude, and to be scaled. Magnitudes are
-compared as integers, so that NaN is the largest of all. A program behind the rows in use exits at
-once; what nobody reads is not written.
+In blocks each number is read once, and one kernel makes all operands. Rowwise each line of numbers
+is read twice: for its largest magnitude, and to be scaled. Magnitudes are compared as integers, so
+that NaN is the largest of all. A program behind the rows in use exits at once; what nobody reads is
+not written.
 """
 
 # (Triton's functions have no Python types.)
@@ -14,6 +15,7 @@ from torch import Tensor
 
 _ROWS, _ROW_BLOCK = 4, 512
 _COLUMNS, _COLUMN_BLOCK = 64, 64
+_TILE = 128
 
 
 @triton.jit
@@ -105,6 +107,97 @@ def _columns_kernel(
         x = _wide(source, row_scales, row, column, mask, row_stride, row_scale_stride)
         turned = tl.trans(_rounded(x, inverse[None, :]))
         tl.store(to + row[None, :], turned, mask=tl.trans(mask))
+
+
+@triton.jit
+def _powers(pointers, mask):
+    """Scales in E8M0 as fp32."""
+    exponents = tl.load(pointers, mask=mask, other=0).to(tl.int32)
+    return (exponents << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _in_blocks(x, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """The scales of a tile ``[n, k]`` in E8M0, ``[n / LINES, k / BLOCK]``, and it in e4m3."""
+    lines: tl.constexpr = x.shape[0] // LINES
+    parts: tl.constexpr = x.shape[1] // BLOCK
+    blocks = tl.reshape(x, (lines, LINES, parts, BLOCK))
+    scale, inverse = _scale_and_inverse(tl.max(tl.max(_magnitude(blocks), axis=3), axis=1))
+    values = _rounded(blocks, inverse[:, None, :, None])
+    exponents = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
+    return exponents, tl.reshape(values, (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _blocks_kernel(
+    source, row_scales, used, values, scales, num_lines, width, source_matrix, source_pitch,
+    row_scale_pitch, value_matrix, value_pitch, scale_matrix, scale_pitch,
+    IS_TURNED: tl.constexpr, IS_BOUNDED: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+    TILE_LINES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    first_line, first = tl.program_id(0) * TILE_LINES, tl.program_id(1) * TILE
+    end = width
+    if IS_BOUNDED:
+        if IS_TURNED:
+            end = tl.minimum(tl.load(used), width)
+        else:
+            num_lines = tl.minimum(tl.load(used), num_lines)
+    if (first_line >= num_lines) | (first >= end):
+        return
+    matrix = tl.program_id(2).to(tl.int64)
+    line = (first_line + tl.arange(0, TILE_LINES)).to(tl.int64)
+    at = (first + tl.arange(0, TILE)).to(tl.int64)
+    mask = (line < num_lines)[:, None] & (at < end)[None, :]
+    if IS_TURNED:
+        offset = line[:, None] + at[None, :] * source_pitch
+    else:
+        offset = line[:, None] * source_pitch + at[None, :]
+    x = tl.load(source + matrix * source_matrix + offset, mask=mask, other=0.0).to(tl.float32)
+    if row_scales is not None:
+        x *= _powers(row_scales + at[None, :] * row_scale_pitch + line[:, None] // BLOCK, mask)
+    exponents, rounded = _in_blocks(x, LINES, BLOCK)
+    to = values + matrix * value_matrix + line[:, None] * value_pitch + at[None, :]
+    tl.store(to, rounded, mask=mask)
+    line = first_line // LINES + tl.arange(0, TILE_LINES // LINES)
+    part = first // BLOCK + tl.arange(0, TILE // BLOCK)
+    to = scales + matrix * scale_matrix + line.to(tl.int64)[:, None] * scale_pitch + part[None, :]
+    mask = (line * LINES < num_lines)[:, None] & (part * BLOCK < end)[None, :]
+    tl.store(to, exponents, mask=mask)
+
+
+def blocks(
+    source: Tensor, values: Tensor, scales: Tensor, block: int, used: Tensor | None = None,
+    *, lines: int = 1, row_scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Quantise in blocks along the last dimension.
+
+    Args:
+        source: ``[n, k]`` or ``[M, n, k]``, bf16, fp16, fp32 or e4m3; one of the last two
+            dimensions is contiguous. If it is the other than the last one, it is turned.
+        values: e4m3, of the same shape, each line contiguous; is written.
+        scales: E8M0 ``[n / lines, k / block]``, likewise.
+        block: elements of a line that share a scale, a divisor of 128.
+        used: int32 ``[1]``: lines from there on, turned elements of lines, are not written.
+        lines: that share a scale, a divisor of 128.
+        row_scales: E8M0 ``[k, n / block]``, what to multiply a turned source by first.
+    """
+    if source.dim() == 2:
+        source, values, scales = (tensor.unsqueeze(0) for tensor in (source, values, scales))
+    matrices, num_lines, width = source.shape
+    is_turned = source.stride(2) != 1
+    tile_lines = 128 if lines > 1 else 64
+    grid = triton.cdiv(num_lines, tile_lines), triton.cdiv(width, _TILE), matrices
+    scales = scales.view(torch.uint8)
+    row_scales = None if row_scales is None else row_scales.view(torch.uint8)
+    with torch.cuda.device_of(source):
+        _blocks_kernel[grid](
+            source, row_scales, source if used is None else used, values, scales, num_lines, width,
+            source.stride(0), source.stride(2 if is_turned else 1),
+            0 if row_scales is None else row_scales.stride(0), values.stride(0), values.stride(1),
+            scales.stride(0), scales.stride(1),
+            IS_TURNED=is_turned, IS_BOUNDED=used is not None, LINES=lines, BLOCK=block,
+            TILE_LINES=tile_lines, TILE=_TILE, num_warps=8,
+        )  # fmt: skip
 
 
 def rows(source: Tensor, used: Tensor | None, values: Tensor, scales: Tensor) -> None:

@@ -1,11 +1,11 @@
-"""The grouped linear in rowwise FP8: weights quantised once a step, clones that travel quantised.
+"""The grouped linear in FP8: weights quantised once a step, clones that travel quantised.
 
 Parameters and gradients stay as they are, in bf16 as a rule, so checkpoints and optimizers know
 nothing of FP8. Input, weights and the gradient of the output are quantised before each product; see
 ``fp8``. The input often is already: tokens travel so, and the activation's kernel gives it so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_echo.config import echo_setting
+from megatron_echo.config import echo_setting, fp8_format
 from megatron_echo.dispatch.clones_of_call import Clones, as_it_is_now, weight_key
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import is_capturing
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.fp8 import (
+    E8M0,
     FP8,
     WORD,
     Quantised,
@@ -29,22 +30,24 @@ from megatron_echo.experts.fp8 import (
     scaled_product,
     unpacked,
 )
+from megatron_echo.precision import Fp8Format
 from megatron_echo.step.step_end import StepEnd
 
 
 class _Stack:
-    """Home experts in FP8, and room for clones behind them: an expert is one block of bytes.
+    """Home experts in FP8, and room for clones behind them.
 
-    Its values come first, then its scales, so that a clone travels in one piece.
+    An expert is one block of bytes, its values and then its scales, so that a clone travels in one
+    piece; or two, where torch wants the values of all experts without gaps.
 
     Attributes:
-        home: words ``[m, 1, n]`` of the home experts.
-        clones: words ``[S, 1, n]`` of the slots.
+        home: words ``[m, 1, n]`` of the home experts, of each piece.
+        clones: words ``[S, 1, n]`` of the slots, likewise.
     """
 
-    def __init__(self, is_transposed: bool) -> None:
-        self._is_transposed = is_transposed
-        self._buffer: Tensor | None = None
+    def __init__(self, form: Fp8Format, *, is_transposed: bool, is_apart: bool) -> None:
+        self._form, self._is_transposed, self._is_apart = form, is_transposed, is_apart
+        self._buffers: list[Tensor] = []
         self._is_of: tuple | None = None
 
     def fill(self, weight: Tensor, slots: int, state: tuple | None) -> None:
@@ -55,55 +58,71 @@ class _Stack:
             slots: S.
             state: what changes when the weights may have; None if nobody knows.
         """
-        self._home, *self._shape = weight.mT.shape if self._is_transposed else weight.shape
-        matrices = self._home + slots
+        home, *self._shape = weight.mT.shape if self._is_transposed else weight.shape
+        matrices = home + slots
         lines, width = self._shape
-        words = lines * (width + torch.float32.itemsize) // WORD.itemsize
-        if self._buffer is None or len(self._buffer) < matrices:
+        sizes = [lines * width, self._form.scale_bytes(width, lines)]
+        if not self._buffers or len(self._buffers[0]) < matrices:
             with torch.inference_mode(False):  # evaluation may come first
-                self._buffer = weight.new_empty(matrices, 1, words, dtype=WORD)
+                self._buffers = [
+                    weight.new_empty(matrices, 1, size // WORD.itemsize, dtype=WORD)
+                    for size in (sizes if self._is_apart else [sum(sizes)])
+                ]
             self._is_of = None
-        self._words = self._buffer[:matrices]
-        self.home, self.clones = self._words.split((self._home, slots))
+        self._words = [buffer[:matrices] for buffer in self._buffers]
+        self.home, self.clones = zip(*(words.split((home, slots)) for words in self._words))
         if state is not None and state == self._is_of:
             return
         self._is_of = state
-        quantise_matrices(weight.detach(), self.operand, is_transposed=self._is_transposed)
+        into, form = self.operand, self._form
+        quantise_matrices(weight.detach(), into, form, is_transposed=self._is_transposed)
 
-    def bring(self, clones: Clones, kept: Tensor | None, in_place: bool) -> None:
+    def bring(self, clones: Clones, kept: Sequence[Tensor], in_place: bool) -> None:
         """Put the clones behind the home experts; or, in place, where they may be instead.
 
         Args:
             clones: which experts to bring.
-            kept: words of the clones, in place of bringing them.
+            kept: words of the clones, in place of bringing them; none to bring them.
             in_place: they need not be in the stack.
         """
         plan = clones.slot_expert, clones.announced
         if in_place:
-            there = clones.transport.push_in_place(self.home, *plan) if kept is None else kept
+            (home,) = self.home
+            there = kept[0] if kept else clones.transport.push_in_place(home, *plan)
             if there is not None:
-                self.clones = there
+                self.clones = (there,)
                 return
-        if kept is not None:
-            self.clones.copy_(kept)
-        else:
-            clones.transport.push(self.home, *plan, self.clones)
+        for number, (home, slots) in enumerate(zip(self.home, self.clones, strict=True)):
+            if kept:
+                slots.copy_(kept[number])
+            else:
+                clones.transport.push(home, *plan, slots)
 
     @property
     def operand(self) -> Quantised:
         """Values ``[m + S, out, in]``, transposed ``[m + S, in, out]``, and their scales."""
-        lines, width = self._shape
-        words = self._words.squeeze(1).split((lines * width // WORD.itemsize, lines), dim=1)
-        values = words[0].view(FP8).unflatten(1, (lines, width))
-        return Quantised(values, words[1].view(torch.float32))
+        (lines, width), form = self._shape, self._form
+        every = [words.squeeze(1) for words in self._words]
+        size = lines * width // WORD.itemsize
+        values, scales = every if self._is_apart else (every[0][:, :size], every[0][:, size:])
+        if form.block is None:
+            of_lines = scales[:, :lines].view(torch.float32)
+        else:
+            parts = lines // form.lines, width // form.block
+            of_lines = scales.view(E8M0)[:, : parts[0] * parts[1]].unflatten(1, parts)
+        return Quantised(values.view(FP8).unflatten(1, (lines, width)), of_lines)
 
 
 class Fp8Weights:
     """The weights of one projection in FP8, as its two products want them.
 
-    The stack of the forward pass has a scale for each output, that of the input's gradient is
-    transposed and has one for each input. Both are made when they are first wanted in a step, and
-    kept until it ends: two bytes an element, of home experts and slots.
+    The stack of the forward pass has scales along the inputs, that of the input's gradient is
+    transposed and has them along the outputs. Both are made when they are first wanted in a step,
+    and kept until it ends: two bytes an element, of home experts and slots.
+
+    Attributes:
+        form: of all operands.
+        by_kernel: kernels of this package multiply.
     """
 
     def __init__(self, config: Any) -> None:
@@ -112,13 +131,20 @@ class Fp8Weights:
         Args:
             config: its ``TransformerConfig``.
         """
-        self._step_end = StepEnd.of(config)
-        self._stacks = _Stack(is_transposed=False), _Stack(is_transposed=True)
-        self.by_kernel = echo_setting(config, "moe_echo_grouped_gemm") == "triton"
+        form = fp8_format(config)
+        assert form is not None
+        self.form, self._step_end = form, StepEnd.of(config)
+        kind = echo_setting(config, "moe_echo_grouped_gemm")
+        self.by_kernel = kind == "triton" or not form.has_product()
+        is_apart = form.block is not None and not self.by_kernel
+        self._stacks = [
+            _Stack(form, is_transposed=turned, is_apart=is_apart) for turned in (False, True)
+        ]
 
     def product(
         self, packed: Tensor, weight: Tensor, ends: Tensor, clones: Clones | None,
-        dtype: torch.dtype, *, is_transposed: bool, trains: bool = True, kept: Tensor | None = None,
+        dtype: torch.dtype, *, is_transposed: bool, trains: bool = True,
+        kept: Sequence[Tensor] = (),
     ) -> Tensor:  # fmt: skip
         """``rows[g] @ w[g].T`` of home experts and clones, or ``rows[g] @ w[g]``.
 
@@ -133,16 +159,17 @@ class Fp8Weights:
             kept: what :meth:`copy_of_clones` gave, in place of bringing them.
         """
         bring = self.bringer(weight, clones, is_transposed=is_transposed, trains=trains, kept=kept)
-        if clones is None or kept is not None:
+        if clones is None or kept:
             stack = bring()
         else:
             stack = clones.brought(weight_key(weight), bring)
         if not self.by_kernel:
-            return scaled_product(unpacked(packed), stack.operand, ends, dtype)
+            return scaled_product(unpacked(packed, self.form), stack.operand, ends, dtype)
         from megatron_echo.experts import kernels
 
         width = weight.shape[2 if is_transposed else 1]
-        return kernels.scaled_product(packed, stack.home, stack.clones, ends, width, dtype)
+        both = stack.home[0], stack.clones[0]
+        return kernels.scaled_product(packed, *both, ends, width, dtype, self.form)
 
     def outer(self, left: Quantised, right: Quantised, ends: Tensor, dtype: torch.dtype) -> Tensor:
         """See :func:`~megatron_echo.experts.fp8.scaled_outer`."""
@@ -151,11 +178,11 @@ class Fp8Weights:
         from megatron_echo.experts import kernels
 
         both = (left.values, left.scales), (right.values, right.scales)
-        return kernels.scaled_outer(*both, ends, dtype)
+        return kernels.scaled_outer(*both, ends, dtype, self.form)
 
     def bringer(
         self, weight: Tensor, clones: Clones | None, *, is_transposed: bool, trains: bool = True,
-        kept: Tensor | None = None,
+        kept: Sequence[Tensor] = (),
     ) -> Callable[[], _Stack]:  # fmt: skip
         """What makes home experts and clones ready for a :meth:`product`, also before it."""
         stack = self._stacks[is_transposed]
@@ -170,26 +197,26 @@ class Fp8Weights:
 
         return bring
 
-    def copy_of_clones(self, weight: Tensor, clones: Clones) -> Tensor:
+    def copy_of_clones(self, weight: Tensor, clones: Clones) -> list[Tensor]:
         """The clones as the input's gradient wants them, for a later backward pass."""
         bring = self.bringer(weight, clones, is_transposed=True)
         stack: _Stack = clones.brought(weight_key(weight), bring)
-        return stack.clones.clone()
+        return [piece.clone() for piece in stack.clones]
 
 
 class _Values(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, packed: Tensor) -> Tensor:
-        return unpacked(packed).dequantised().to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, packed: Tensor, form: Fp8Format) -> Tensor:
+        return unpacked(packed, form).dequantised().to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
-def values_of(rows: Tensor, packed: Tensor) -> Tensor:
+def values_of(rows: Tensor, packed: Tensor, form: Fp8Format) -> Tensor:
     """What packed rows hold, ``[B, in]``, with the gradient of the rows that stand for them."""
-    return _Values.apply(rows, packed)
+    return _Values.apply(rows, packed, form)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -202,7 +229,7 @@ class _Fp8Linear(torch.autograd.Function):
         later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         (weight,) = home
-        packed = pack_rows(rows, ends) if packed is None else packed
+        packed = pack_rows(rows, weights.form, ends) if packed is None else packed
         output = weights.product(
             packed, weight, ends, clones, rows.dtype, is_transposed=False, trains=trains
         )
@@ -210,7 +237,7 @@ class _Fp8Linear(torch.autograd.Function):
         if clones is not None:
             saved.append(clones.slot_expert)
             if keep and trains:
-                saved.append(weights.copy_of_clones(weight, clones))
+                saved.extend(weights.copy_of_clones(weight, clones))
         ctx.save_for_backward(*saved)
         ctx.weights, ctx.clones, ctx.later = weights, clones, later
         return output
@@ -219,16 +246,15 @@ class _Fp8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, weight, ends, *of_clones = ctx.saved_tensors
-        weight, clones, kept = as_it_is_now(weight), ctx.clones, None
+        weight, clones, kept = as_it_is_now(weight), ctx.clones, of_clones[1:]
         if of_clones:
             clones = replace(clones, slot_expert=of_clones[0])
-            kept = of_clones[1] if len(of_clones) > 1 else None
         grad, to_rows, to_weight = grad.contiguous(), None, None
         if clones is not None or ctx.needs_input_grad[0]:
             # With clones every rank brings them, whoever wants the gradient.
             to_rows = ctx.weights.product(
-                pack_rows(grad, ends), weight, ends, clones, grad.dtype, is_transposed=True,
-                kept=kept,
+                pack_rows(grad, ctx.weights.form, ends), weight, ends, clones, grad.dtype,
+                is_transposed=True, kept=kept,
             )  # fmt: skip
         is_wanted = ctx.needs_input_grad[2]
         is_trained = is_wanted or ctx.later is not None
@@ -247,7 +273,8 @@ def _weight_gradient(
     weights: Fp8Weights, grad: Tensor, packed: Tensor, weight: Tensor, ends: Tensor
 ) -> Tensor:
     """``[G, out, in]``, in the dtype of the product."""
-    left, right = quantise_columns(grad, ends), quantise_columns(unpacked(packed), ends)
+    form = weights.form
+    left, right = (quantise_columns(t, ends, form) for t in (grad, unpacked(packed, form)))
     dtype = wide_dtype(weight.dtype) if grad.is_cpu else weight.dtype
     return weights.outer(left, right, ends, dtype)
 
@@ -276,9 +303,10 @@ def fp8_linear(
     ranks of the group must call it together.
 
     Args:
-        rows: ``[B, in]``; B and ``in`` are multiples of 16. Rows of padding are zero.
-        weight: ``[m, out, in]``, the home experts' parameter; ``out`` is a multiple of 16.
-        ends: int32 ``[m]``, with clones ``[m + S]``, end offset of each group, multiples of 16.
+        rows: ``[B, in]``. Rows of padding are zero.
+        weight: ``[m, out, in]``, the home experts' parameter.
+        ends: int32 ``[m]``, with clones ``[m + S]``, end offset of each group. All sizes are
+            multiples of the format's alignment.
         clones: which experts sit in the slots, None without.
         weights: of this projection.
         trains: the call is one of a training step; quantised weights are kept until it ends.

@@ -8,7 +8,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from megatron_echo.config import computes_in_fp8, expert_width
+from megatron_echo.config import expert_width, fp8_format
 from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.experts.activation import (
     expert_activation,
@@ -26,7 +26,7 @@ class WeightedActivation(torch.nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self._activation = expert_activation(config)
-        self._is_packed = computes_in_fp8(config)
+        self._format = fp8_format(config)
 
     def forward(
         self, hidden: Tensor, probs: Tensor, ends: Tensor, bias: Tensor | None = None
@@ -35,8 +35,8 @@ class WeightedActivation(torch.nn.Module):
 
         See :func:`weighted_activation` and :func:`packed_activation`.
         """
-        if self._is_packed:
-            return packed_activation(hidden, probs, ends, self._activation, bias)
+        if self._format is not None:
+            return packed_activation(hidden, probs, ends, self._activation, self._format, bias)
         return weighted_activation(hidden, probs, ends, self._activation, bias), None
 
 

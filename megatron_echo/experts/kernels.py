@@ -7,8 +7,9 @@ is that of the rows and not of the buffer. Sums are in fp32, in a fixed order an
 Pointers are int64. Factors of fp32 are rounded to tf32 only where torch's own products do so.
 Nothing is autotuned, as that would wait for the device.
 
-Factors in e4m3 bring their scales: 16 bytes behind each row hold its one, and those of a matrix's
-outputs are behind its values (``fp8.py``, ``fp8_linear.py``).
+Factors in e4m3 bring their scales: those of a row are behind it, in a multiple of 16 bytes, and
+those of a matrix behind its values (``fp8.py``, ``fp8_linear.py``). In blocks the product of each
+block is scaled and then added.
 """
 
 # (Triton's functions have no Python types.)
@@ -20,6 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron_echo.experts.fp8_kernels import _powers
+from megatron_echo.precision import Fp8Format
 
 _SUPER = 8  # row tiles that share the columns in the L2 cache
 _LARGE_TILES = 144 * 1024  # bytes of shared memory
@@ -56,7 +60,8 @@ def _product_kernel(
     HOME: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, IN: tl.constexpr,
     OUT: tl.constexpr, IS_TRANSPOSED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
-    IMPRECISE: tl.constexpr,
+    IMPRECISE: tl.constexpr, ROW_SCALES: tl.constexpr, MATRIX_SCALES: tl.constexpr,
+    IN_BLOCKS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     tile, column_tile = _swizzled(tl.program_id(0), (OUT + BLOCK_N - 1) // BLOCK_N, SUPER)
     # The tiles of group g begin with number start // BLOCK_M + g: enough for any start.
@@ -73,11 +78,11 @@ def _product_kernel(
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     is_fp8: tl.constexpr = rows.dtype.element_ty == tl.float8e4nv
-    pitch: tl.constexpr = IN + 16 if is_fp8 else IN
+    pitch: tl.constexpr = IN + ROW_SCALES
     # Rows behind the group's are computed from its last one and not stored.
     begin = rows + tl.minimum(row, end - 1).to(tl.int64) * pitch
     left = begin[:, None] + k[None, :]
-    weight = _stack_of(home, slots, group, HOME, OUT * (IN + 4) if is_fp8 else IN * OUT)
+    weight = _stack_of(home, slots, group, HOME, IN * OUT + MATRIX_SCALES)
     if IS_TRANSPOSED:  # weights are [OUT, IN]
         right = weight + column[None, :] * IN + k[:, None]
     else:
@@ -89,10 +94,18 @@ def _product_kernel(
         inside = first + k < IN
         a = _load(left, inside[None, :], is_full)
         b = _load(right, inside[:, None] & (column < OUT)[None, :], is_full_column)
-        total = tl.dot(a, b, total, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
+        if IN_BLOCKS:
+            of_rows = (begin + IN).to(tl.pointer_type(tl.uint8)) + first // BLOCK_K
+            of_columns = (weight + IN * OUT).to(tl.pointer_type(tl.uint8)) + first // BLOCK_K
+            of_columns += column // LINES * (IN // BLOCK_K)
+            part = tl.dot(a, b, max_num_imprecise_acc=IMPRECISE)
+            part *= _powers(of_rows, row >= 0)[:, None]
+            total += part * _powers(of_columns, column < OUT)[None, :]
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
         left += BLOCK_K
         right += BLOCK_K if IS_TRANSPOSED else BLOCK_K * OUT
-    if is_fp8:
+    if is_fp8 and not IN_BLOCKS:
         to_scale: tl.constexpr = tl.pointer_type(tl.float32)
         total *= tl.load((begin + IN).to(to_scale))[:, None]
         of_columns = (weight + IN * OUT).to(to_scale) + column
@@ -106,7 +119,7 @@ def _outer_kernel(
     left, right, ends, home, slots, left_scales, right_scales, num_rows,
     HOME: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr,
-    IMPRECISE: tl.constexpr,
+    IMPRECISE: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     row_tile, column_tile = _swizzled(tl.program_id(0), (IN + BLOCK_N - 1) // BLOCK_N, SUPER)
@@ -132,12 +145,17 @@ def _outer_kernel(
         inside = (first + within < end)[:, None]
         a = tl.load(lefts, mask=inside & in_row, other=0.0)
         b = tl.load(rights, mask=inside & in_column, other=0.0)
-        total = tl.dot(
-            tl.trans(a), b, total, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE
-        )
+        a = tl.trans(a)
+        if IN_BLOCKS:  # groups are whole blocks
+            block, blocks = first // BLOCK_K, num_rows // BLOCK_K
+            part = tl.dot(a, b, max_num_imprecise_acc=IMPRECISE)
+            part *= _powers(left_scales + row * blocks + block, row < OUT)[:, None]
+            total += part * _powers(right_scales + column * blocks + block, column < IN)[None, :]
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
         lefts += BLOCK_K if left_scales is not None else BLOCK_K * OUT
         rights += BLOCK_K if left_scales is not None else BLOCK_K * IN
-    if left_scales is not None:
+    if left_scales is not None and not IN_BLOCKS:
         of_row = left_scales + group.to(tl.int64) * OUT + row
         of_column = right_scales + group.to(tl.int64) * IN + column
         total *= tl.load(of_row, mask=row < OUT, other=0.0)[:, None]
@@ -160,6 +178,7 @@ def product_constants(
     is_transposed: bool,
     shared_memory: int = _LARGE_TILES,
     first: int = 0,
+    form: Fp8Format | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Compile-time arguments of the kernel of :func:`product`, and its options.
 
@@ -172,18 +191,26 @@ def product_constants(
         is_transposed: the weights are ``[out, in]``.
         shared_memory: bytes that a block can have.
         first: groups before it are left out.
+        form: of factors in e4m3.
     """
-    blocks, options = _tile(rows // groups, itemsize, shared_memory)
+    blocks, options = _tile(rows // groups, itemsize, shared_memory, form)
     groups_block = triton.next_power_of_2(groups)
     constants = {
         "HOME": home, "GROUPS": groups, "FIRST": first, "IN": widths[0], "OUT": widths[1],
         "IS_TRANSPOSED": is_transposed, "BLOCK_G": groups_block, **blocks,
+        "ROW_SCALES": form.scale_bytes(widths[0]) if form else 0,
+        "MATRIX_SCALES": form.scale_bytes(*widths) if form else 0,
+        "LINES": form.lines if form else 1,
     }  # fmt: skip
     return constants, options
 
 
 def outer_constants(
-    home: int, widths: Sequence[int], itemsize: int, shared_memory: int = _LARGE_TILES
+    home: int,
+    widths: Sequence[int],
+    itemsize: int,
+    shared_memory: int = _LARGE_TILES,
+    form: Fp8Format | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Compile-time arguments of the kernel of :func:`outer`, and its options.
 
@@ -192,12 +219,15 @@ def outer_constants(
         widths: out and in, of the matrices that are made.
         itemsize: bytes of an element of the rows.
         shared_memory: bytes that a block can have.
+        form: of factors in e4m3.
     """
-    blocks, options = _tile(widths[0], itemsize, shared_memory)
+    blocks, options = _tile(widths[0], itemsize, shared_memory, form)
     return {"HOME": home, "OUT": widths[0], "IN": widths[1], **blocks}, options
 
 
-def _tile(height: int, itemsize: int, shared_memory: int) -> tuple[dict[str, Any], dict[str, int]]:
+def _tile(
+    height: int, itemsize: int, shared_memory: int, form: Fp8Format | None
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Two bytes: warp-group products from 144 KB of shared memory, or what fits into 99 KB.
 
     Four bytes: on CUDA's cores, or on tensor cores where torch rounds to tf32 too. One byte: tensor
@@ -205,7 +235,10 @@ def _tile(height: int, itemsize: int, shared_memory: int) -> tuple[dict[str, Any
     """
     if itemsize == 1:
         rows = 128 if height > 64 and shared_memory >= _LARGE_TILES else 64
-        sizes, options = (rows, 128, 128), {"num_warps": rows // 16, "num_stages": 3}
+        sizes, options = (
+            (rows, 128, (form and form.block) or 128),
+            {"num_warps": rows // 16, "num_stages": 3},
+        )
     elif itemsize == 4:
         sizes, options = (64, 64, 32), {"num_warps": 4, "num_stages": 3}
     elif shared_memory < _LARGE_TILES:
@@ -218,6 +251,7 @@ def _tile(height: int, itemsize: int, shared_memory: int) -> tuple[dict[str, Any
     imprecise = sizes[2] if itemsize == 1 else None
     precision = "tf32" if is_tf32 else "ieee"
     others = {"SUPER": _SUPER, "PRECISION": precision, "IMPRECISE": imprecise}
+    others["IN_BLOCKS"] = form is not None and form.block is not None
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes)) | others, options
 
 
@@ -245,36 +279,38 @@ def product(
 
 
 def scaled_product(
-    rows: Tensor, home: Tensor, slots: Tensor, ends: Tensor, width: int, dtype: torch.dtype
-) -> Tensor:
+    rows: Tensor, home: Tensor, slots: Tensor, ends: Tensor, width: int, dtype: torch.dtype,
+    form: Fp8Format,
+) -> Tensor:  # fmt: skip
     """``rows[g] @ w[g].T`` in FP8, ``[B, o]``; rows beyond the last end as in :func:`product`.
 
     Args:
-        rows: int32 ``[B, i / 4 + 4]``, packed.
-        home: int32 ``[m, 1, n]``, each expert its values ``[o, i]`` and then its scales ``[o]``.
+        rows: int32 ``[B, X]``, packed.
+        home: int32 ``[m, 1, n]``, each expert its values ``[o, i]`` and then its scales.
         slots: int32 ``[S, 1, n]``, likewise; where they lie does not matter.
         ends: int32 ``[m + S]``, end offset of each group.
         width: o.
         dtype: of the result.
+        form: of the factors.
     """
     given = (tensor.view(torch.float8_e4m3fn) for tensor in (rows, home, slots))
     output = rows.new_empty(len(rows), width, dtype=dtype)
-    taken = (rows.shape[1] - 4) * 4
+    taken = form.width(rows.shape[1] * 4)
     rows, home, slots = given
-    _product(rows, home, slots, ends, output, taken, is_transposed=True, first=0)
+    _product(rows, home, slots, ends, output, taken, is_transposed=True, first=0, form=form)
     return output
 
 
 def _product(
     rows: Tensor, home: Tensor, slots: Tensor | None, ends: Tensor, output: Tensor, taken: int,
-    is_transposed: bool, first: int,
+    is_transposed: bool, first: int, form: Fp8Format | None = None,
 ) -> None:  # fmt: skip
     if output.numel() == 0:
         return
     width = output.shape[1]
     constants, options = product_constants(
         rows.shape[0], len(home), len(ends), (taken, width), rows.element_size(), is_transposed,
-        _shared_memory(rows), first,
+        _shared_memory(rows), first, form,
     )  # fmt: skip
     tiles = rows.shape[0] // constants["BLOCK_M"] + len(ends)
     columns = triton.cdiv(width, constants["BLOCK_N"])
@@ -287,35 +323,39 @@ def _product(
 
 def outer(left: Tensor, right: Tensor, ends: Tensor, home: Tensor, slots: Tensor | None) -> None:
     """Writes ``left[g].T @ right[g]``; see ``pointer_gemm`` for the arguments."""
-    _outer(left.contiguous(), right.contiguous(), ends, home, slots, None, None, len(left))
+    _outer(left.contiguous(), right.contiguous(), ends, home, slots, None, None, len(left), None)
 
 
 def scaled_outer(
-    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], ends: Tensor, dtype: torch.dtype
-) -> Tensor:
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], ends: Tensor, dtype: torch.dtype,
+    form: Fp8Format,
+) -> Tensor:  # fmt: skip
     """``left[:, g] @ right[:, g].T`` in FP8: ``[G, o, i]``; zeros for a group without rows.
 
     Args:
-        left: values e4m3 ``[o, B]`` and scales fp32 ``[G, o]``, contiguous.
-        right: ``[i, B]`` and ``[G, i]``, likewise.
+        left: values e4m3 ``[o, B]`` and their scales, of ``fp8.quantise_columns``.
+        right: ``[i, B]``, likewise.
         ends: int32 ``[G]``.
         dtype: of the result.
+        form: of the factors.
     """
     (lefts, left_scales), (rights, right_scales) = left, right
     result = lefts.new_empty(len(ends), len(lefts), len(rights), dtype=dtype)
-    scales = left_scales.contiguous(), right_scales.contiguous()
-    _outer(lefts, rights, ends, result, None, *scales, lefts.shape[1])
+    scales = [each.contiguous() for each in (left_scales, right_scales)]
+    scales = [each.view(torch.uint8) for each in scales] if form.block else scales
+    _outer(lefts, rights, ends, result, None, *scales, lefts.shape[1], form)
     return result
 
 
 def _outer(
     left: Tensor, right: Tensor, ends: Tensor, home: Tensor, slots: Tensor | None,
     left_scales: Tensor | None, right_scales: Tensor | None, num_rows: int,
+    form: Fp8Format | None,
 ) -> None:  # fmt: skip
     if home[0].numel() == 0:
         return
     constants, options = outer_constants(
-        len(home), home.shape[1:], left.element_size(), _shared_memory(left)
+        len(home), home.shape[1:], left.element_size(), _shared_memory(left), form
     )
     tiles = triton.cdiv(home.shape[1], constants["BLOCK_M"])
     columns = triton.cdiv(home.shape[2], constants["BLOCK_N"])

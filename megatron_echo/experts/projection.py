@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.call_roles import Role, role_of_call
-from megatron_echo.config import computes_in_fp8, echo_setting
+from megatron_echo.config import echo_setting, fp8_format
 from megatron_echo.dispatch.clones_of_call import Clones
 from megatron_echo.environment import on_gpu
 from megatron_echo.experts.biases import bias_stack
@@ -105,7 +105,7 @@ class GroupedLinear(torch.nn.Module):
         for parameter in self.parameters():
             setattr(parameter, "allreduce", shares_groups)  # noqa: B010 (mypy knows no such one)
 
-        self._fp8 = Fp8Weights(config) if computes_in_fp8(config) and not is_adapter else None
+        self._fp8 = Fp8Weights(config) if fp8_format(config) and not is_adapter else None
         self._pool = WeightPool.of(config)
         self._gemm = echo_setting(config, "moe_echo_grouped_gemm")
         is_delayed = config.delay_wgrad_compute and not is_adapter
@@ -167,7 +167,8 @@ class GroupedLinear(torch.nn.Module):
             bias = bias_stack(bias, own)
         output = self._product(rows, ends, own, packed)
         if self.adapter is not None:
-            rows = rows if packed is None else values_of(rows, packed)
+            if packed is not None and self._fp8 is not None:
+                rows = values_of(rows, packed, self._fp8.form)
             output = output + self.adapter(rows, ends, clones)
         return output, bias
 

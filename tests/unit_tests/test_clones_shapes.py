@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import moe_cases
 import pytest
 import torch
 from moe_cases import (
@@ -34,6 +35,7 @@ from unit_tests.test_moe_layer_shapes import (
 from megatron_echo.call_roles import Role
 from megatron_echo.experts.clones import WeightPool
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.precision import FORMATS
 from megatron_echo.step.step_end import StepEnd
 
 ranks = without_clones.ranks  # the fixture
@@ -76,20 +78,25 @@ def test_meta_tensors(ranks: int, wire: str, slots: int | None) -> None:
 
 @groups_of(8)
 @pytest.mark.parametrize("slots", [1, 0])
-def test_meta_tensors_in_fp8(ranks: int, slots: int) -> None:
+@pytest.mark.parametrize("precision", ["fp8-rowwise", "mxfp8"])
+def test_meta_tensors_in_fp8(
+    ranks: int, slots: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Torch's rules for its products on a GPU, strides of the stacks among them, are kept."""
+    width = FORMATS[precision].alignment
+    monkeypatch.setattr(moe_cases, "HIDDEN", width)
     layer = build(
         ranks, "all_gather", torch.bfloat16, slots, moe_router_dtype="fp32",
-        moe_ffn_hidden_size=32, moe_echo_expert_precision="fp8-rowwise",
+        moe_ffn_hidden_size=32, moe_echo_expert_precision=precision,
     ).to("meta")  # fmt: skip
-    shape = (SEQUENCE, BATCH, HIDDEN)
+    shape = (SEQUENCE, BATCH, width)
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
     output, _ = layer(hidden)
     output.sum().backward()
     assert (output.shape, output.dtype) == (shape, torch.bfloat16)
     grads = [hidden.grad, *(parameter.grad for parameter in layer.parameters())]
     assert all(grad is not None and grad.dtype == torch.bfloat16 for grad in grads)
-    assert all(rows % 16 == 0 for rows in map(layer.token_dispatcher.buffer_rows, (1, 7, 4096)))
+    assert all(rows % width == 0 for rows in map(layer.token_dispatcher.buffer_rows, (1, 7, 4096)))
 
 
 @groups_of(8, 64)

@@ -1,17 +1,19 @@
 """Every row of the refusals fires for its setting, alone, and none for a plain one."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.transformer.enums import CudaGraphModule
 
-from megatron_echo import compatibility, flag_checks
+from megatron_echo import compatibility, flag_checks, precision
 
 PLAIN = SimpleNamespace(
     num_moe_experts=8, expert_model_parallel_size=2, moe_num_echo_experts=None,
     moe_expert_capacity_factor=None, moe_expert_rank_capacity_factor=None,
-    expert_tensor_parallel_size=1, fp8=None, fp4=None, add_bias_linear=False, moe_latent_size=None,
+    expert_tensor_parallel_size=1, fp8=None, fp8_recipe="delayed", fp4=None,
+    first_last_layers_bf16=False, add_bias_linear=False, moe_latent_size=None,
     moe_apply_probs_on_input=False, moe_router_padding_for_quantization=False,
     moe_shared_expert_overlap=False, overlap_moe_expert_parallel_comm=False,
     delay_wgrad_compute=False, overlap_dispatch_backward_with_experts_wgrad=False,
@@ -32,6 +34,7 @@ PLAIN = SimpleNamespace(
     moe_shared_expert_intermediate_size=None, optimizer="adam", num_layers=4, moe_layer_freq=1,
     hybrid_layer_pattern=None,
 )  # fmt: skip
+MXFP8 = precision.FORMATS["mxfp8"]
 LAYERS = {"cuda_graph_impl": "local"}
 GRAPH = {"cuda_graph_impl": "full_iteration"}
 OF_CONFIG = (
@@ -85,7 +88,7 @@ OF_NCCL_EP = (
     {"moe_received_token_capacity": 1.5}, {"moe_num_echo_experts": 4},
 )  # fmt: skip
 OF_FP8 = (
-    {"hidden_size": 56}, {"moe_latent_size": 24}, {"moe_ffn_hidden_size": 72},
+    {"hidden_size": 48}, {"moe_latent_size": 80}, {"moe_ffn_hidden_size": 80},
     {"expert_tensor_parallel_size": 8}, {"params_dtype": torch.float16},
 )  # fmt: skip
 
@@ -104,7 +107,10 @@ def fired(table: tuple, setting: dict) -> set[int]:
         (compatibility._WHOLE_STEP_GRAPH, OF_GRAPHS),
         (flag_checks._ENGINE, OF_ENGINES),
         (flag_checks._NCCL_EP, OF_NCCL_EP),
-        (flag_checks._FP8_ROWWISE[:-1], OF_FP8),
+        (
+            tuple((partial(row, form=MXFP8), words) for row, words in precision._REFUSALS[:-1]),
+            OF_FP8,
+        ),
     ],
     ids=["config", "taken over", "arguments", "graphs", "engines", "nccl_ep", "fp8"],
 )
@@ -138,21 +144,56 @@ def test_what_is_said_beside_fp8_of_transformer_engine() -> None:
     assert "our experts keep their parameters in bfloat16 and compute in fp8-rowwise" in line
 
 
-def test_precisions_that_cannot_be_had_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name with what would do; FP8 of rows on another card, and without a card not at all."""
-    refusal = flag_checks.precision_refusal
-    for name, words in (
-        ("mxfp8", "compute capability 10.0. Use params-dtype there, and fp8-rowwise on 9.0."),
-        ("fp8-blockwise", "from cuBLAS 13.6 on. Use fp8-rowwise."),
-        ("nvfp4", "with cuBLAS 13.3 or newer. Use params-dtype."),
-    ):
-        assert str(refusal(name, PLAIN)).endswith(words)
-    assert refusal("fp8-rowwise", PLAIN) is None
+def test_auto_is_the_format_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it can be had; else experts stay as they are, and start-up says why."""
+
+    def chosen(**fields) -> tuple[str, str]:
+        config = SimpleNamespace(**vars(PLAIN) | {"fp8": "e4m3"} | fields)
+        (line,) = compatibility.settings_taken_over(config)
+        return precision.expert_precision(config)[0], line.partition(" compute in ")[2]
+
+    assert precision.expert_precision(SimpleNamespace(**vars(PLAIN))) == ("params-dtype", None)
+    off = SimpleNamespace(**vars(PLAIN) | {"fp8_recipe": "mxfp8"})
+    assert precision.expert_precision(off) == ("params-dtype", None)
+    for recipe in ("delayed", "tensorwise", "custom"):
+        assert chosen(fp8_recipe=recipe) == ("params-dtype", "bfloat16")
+    assert chosen(fp8_recipe="mxfp8") == ("mxfp8", "mxfp8")
+    wide = {"hidden_size": 256, "moe_ffn_hidden_size": 128}
+    assert chosen(fp8_recipe="blockwise", **wide) == ("fp8-blockwise", "fp8-blockwise")
+    word, line = chosen(fp8_recipe="blockwise")
+    assert word == "params-dtype"
+    assert line.startswith(
+        "bfloat16 (fp8-blockwise needs a width of a multiple of 128. Use another"
+    )
+    word, line = chosen(fp8_recipe="mxfp8", first_last_layers_bf16=True)
+    assert (word, "unlike --first-last-layers-bf16" in line) == ("params-dtype", True)
+    assert chosen(fp8_recipe="mxfp8", moe_echo_expert_precision="params-dtype")[1] == "bfloat16"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    by_kernel = SimpleNamespace(**vars(PLAIN) | {"moe_echo_grouped_gemm": "triton"})
-    for capability, by_torch, by_triton in (
-        ((9, 0), False, False), ((8, 9), True, False), ((10, 0), True, False), ((8, 0), True, True),
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    word, line = chosen(fp8_recipe="mxfp8")
+    assert (word, "10.0 (B200, GB200)" in line) == ("params-dtype", True)
+    assert chosen(fp8_recipe="blockwise", **wide)[0] == "fp8-blockwise"
+
+
+def test_precisions_that_cannot_be_had_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name with what would do; FP8 on another card, and without a card not at all."""
+    refusal = precision.precision_refusal
+    assert str(refusal("nvfp4", PLAIN)).endswith("with cuBLAS 13.3 or newer. Use mxfp8.")
+    wide = SimpleNamespace(**vars(PLAIN) | {"hidden_size": 256, "moe_ffn_hidden_size": 128})
+    assert [refusal(name, wide) for name in precision.FORMATS] == [None] * 3
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    lacks = {"fp8-rowwise": "H100", "mxfp8": "B200", "fp8-blockwise": "8.9 or newer"}
+    for capability, by_auto in (
+        ((9, 0), ("mxfp8",)), ((8, 9), ("fp8-rowwise", "mxfp8")), ((10, 0), ("fp8-rowwise",)),
+        ((12, 0), ("fp8-rowwise", "mxfp8")), ((8, 0), tuple(lacks)),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda it=capability: it)
-        for config, is_refused in ((PLAIN, by_torch), (by_kernel, by_triton)):
-            assert ("H100" in str(refusal("fp8-rowwise", config))) == is_refused
+        for gemm in ("auto", "torch", "triton"):
+            config = SimpleNamespace(**vars(wide) | {"moe_echo_grouped_gemm": gemm})
+            refused = {name for name, words in lacks.items() if words in str(refusal(name, config))}
+            expected = set(by_auto)
+            if gemm == "torch":
+                expected.add("fp8-blockwise")
+            elif gemm == "triton":
+                expected = set(lacks) if capability == (8, 0) else set()
+            assert refused == expected, (capability, gemm)

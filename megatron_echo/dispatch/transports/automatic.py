@@ -13,11 +13,11 @@ from megatron_echo.collectives import part_of
 from megatron_echo.config import (
     EchoConfigMixin,
     clone_itemsize,
-    computes_in_fp8,
     dispatched_row_bytes,
     echo_setting,
     expert_elements,
     expert_width,
+    fp8_format,
     num_clone_slots,
 )
 from megatron_echo.dispatch.layout import wide_dtype
@@ -137,7 +137,7 @@ def wants_nodes(topology: Topology, config: Any) -> bool:
 
 
 def _travels_in_fp8(way: str, config: Any) -> bool:
-    return computes_in_fp8(config) and way not in ENGINES
+    return fp8_format(config) is not None and way not in ENGINES
 
 
 def token_bytes(way: str, config: Any, ranks: int, tokens: int) -> int:

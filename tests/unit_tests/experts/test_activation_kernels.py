@@ -28,6 +28,7 @@ from megatron_echo.experts.activation import (
     weighted_activation,
 )
 from megatron_echo.experts.fp8 import pack_rows, unpacked
+from megatron_echo.precision import FORMATS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = {
@@ -173,20 +174,26 @@ def test_not_farther_from_the_exact_result_than_the_reference(
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "dtype", "width"),
-    [("swiglu", "bf16", 272), ("gpt-oss", "fp16", 48), ("squared relu", "fp32", 16)],
-)
-def test_rows_in_fp8(kind: str, dtype: str, width: int, has_bias: bool) -> None:
+    ("kind", "dtype", "width", "precision"),
+    [
+        ("swiglu", "bf16", 272, "fp8-rowwise"), ("gpt-oss", "fp16", 48, "fp8-rowwise"),
+        ("squared relu", "fp32", 16, "fp8-rowwise"), ("swiglu", "bf16", 32 * 9, "mxfp8"),
+        ("squared relu", "fp32", 32, "mxfp8"), ("gpt-oss", "bf16", 3 * 128, "fp8-blockwise"),
+    ],
+)  # fmt: skip
+def test_rows_in_fp8(kind: str, dtype: str, width: int, precision: str, has_bias: bool) -> None:
     """The bits of the output quantised by row, and its gradients; nothing behind the last end."""
+    form = FORMATS[precision]
     case = Case(kind, DTYPES[dtype], width=width, has_bias=has_bias)
     case.hidden[2, 1] = torch.nan
     given = (case.hidden, case.probs, *([case.bias] if has_bias else []))
     leaves = [tensor.clone().requires_grad_() for tensor in given]
     rows = weighted_activation(*leaves[:2], case.ends, case.activation, *leaves[2:])
-    stand, packed = packed_activation(*leaves[:2], case.ends, case.activation, *leaves[2:])
+    stand, packed = packed_activation(*leaves[:2], case.ends, case.activation, form, *leaves[2:])
     assert (stand.shape, stand.dtype) == (rows.shape, rows.dtype)
-    found, expected = (unpacked(each[: case.used]) for each in (packed, pack_rows(rows.detach())))
-    assert torch.equal(found.scales, expected.scales)
+    both = packed, pack_rows(rows.detach(), form)
+    found, expected = (unpacked(each[: case.used], form) for each in both)
+    assert torch.equal(found.scales.float(), expected.scales.float())
     bits = [each.values.contiguous().view(torch.uint8) & 0x7F for each in (found, expected)]
     assert torch.equal(*bits)
     assert torch.equal(found.dequantised().nan_to_num(), expected.dequantised().nan_to_num())
@@ -303,7 +310,8 @@ for name, dtype, constants in {cases}:
     kernel = getattr(activation_kernels, name)
     types = dict.fromkeys(kernel.arg_names, "*" + dtype)
     types |= {{"probs": "*fp32", "to_probs": "*fp32", "used": "*i32", "num_rows": "i32"}}
-    types |= {{"bias": "*fp32", "groups": "*i32", "values": "*fp8e4nv", "scales": "*fp32"}}
+    of_scales = "*u8" if constants.get("SCALE_BLOCK") else "*fp32"
+    types |= {{"bias": "*fp32", "groups": "*i32", "values": "*fp8e4nv", "scales": of_scales}}
     types |= {{"value_stride": "i32", "scale_stride": "i32"}}
     types |= dict.fromkeys(constants, "constexpr")
     types = {{name: types[name] for name in kernel.arg_names}}
@@ -338,7 +346,8 @@ def test_they_compile_for_a_gpu_that_is_not_here(kinds: list[tuple], tmp_path: P
         assert settings is not None
         for kernel in ("_forward_kernel", "_backward_kernel", "_packed_kernel"):
             constants = activation_kernels.constants(width, settings, kernel != "_forward_kernel")
-            cases.append((kernel, name, constants))
+            blocks = ({"SCALE_BLOCK": None}, {"SCALE_BLOCK": 32}) if "packed" in kernel else ({},)
+            cases += [(kernel, name, constants | block) for block in blocks]
     wide = r"{}[.]global[^;]*[.]v4[.]b32"
     script = "import re" + COMPILE.format(
         cases=cases, loads=wide.format("ld"), stores=wide.format("st")

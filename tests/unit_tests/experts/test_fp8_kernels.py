@@ -12,9 +12,12 @@ from torch import Tensor
 from megatron_echo.experts import fp8, kernels
 from megatron_echo.experts.fp8 import FP8, Quantised
 from megatron_echo.experts.fp8_linear import Fp8Weights, fp8_linear
+from megatron_echo.precision import FORMATS, Fp8Format
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = ((1, 16), (37, 48), (130, 80), (16, 528))
+ROWWISE = FORMATS["fp8-rowwise"]
+of_each_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 SPECIAL = (0.0, -0.0, 448.0, -448.1, 1e-30, torch.inf, -torch.inf, torch.nan)
 
 
@@ -38,7 +41,7 @@ def drawn(dtype: torch.dtype, *shape: int, special: bool = True) -> Tensor:
 
 def same(found: Quantised, expected: Quantised) -> None:
     """The same scales and, but for the sign of NaN, the same bits."""
-    assert torch.equal(found.scales, expected.scales)
+    assert torch.equal(found.scales.float(), expected.scales.float())
     bits = [operand.values.contiguous().view(torch.uint8) for operand in (found, expected)]
     is_nan = [(each & 0x7F) == 0x7F for each in bits]
     assert torch.equal(*is_nan)
@@ -47,11 +50,14 @@ def same(found: Quantised, expected: Quantised) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    rows = drawn(dtype, *shape)
-    last = shape[0] - shape[0] // 4
-    found = fp8.quantise_rows(rows, torch.tensor([0, last], dtype=torch.int32))
-    expected = fp8.quantise_rows_reference(rows[:last])
+@of_each_format
+def test_rows(dtype: torch.dtype, shape: tuple[int, int], form: Fp8Format) -> None:
+    """Widths of blocks are multiples of them, and not of a kernel's tile."""
+    num_rows, width = shape[0], -(-shape[1] // form.alignment) * form.alignment
+    rows = drawn(dtype, num_rows, width)
+    last = num_rows - num_rows // 4
+    found = fp8.quantise_rows(rows, torch.tensor([0, last], dtype=torch.int32), form)
+    expected = fp8.quantise_reference(rows[:last], form)
     same(Quantised(found.values[:last], found.scales[:last]), expected)
 
 
@@ -65,11 +71,11 @@ def test_columns(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     rows, last = drawn(dtype, *shape), shape[0] - shape[0] // 8
     for ends in ([last // 3, last // 3, last], [0, last], [0, 0], [last, last]):
         on_device = torch.tensor(ends, dtype=torch.int32)
-        packed = fp8.quantise_rows_reference(rows)
+        packed = fp8.quantise_reference(rows, ROWWISE)
         packed.scales[last:] = torch.nan
         for given in (rows, packed):
-            found = fp8.quantise_columns(given, on_device)
-            expected = fp8.quantise_columns_reference(given, on_device)
+            found = fp8.quantise_columns(given, on_device, ROWWISE)
+            expected = fp8.quantise_columns_reference(given, on_device, ROWWISE)
             part = slice(ends[-1])
             same(
                 Quantised(found.values[:, part], found.scales),
@@ -77,72 +83,124 @@ def test_columns(dtype: torch.dtype, shape: tuple[int, int]) -> None:
             )
 
 
+@pytest.mark.parametrize("form", [FORMATS["mxfp8"], FORMATS["fp8-blockwise"]], ids=["32", "128"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_columns_in_blocks(dtype: torch.dtype, form: Fp8Format) -> None:
+    """Of rows, and of rows that are quantised; what is behind the last end is not written."""
+    unit = form.alignment
+    rows = drawn(dtype, 3 * unit, 2 * unit)
+    packed = fp8.unpacked(fp8.pack_rows(rows, form), form)
+    for ends in ([unit, unit, 2 * unit], [0, 3 * unit], [0, 0]):
+        on_device, used = torch.tensor(ends, dtype=torch.int32), slice(ends[-1])
+        packed.scales[used.stop :] = torch.nan
+        for given in (rows, packed):
+            found = fp8.quantise_columns(given, on_device, form)
+            expected = fp8.quantise_columns_reference(given, on_device, form)
+            blocks = slice(ends[-1] // unit)
+            same(
+                Quantised(found.values[:, used], found.scales[:, blocks]),
+                Quantised(expected.values[:, used], expected.scales[:, blocks]),
+            )
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_matrices_of_a_stack_with_gaps(is_transposed: bool) -> None:
+@of_each_format
+def test_matrices_of_a_stack_with_gaps(is_transposed: bool, form: Fp8Format) -> None:
     """What lies between two matrices, their scales as a rule, is not touched."""
-    weights = drawn(torch.bfloat16, 3, 48, 80)
-    shape = (3, 80, 48) if is_transposed else (3, 48, 80)
-    memory = torch.full((3, 48 * 80 + 64), 7, dtype=torch.uint8)
-    values = memory[:, :-64].view(FP8).unflatten(1, shape[1:])
-    into = Quantised(values, torch.empty(3, 2 * shape[1])[:, : shape[1]])
-    fp8.quantise_matrices(weights, into, is_transposed=is_transposed)
-    same(into, fp8.quantise_rows_reference(weights.mT if is_transposed else weights))
+    out, width = 3 * form.alignment, 5 * form.alignment
+    weights = drawn(torch.bfloat16, 3, out, width)
+    lines = weights.mT if is_transposed else weights
+    memory = torch.full((3, out * width + 64), 7, dtype=torch.uint8)
+    values = memory[:, :-64].view(FP8).unflatten(1, lines.shape[1:])
+    expected = fp8.quantise_reference(lines, form, form.lines)
+    scales = torch.zeros_like(torch.cat((expected.scales,) * 2, 1))[:, : expected.scales.shape[1]]
+    into = Quantised(values, scales)
+    fp8.quantise_matrices(weights, into, form, is_transposed=is_transposed)
+    same(into, expected)
     assert (memory[:, -64:] == 7).all()
 
 
-def blocks(weights: Tensor, apart: int) -> tuple[Tensor, Tensor, Quantised]:
+def stack(words: Tensor, out: int, width: int, form: Fp8Format) -> Quantised:
+    """Values and scales of experts as words, which are one behind the other."""
+    values, scales = words.squeeze(1).split(
+        (out * width // 4, form.scale_bytes(width, out) // 4), 1
+    )
+    if form.block is None:
+        of_lines = scales[:, :out].view(torch.float32)
+    else:
+        parts = out // form.lines, width // form.block
+        of_lines = scales.view(fp8.E8M0)[:, : parts[0] * parts[1]].unflatten(1, parts)
+    return Quantised(values.view(FP8).unflatten(1, (out, width)), of_lines)
+
+
+def blocks(weights: Tensor, apart: int, form: Fp8Format) -> tuple[Tensor, Tensor, Quantised]:
     """Experts as words, values and then scales, of which the last ``apart`` lie elsewhere."""
     experts, out, width = weights.shape
-    words = torch.empty(experts, 1, out * (width + 4) // 4, dtype=torch.int32)
-    values, scales = words.squeeze(1).split((out * width // 4, out), dim=1)
-    into = Quantised(values.view(FP8).unflatten(1, (out, width)), scales.view(torch.float32))
-    fp8.quantise_matrices(weights, into, is_transposed=False)
+    size = out * width + form.scale_bytes(width, out)
+    words = torch.empty(experts, 1, size // 4, dtype=torch.int32)
+    into = stack(words, out, width, form)
+    fp8.quantise_matrices(weights, into, form, is_transposed=False)
     return words[:-apart], words[-apart:].clone(), into
 
 
 @pytest.mark.parametrize("ends", [[32, 32, 144, 160], [0, 0, 0, 0]])
 @pytest.mark.parametrize("is_exact", [True, False])
+@of_each_format
 def test_products_take_home_experts_and_clones_where_they_lie(
-    ends: list[int], is_exact: bool
+    ends: list[int], is_exact: bool, form: Fp8Format
 ) -> None:
     """The reference's bits where sums are exact, scales of many sizes; else to fp32 rounding.
 
     NaN behind the last end reaches nothing, and padding with a scale of NaN its own row.
     """
-    rows, width, out = 176, 144, 48
+    sizes = {None: (176, 144, 48), 32: (352, 96, 96), 128: (512, 256, 128)}
+    rows, width, out = sizes[form.block]
+    if form.block == 32:
+        ends = [2 * end for end in ends]
+    elif form.block == 128 and ends[-1]:
+        ends = [128, 128, 256, 384]
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         values = torch.randint(-8, 9, shape, generator=generator).float()
         if not is_exact:
             return values * torch.randn(shape, generator=generator).exp()
-        values[..., 0] = 8  # so that a line has the scale of its size
-        return values * 2.0 ** torch.randint(-9, 9, (*shape[:-1], 1), generator=generator)
+        if form.block is None:
+            values[..., 0] = 8  # so that a line has the scale of its size
+            return values * 2.0 ** torch.randint(-9, 9, (*shape[:-1], 1), generator=generator)
+        values[..., :: form.block] = 8
+        lines = form.lines if len(shape) == 3 else 1
+        parts = shape[-2] // lines, shape[-1] // form.block
+        sizes = torch.randint(-3, 4, (*shape[:-2], *parts), generator=generator).float().exp2()
+        return values * sizes.repeat_interleave(lines, -2).repeat_interleave(form.block, -1)
 
     given, weights, on_device = draw(rows, width), draw(4, out, width), torch.tensor(ends).int()
     given[ends[-1] :] = torch.nan
-    home, slots, operand = blocks(weights, 1)
-    packed = fp8.pack_rows(given)
+    home, slots, operand = blocks(weights, 1, form)
+    packed = fp8.pack_rows(given, form)
     with mock.patch.object(fp8, "on_gpu", return_value=False):
-        expected = fp8.scaled_product(fp8.unpacked(packed), operand, on_device, torch.float32)
-    found = kernels.scaled_product(packed, home, slots, on_device, out, torch.float32)
+        quantised = fp8.unpacked(packed, form)
+        expected = fp8.scaled_product(quantised, operand, on_device, torch.float32)
+    found = kernels.scaled_product(packed, home, slots, on_device, out, torch.float32, form)
     limit = 0 if is_exact else 1e-6
     near(found[: ends[-1]], expected[: ends[-1]], limit)
-    fp8.unpacked(packed).scales[1] = torch.nan
-    broken = kernels.scaled_product(packed, home, slots, on_device, out, torch.float32)
+    fp8.unpacked(packed, form).scales[1] = torch.nan
+    broken = kernels.scaled_product(packed, home, slots, on_device, out, torch.float32, form)
     others = [row for row in range(ends[-1]) if row != 1]
     assert torch.equal(broken[others], found[others])
-    assert broken[1].isnan().all() or ends[-1] == 0
+    assert not broken[1].isfinite().any() or ends[-1] == 0
 
     grad = torch.randint(-8, 9, (rows, out), generator=generator).float()
-    left, right = (fp8.quantise_columns(each, on_device) for each in (grad, given))
+    left, right = (fp8.quantise_columns(each, on_device, form) for each in (grad, given))
     for operand in (left, right):
         operand.values[:, ends[-1] :] = torch.nan
     both = (left.values, left.scales), (right.values, right.scales)
-    outer = kernels.scaled_outer(*both, on_device, torch.float32)
+    outer = kernels.scaled_outer(*both, on_device, torch.float32, form)
     with mock.patch.object(fp8, "on_gpu", return_value=False):
         for operand in (left, right):
             operand.values[:, ends[-1] :] = 0
+            if form.block:
+                operand.scales[:, ends[-1] // form.block :] = 1
         wanted = fp8.scaled_outer(left, right, on_device, torch.float32)
     near(outer, wanted, 1e-6)
 
@@ -154,16 +212,24 @@ def near(found: Tensor, expected: Tensor, limit: float) -> None:
         assert (found - expected).abs().max() <= limit * expected.abs().max()
 
 
-def test_the_linear_by_kernels() -> None:
+@of_each_format
+def test_the_linear_by_kernels(form: Fp8Format) -> None:
     """Output and both gradients of torch's way."""
-    config = layer_config(1, 2, torch.float32)
-    ends, generator = torch.tensor([16, 48]).int(), torch.Generator().manual_seed(1)
-    given = [torch.randn(shape, generator=generator) for shape in ((48, 32), (2, 16, 32))]
-    grad = torch.randn(48, 16, generator=generator)
+    (name,) = (word for word, each in FORMATS.items() if each == form)
+    unit, width, out = form.alignment, 2 * form.alignment, form.alignment
+    config = layer_config(
+        1, 2, torch.float32, moe_echo_expert_precision=name, hidden_size=width,
+        moe_ffn_hidden_size=width,
+    )  # fmt: skip
+    ends, generator = torch.tensor([unit, 3 * unit]).int(), torch.Generator().manual_seed(1)
+    shapes = (3 * unit, width), (2, out, width)
+    given = [torch.randn(shape, generator=generator) for shape in shapes]
+    grad = torch.randn(3 * unit, out, generator=generator)
     results = []
-    for by_kernel in (False, True):
-        weights, leaves = Fp8Weights(config), [t.clone().requires_grad_() for t in given]
-        weights.by_kernel = by_kernel
+    for gemm in ("torch", "triton"):
+        with mock.patch.object(config, "moe_echo_grouped_gemm", gemm):
+            weights = Fp8Weights(config)
+        leaves = [t.clone().requires_grad_() for t in given]
         output = fp8_linear(*leaves, ends, None, weights, trains=True)
         results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
     for expected, found in zip(*results, strict=True):

@@ -18,6 +18,7 @@ from unit_tests.dispatch.test_kernels import run_script
 from megatron_echo.experts import kernels, pointer_gemm
 from megatron_echo.experts.grouped_linear import grouped_outer_reference, grouped_product_reference
 from megatron_echo.experts.pointer_gemm import pointer_outer, pointer_product
+from megatron_echo.precision import FORMATS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EPSILON = 2.0**-24
@@ -311,7 +312,8 @@ for name, dtype, stacks, (constants, options) in {cases}:
     types |= {{"ends": "*i32", "num_rows": "i32"}}
     if "left_scales" in kernel.arg_names and dtype != "fp8e4nv":
         constants |= {{"left_scales": None, "right_scales": None}}
-    types |= {{"left_scales": "*fp32", "right_scales": "*fp32"}}
+    of_scales = "*u8" if constants.get("IN_BLOCKS") else "*fp32"
+    types |= {{"left_scales": of_scales, "right_scales": of_scales}}
     types |= {{"output": "*bf16"}} if dtype == "fp8e4nv" else {{}}
     types |= dict.fromkeys(constants, "constexpr")
     types = {{name: types[name] for name in kernel.arg_names}}
@@ -333,10 +335,13 @@ def test_they_compile_for_a_gpu_that_is_not_here(precision: str, tmp_path: Path)
     """For an H100: warp-group products, copies of 16 bytes into shared memory, no tf32."""
     cases = others() if precision == "others" else []
     if precision == "fp8":
-        constants = kernels.product_constants(40960, 32, 36, (7168, 4096), 1, is_transposed=True)
-        cases.append(("_product_kernel", "fp8e4nv", ("fp8e4nv", "fp8e4nv"), constants))
-        constants = kernels.outer_constants(32, (4096, 7168), 1)
-        cases.append(("_outer_kernel", "fp8e4nv", ("bf16", "bf16"), constants))
+        for form in FORMATS.values():
+            constants = kernels.product_constants(
+                40960, 32, 36, (7168, 4096), 1, is_transposed=True, form=form
+            )
+            cases.append(("_product_kernel", "fp8e4nv", ("fp8e4nv", "fp8e4nv"), constants))
+            constants = kernels.outer_constants(32, (4096, 7168), 1, form=form)
+            cases.append(("_outer_kernel", "fp8e4nv", ("bf16", "bf16"), constants))
     lines = run_script(COMPILE.format(cases=cases), tmp_path).splitlines()
     figures = [list(map(int, line.split()[1:])) for line in lines if line.startswith("COMPILED")]
     assert len(figures) == len(cases)

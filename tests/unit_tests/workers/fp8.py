@@ -1,13 +1,17 @@
 """EchoMoELayer whose experts compute in FP8, over all ranks; the argument names a check."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import moe_cases
 import torch
 import torch.distributed as dist
 from moe_cases import ShapeRecorder
 from torch import Tensor
+from unit_tests.workers import moe_layer
 from unit_tests.workers.clones import case_of, cloned, plain, with_biases
 from unit_tests.workers.moe_layer import (
     RESULTS,
@@ -25,12 +29,26 @@ from megatron_echo.dispatch.transports import CollectiveWeights, TokenTransport
 from megatron_echo.experts import fp8_linear
 from megatron_echo.experts.fp8 import pack_rows, unpacked
 from megatron_echo.moe_layer import EchoMoELayer
+from megatron_echo.precision import FORMATS, Fp8Format
 from megatron_echo.step.self_check import EchoCheckError, SelfCheck
 from megatron_echo.step.step_end import StepEnd
 from megatron_echo.testing import no_host_sync
 
 FP8: dict[str, Any] = {"moe_echo_expert_precision": "fp8-rowwise", "moe_ffn_hidden_size": 16}
 TOPK, DTYPE = 3, torch.float32
+BLOCKS = ("mxfp8", "fp8-blockwise")
+
+
+@contextlib.contextmanager
+def as_wide_as(precision: str) -> Iterator[dict[str, Any]]:
+    """Layers whose widths are one block of a format, and its fields."""
+    width = FORMATS[precision].alignment
+    with contextlib.ExitStack() as stack:
+        for module in (moe_cases, moe_layer):
+            stack.enter_context(mock.patch.object(module, "HIDDEN", width))
+        yield {"moe_echo_expert_precision": precision, "moe_ffn_hidden_size": width}
+
+
 KINDS = ("hot", "random", "padding", "idle rank")
 WAYS = ("collective", "p2p", "symmetric_memory")
 WIRES = ("all_gather", "all_to_all", "symmetric_memory")
@@ -54,25 +72,45 @@ def check_clones() -> None:
 
     Against the fp64 loop the errors are those of e4m3, and of the layer without clones too.
     """
+    for precision, kinds in (
+        ("fp8-rowwise", ("hot", "hot", *KINDS)),
+        *((b, KINDS) for b in BLOCKS),
+    ):
+        with as_wide_as(precision) as fields:
+            of_clones, of_format = worst_differences(kinds, fields)
+        report(f"{precision}: worst differences by clones", of_clones)
+        report(f"{precision}: worst errors of the format", of_format)
+        assert max(of_clones.values()) < 1e-5
+        assert all(0.04 < error < 0.10 for error in of_format.values())
+
+
+def of_all_sizes(layer: EchoMoELayer) -> EchoMoELayer:
+    """Neighbours among the experts have other scales."""
+    for weight in weights_of(layer):
+        number = dist.get_rank() * len(weight) + torch.arange(len(weight))
+        with torch.no_grad():
+            weight *= (number % 3 - 1).exp2()[:, None, None]
+    return layer
+
+
+def worst_differences(kinds: tuple[str, ...], fields: dict[str, Any]) -> tuple[dict, dict]:
+    """By clones, and to the fp64 loop."""
     of_format, of_clones = (dict.fromkeys(RESULTS, 0.0) for _ in range(2))
-    for number, (kind, way) in enumerate(zip(("hot", "hot", *KINDS), itertools.cycle(WAYS))):
+    for number, (kind, way) in enumerate(zip(kinds, itertools.cycle(WAYS))):
         case = case_of(kind, TOPK, DTYPE)
-        unmoved = run(plain(TOPK, DTYPE, **FP8), case)
+        unmoved = run(of_all_sizes(plain(TOPK, DTYPE, **fields)), case)
         layer = cloned(
-            TOPK, DTYPE, **FP8, moe_echo_expert_dispatcher_type=way,
+            TOPK, DTYPE, **fields, moe_echo_expert_dispatcher_type=way,
             moe_echo_recompute_expert_dispatch=bool(number % 2),
         )  # fmt: skip
-        moved = run(layer, case)
+        moved = run(of_all_sizes(layer), case)
         StepEnd.of(layer.config).overflow.check()
         by_clones, by_format = errors(moved, unmoved), sizes_of_errors(moved, dense(layer, case))
         for name in RESULTS:
             of_clones[name] = max(of_clones[name], by_clones[name])
             of_format[name] = max(of_format[name], by_format[name])
         same_bits(run(layer, case), moved)
-    report("worst differences by clones", {k: f"{v:.1e}" for k, v in of_clones.items()})
-    report("worst errors of the format", {k: f"{v:.1e}" for k, v in of_format.items()})
-    assert max(of_clones.values()) < 1e-5
-    assert all(0.04 < error < 0.10 for error in of_format.values())
+    return of_clones, of_format
 
 
 def rows_of(layer: EchoMoELayer, case: Any) -> tuple[list[tuple], dict[str, Tensor]]:
@@ -89,8 +127,19 @@ def check_travel() -> None:
 
     Padding between groups is zero, scales too: nothing of it reaches a gradient.
     """
-    for (kind, alignment), wire in itertools.product((("hot", 1), ("padding", 32)), WIRES):
-        fields = FP8 | {"moe_echo_token_transport": wire, "moe_echo_row_alignment": alignment}
+    kinds = (("hot", 1), ("padding", 32))
+    for (kind, alignment), wire in itertools.product(kinds, WIRES):
+        travels(
+            "fp8-rowwise", kind, moe_echo_token_transport=wire, moe_echo_row_alignment=alignment
+        )
+    for precision, wire in zip(BLOCKS, WIRES, strict=False):
+        travels(precision, "padding", moe_echo_token_transport=wire)
+
+
+def travels(precision: str, kind: str, **fields: Any) -> None:
+    form = FORMATS[precision]
+    with as_wide_as(precision) as more:
+        fields |= more
         case = case_of(kind, TOPK, DTYPE)
         ((stand, ends, _, _, packed),), travelled = rows_of(cloned(TOPK, DTYPE, **fields), case)
         with mock.patch.object(TokenTransport, "moves_any_bits", False):
@@ -101,8 +150,8 @@ def check_travel() -> None:
         assert (stand.shape, stand.dtype) == (rows.shape, rows.dtype)
         assert stand.untyped_storage().nbytes() == stand.itemsize
         assert (packed.dtype, packed.shape[1]) == (torch.int32, rows.shape[1] // 4 + 4)
-        used = slice(int(ends[-1]))
-        found, wanted = (unpacked(each[used]).dequantised() for each in (packed, pack_rows(rows)))
+        used, again = slice(int(ends[-1])), pack_rows(rows, form)
+        found, wanted = (unpacked(each[used], form).dequantised() for each in (packed, again))
         assert torch.equal(found, wanted)
 
 
@@ -136,19 +185,29 @@ def check_biases_and_doubt() -> None:
 
 def check_sync_and_shapes() -> None:
     """Nothing is read on the host, and the same operators run for every routing and rank."""
-    for way, wire in (("collective", "all_to_all"), ("symmetric_memory", "symmetric_memory")):
-        seen = set()
-        for kind in ("hot", "random"):
-            layer = cloned(
-                TOPK, DTYPE, **FP8, moe_echo_expert_dispatcher_type=way,
-                moe_echo_token_transport=wire,
-            )  # fmt: skip
-            case = case_of(kind, TOPK, DTYPE)
-            with no_host_sync("raise") as sync, ShapeRecorder() as recorder:
-                run_quietly(layer, case)
-            assert sync.hits == []
-            seen.add(tuple(recorder.made))
-        assert len(seen) == 1, way
+    for way, wire, precision in (
+        ("collective", "all_to_all", "fp8-rowwise"),
+        ("symmetric_memory", "symmetric_memory", "mxfp8"),
+        ("collective", "all_gather", "fp8-blockwise"),
+        ("symmetric_memory", "symmetric_memory", "fp8-rowwise"),
+    ):
+        with as_wide_as(precision) as fields:
+            no_reads_and_one_shape(fields, way, wire)
+
+
+def no_reads_and_one_shape(fields: dict[str, Any], way: str, wire: str) -> None:
+    seen = set()
+    for kind in ("hot", "random"):
+        layer = cloned(
+            TOPK, DTYPE, **fields, moe_echo_expert_dispatcher_type=way,
+            moe_echo_token_transport=wire,
+        )  # fmt: skip
+        case = case_of(kind, TOPK, DTYPE)
+        with no_host_sync("raise") as sync, ShapeRecorder() as recorder:
+            run_quietly(layer, case)
+        assert sync.hits == []
+        seen.add(tuple(recorder.made))
+    assert len(seen) == 1, way
 
 
 def weights_of(layer: EchoMoELayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
@@ -161,11 +220,17 @@ def check_once_a_step() -> None:
     A second microbatch, recomputation and backward quantise none. A step that ends, an update in
     place, and evaluation do so again; what evaluation quantised is not kept.
     """
-    layer, case = cloned(TOPK, DTYPE, **FP8), case_of("hot", TOPK, DTYPE)
+    for precision in FORMATS:
+        with as_wide_as(precision) as fields:
+            quantised_once_a_step(fields, FORMATS[precision])
+
+
+def quantised_once_a_step(fields: dict[str, Any], form: Fp8Format) -> None:
+    layer, case = cloned(TOPK, DTYPE, **fields), case_of("hot", TOPK, DTYPE)
     quantise = fp8_linear.quantise_matrices
     states = [
         {name: (type(t), getattr(t, "dtype", None)) for name, t in each.state_dict().items()}
-        for each in (layer, cloned(TOPK, DTYPE, moe_ffn_hidden_size=16))
+        for each in (layer, cloned(TOPK, DTYPE, moe_ffn_hidden_size=form.alignment))
     ]
     assert states[0] == states[1]  # checkpoints know nothing of FP8
 
@@ -183,8 +248,15 @@ def check_once_a_step() -> None:
 
     with mock.patch.object(CollectiveWeights, "push", note):
         first, result = calls_of(layer)
-    values = [weight[0].numel() for weight in weights_of(layer)]
-    assert sent == [values[0] + 4 * 32, values[1] + 4 * 16, values[1] + 4 * 16, values[0] + 4 * 16]
+    shapes = [weight.shape[1:] for weight in weights_of(layer)]
+    shapes = [*shapes, shapes[1][::-1], shapes[0][::-1]]
+    if form.block is None:
+        assert sent == [out * width + 4 * out for out, width in shapes]
+    else:  # values, then scales
+        pieces = [out * width for out, width in shapes]
+        scales = [piece // form.block // form.lines for piece in pieces]
+        scales = [-(-size // 16) * 16 for size in scales]
+        assert sent == [size for pair in zip(pieces, scales, strict=True) for size in pair]
     again, same = calls_of(layer)
     same_bits(same, result)
     StepEnd.of(layer.config).end_step()
@@ -194,7 +266,7 @@ def check_once_a_step() -> None:
             weight += 1
     changed, other = calls_of(layer)
     assert not torch.equal(other["output"], result["output"])
-    keeping = cloned(TOPK, DTYPE, **FP8, moe_echo_recompute_expert_dispatch=False)
+    keeping = cloned(TOPK, DTYPE, **fields, moe_echo_recompute_expert_dispatch=False)
     with torch.no_grad(), mock.patch.object(fp8_linear, "quantise_matrices", wraps=quantise) as spy:
         for evaluated in (layer, layer, keeping):
             evaluated(case.mine().hidden.view(6, 2, -1))
