@@ -6,6 +6,8 @@ takes memory of the square of the sequence.
 """
 
 import importlib.machinery
+import math
+import re
 import sys
 import types
 from typing import Any
@@ -150,6 +152,21 @@ def local_attention(config: Any, backend: Any = None) -> Any:
     return attention
 
 
+def rearranged(tensor: Tensor, pattern: str, **sizes: int) -> Tensor:
+    """The function of einops; that of functorch does not split one dimension into three."""
+    left, right = (
+        [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", side)]
+        for side in pattern.split("->")
+    )
+    for names, size in zip(left, tensor.shape, strict=True):
+        for name in [name for name in names if name not in sizes]:
+            sizes[name] = size // math.prod(sizes.get(other, 1) for other in names)
+    order = [name for names in left for name in names]
+    parts = tensor.reshape([sizes[name] for name in order])
+    parts = parts.permute([order.index(name) for names in right for name in names])
+    return parts.reshape([math.prod(sizes[name] for name in names) for names in right])
+
+
 def install() -> None:
     """Put all of it where Megatron looks."""
     for name in ("mamba_ssm", "einops", "fla"):
@@ -157,7 +174,7 @@ def install() -> None:
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         sys.modules[name] = module
     mcore_fsdp_adapter.HAVE_EINOPS = True
-    mcore_fsdp_adapter.einops = types.SimpleNamespace(rearrange=rearrange)
+    mcore_fsdp_adapter.einops = types.SimpleNamespace(rearrange=rearranged)
     mamba_mixer.HAVE_MAMBA_SSM = mamba_mixer.HAVE_EINOPS = True
     mamba_context_parallel.HAVE_EINOPS = True
     mamba_mixer.rearrange = rearrange

@@ -60,6 +60,8 @@ class Config:
             return [*words, "--moe-enable-echo"]
         if "--cuda-graph-impl" in words:  # whose graphs of dropless layers are parts of them
             words[words.index("--cuda-graph-impl") + 1] = "none"
+        if "--delay-wgrad-compute" in words:  # which needs Transformer Engine
+            words.remove("--delay-wgrad-compute")
         return ["alltoall" if word == "flex" else word for word in words]  # flex needs DeepEP
 
     @property

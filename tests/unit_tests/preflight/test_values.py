@@ -75,7 +75,10 @@ def test_what_a_run_may_use(parsed, flags: str) -> None:
     ("flags", "message"),
     [
         ("--pipeline-model-parallel-size 2", "parallel-size 2 leaves a stage some of them. Use 1"),
-        ("--save x --moe-enable-echo --num-experts 8", "under one name in --save x. Add --disable"),
+        (
+            "--save x --save-interval 1 --moe-enable-echo --num-experts 8",
+            "under one name in --save x. Add --disable",
+        ),
     ],
 )
 def test_megatron_fsdp(parsed, monkeypatch: pytest.MonkeyPatch, flags: str, message: str) -> None:
