@@ -261,9 +261,9 @@ def scaled_outer(left: Quantised, right: Quantised, ends: Tensor, dtype: torch.d
         outer = grouped_outer(left.values.t().float(), right.values.t().float(), ends)
         return outer.mul_(left.scales[:, :, None]).mul_(right.scales[:, None]).to(dtype)
     if left.is_in_blocks:
-        scales = [tiles_of_columns(each.scales, ends) for each in (left, right)]
+        of_left, of_right = (tiles_of_columns(each.scales, ends) for each in (left, right))
     else:
-        scales = [each.scales.flatten() for each in (left, right)]
-    outer = torch._scaled_grouped_mm(left.values, right.values.t(), *scales, offs=ends)
+        of_left, of_right = left.scales.flatten(), right.scales.flatten()
+    outer = torch._scaled_grouped_mm(left.values, right.values.t(), of_left, of_right, offs=ends)
     is_empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
     return outer.masked_fill_(is_empty[:, None, None], 0).to(dtype)

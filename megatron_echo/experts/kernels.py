@@ -341,9 +341,10 @@ def scaled_outer(
     """
     (lefts, left_scales), (rights, right_scales) = left, right
     result = lefts.new_empty(len(ends), len(lefts), len(rights), dtype=dtype)
-    scales = [each.contiguous() for each in (left_scales, right_scales)]
-    scales = [each.view(torch.uint8) for each in scales] if form.block else scales
-    _outer(lefts, rights, ends, result, None, *scales, lefts.shape[1], form)
+    of_left, of_right = left_scales.contiguous(), right_scales.contiguous()
+    if form.block:
+        of_left, of_right = of_left.view(torch.uint8), of_right.view(torch.uint8)
+    _outer(lefts, rights, ends, result, None, of_left, of_right, lefts.shape[1], form)
     return result
 
 
