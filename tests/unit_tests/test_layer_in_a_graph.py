@@ -13,9 +13,9 @@ SLOW = pytest.mark.slow
     ("ranks", "every", "count"),
     [
         (2, 13, 3),
-        pytest.param(1, 1, 28, marks=SLOW),
-        pytest.param(2, 1, 28, marks=SLOW),
-        pytest.param(3, 1, 28, marks=SLOW),
+        pytest.param(1, 1, 29, marks=SLOW),
+        pytest.param(2, 1, 29, marks=SLOW),
+        pytest.param(3, 1, 29, marks=SLOW),
     ],
 )
 def test_combinations_of_settings(ranks: int, every: int, count: int) -> None:
