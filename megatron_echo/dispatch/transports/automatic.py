@@ -76,28 +76,30 @@ class Topology:
         return cls(ranks, True, most == -least, not lacks_peers, tuple(engines))
 
 
-def choose(topology: Topology, reads_plans: bool) -> tuple[str, str]:
+def choose(topology: Topology, has_graph: bool) -> tuple[str, str]:
     """What ``auto`` is for tokens and for the weights of clones: the one place where it is decided.
 
     =============================  ==========================  ===================================
     ranks of a group               tokens                      weights of clones
     =============================  ==========================  ===================================
+    one, or not over NCCL          all_gather                  collective
     one machine, memory in reach   symmetric_memory            symmetric_memory
     else, an engine is installed   the engine                  p2p; in a CUDA graph collective
-    else, without NCCL too         all_gather                  p2p; in a CUDA graph collective
+    else                           all_gather                  p2p; in a CUDA graph collective
     =============================  ==========================  ===================================
 
     ``all_to_all`` sends as many bytes as ``all_gather`` (:func:`token_bytes`) and sorts more.
 
     Args:
         topology: of the group.
-        reads_plans: whether the host can: not where the step becomes a CUDA graph, nor where there
-            are no values; a lone rank has no need to.
+        has_graph: whether the step becomes a CUDA graph, in which the host cannot read a plan.
     """
+    if not topology.has_nccl:
+        return "all_gather", "collective"
     if topology.is_linked:
         return "symmetric_memory", "symmetric_memory"
     tokens = topology.engines[0] if topology.engines else "all_gather"
-    return tokens, "p2p" if reads_plans else "collective"
+    return tokens, "collective" if has_graph else "p2p"
 
 
 def _travels_in_fp8(way: str, config: Any) -> bool:
@@ -200,8 +202,8 @@ class Transports(PerModel):
         self.weights = echo_setting(config, "moe_echo_expert_dispatcher_type")
         if "auto" in (self.tokens, self.weights):
             self._topology = Topology.of(group, config)
-            can_read = config.cuda_graph_impl == "none" and not _is_pretended(group)
-            tokens, weights = choose(self._topology, can_read and group.size() > 1)
+            has_graph = config.cuda_graph_impl != "none"
+            tokens, weights = choose(self._topology, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens
             self.weights = weights if self.weights == "auto" else self.weights
         self.price: ClonePrice | None = None

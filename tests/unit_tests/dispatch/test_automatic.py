@@ -28,7 +28,7 @@ BOTH = Topology(16, True, False, True, ("hybrid_ep", "nccl_ep"))
 @pytest.mark.parametrize(
     ("topology", "tokens", "weights", "in_a_graph"),
     [
-        (CPU, "all_gather", "p2p", "collective"),
+        (CPU, "all_gather", "collective", "collective"),
         (LINKED, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
         (UNLINKED, "all_gather", "p2p", "collective"),
         (NODES, "all_gather", "p2p", "collective"),
@@ -37,8 +37,8 @@ BOTH = Topology(16, True, False, True, ("hybrid_ep", "nccl_ep"))
     ],
 )
 def test_what_is_chosen(topology: Topology, tokens: str, weights: str, in_a_graph: str) -> None:
-    assert choose(topology, reads_plans=True) == (tokens, weights)
-    assert choose(topology, reads_plans=False) == (tokens, in_a_graph)
+    assert choose(topology, has_graph=False) == (tokens, weights)
+    assert choose(topology, has_graph=True) == (tokens, in_a_graph)
 
 
 def test_bytes_of_tokens() -> None:
