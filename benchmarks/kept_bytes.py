@@ -9,19 +9,15 @@ balance, with as many slots (S) as experts of a rank 1.02 times, and without slo
 worst routing. Megatron's, with the lesser of its two dropless dispatchers, SequentialMLP and fused
 SwiGLU, keeps what came: *mean* is the average over ranks, *fullest* the rank that most tokens want
 (experts wanted by a lognormal of spread 1.0). *moe_act*: the mean less what ``--recompute-modules
-moe_act`` saves it, which our experts do in any case. *in attention*: of the gradients of
-experts' weights, those of slots among them, what lives while backward passes through the attention
-before the layer: over symmetric memory they travel meanwhile (the buffers of clones are the
-model's). Elsewhere a gradient is whole before, and goes to the parameter at once.
+moe_act`` saves it, which our experts do in any case.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -31,9 +27,7 @@ import traffic  # noqa: E402
 from moe_layer import saved_bytes  # noqa: E402
 from processes import as_table  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
-from megatron_echo.experts.grouped_linear import TorchGemm  # noqa: E402
 from megatron_echo.observe.simulation.inputs import MODELS as PUBLISHED  # noqa: E402
 
 _GPT_OSS = PUBLISHED["gpt-oss-120b"]
@@ -43,7 +37,6 @@ MODELS = {
         _GPT_OSS.hidden, _GPT_OSS.moe_ffn, _GPT_OSS.experts, _GPT_OSS.topk
     ),
 }
-_OUTER = TorchGemm.outer
 DISPATCHERS = ("Megatron alltoall", "Megatron allgather")
 
 
@@ -79,50 +72,6 @@ def kept(shape: traffic.Shape, ranks: int, slots: int, wire: str) -> int:
             return saved_bytes(layer, hidden)
 
 
-class _BeforeTheLayer(torch.autograd.Function):
-    """The identity in the attention's place; in backward ``look`` is called."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, look: Callable[[], None]) -> Tensor:
-        ctx.look = look
-        return hidden.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.look()
-        return grad, None
-
-
-def gradients_in_attention(shape: traffic.Shape, ranks: int, slots: int, wire: str) -> int:
-    """Bytes of weight gradients, parts of clones included, alive behind the layer's backward."""
-    parts: list[tuple[StorageWeakRef, int]] = []
-    found: list[int] = []
-
-    def outer(self: TorchGemm, *args: Any) -> Tensor:
-        made = _OUTER(self, *args)
-        storage = made.untyped_storage()
-        parts.append((StorageWeakRef(storage), storage.nbytes()))
-        return made
-
-    def look() -> None:
-        found.append(sum(nbytes for storage, nbytes in parts if not storage.expired()))
-
-    with (
-        traffic.fake_tensors(shape, ranks, slots) as counter,
-        mock.patch.object(TorchGemm, "outer", outer),
-    ):
-        weights = "symmetric_memory" if wire == "symmetric_memory" else "collective"
-        layer: Any = traffic.build(shape, ranks, slots, wire, weights)
-        for parameter in layer.experts.parameters():  # as Megatron's buckets take it over at once
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        size = (traffic.TOKENS, 1, shape.hidden)
-        hidden = torch.empty(size, dtype=torch.bfloat16, requires_grad=True)
-        with counter:
-            before = _BeforeTheLayer.apply(layer.await_gradients(hidden), look)
-            layer(before)[0].sum().backward()
-    return found[0]
-
-
 def fullest(shape: traffic.Shape, ranks: int) -> float:
     """Pairs that the most wanted rank computes without clones, over the mean."""
     chosen = traffic.choices(shape, ranks)
@@ -153,7 +102,6 @@ def rows_of(model: str, ranks: int) -> Iterator[dict[str, Any]]:
             "ours / mean": ours / stock,
             "ours / fullest": ours / (stock + (overload - 1) * of_rows),
             "ours / moe_act": ours / (stock - activation),
-            "in attention MiB": gradients_in_attention(shape, ranks, slots, wire) / mebi,
         }
 
 

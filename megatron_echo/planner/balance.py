@@ -81,7 +81,10 @@ def plan_clones(
         return ClonePlan(counts=counts, ranks_per_node=ranks_per_node, price=price, **tensors)
     if has_memory_of_cpu(counts):
         made = on_used_rows(_Settings(*settings).tensors, None, [counts])
-        return ClonePlan(counts, *made, ranks_per_node, price)
+        slot_expert, allocation, before, after, number = made
+        return ClonePlan(
+            counts, slot_expert, allocation, before, after, number, ranks_per_node, price
+        )
     return plan_clones_reference(counts, *settings)
 
 

@@ -115,8 +115,6 @@ WAYS = (
         run="python benchmarks/same_mathematics.py --steps 11 --only 1 --output {tmp}/same"),
     Way(r"python benchmarks/echo\.py.*",
         run="python benchmarks/echo.py --rounds 1 --iterations 3 --ranks 2 --output {tmp}/echo"),
-    Way(r"python benchmarks/step_time\.py.*",
-        run="python benchmarks/step_time.py --ranks 2 --skews 0 --steps 2 --output {tmp}/step"),
     Way(r"python benchmarks/router_losses\.py",
         run="python benchmarks/router_losses.py --steps 11 --output {tmp}/losses"),
     Way(r"python benchmarks/memory_over_step\.py",

@@ -29,7 +29,7 @@ def test_only_rows_in_use_are_computed() -> None:
         ends = None if used is None else torch.tensor(used, dtype=torch.int32)
         scaled, sums = on_used_rows(Scale(2.0).work, ends, [rows], bias)
         assert SEEN[-1] == number
-        assert scaled.shape == (8, 3) and sums.shape == (8,)
+        assert (scaled.shape, sums.shape) == ((8, 3), (8,))
         assert torch.equal(scaled[:number], rows[:number] * 2 + bias)
         assert torch.equal(sums[:number], rows[:number].sum(1))
 

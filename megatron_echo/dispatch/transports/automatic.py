@@ -86,27 +86,30 @@ def _node_of(machines: list[int]) -> int:
     return runs[0] if len(set(runs)) == 1 else 1
 
 
-def choose(topology: Topology, domain: int, reads_plans: bool) -> tuple[str, str]:
+def choose(topology: Topology, domain: int, has_graph: bool) -> tuple[str, str]:
     """What ``auto`` is for tokens and for the weights of clones: the one place where it is decided.
 
-    ==========================  =======================  ==============================
+    ==========================  =======================  ===================================
     ranks                       tokens of all of them    weights, among those of clones
-    ==========================  =======================  ==============================
-    reach each other's memory   symmetric_memory         symmetric_memory
-    else                        an engine installed,     p2p; where the host cannot
-                                or all_gather            read plans collective
-    ==========================  =======================  ==============================
+    ==========================  =======================  ===================================
+    one, or not over NCCL       all_gather               collective
+    each other's memory in      symmetric_memory         symmetric_memory
+    reach
+    else                        an engine installed,     p2p; in a CUDA graph collective
+                                or all_gather
+    ==========================  =======================  ===================================
 
     ``all_to_all`` sends as many bytes as ``all_gather`` (:func:`token_bytes`) and sorts more.
 
     Args:
         topology: of the group.
         domain: consecutive ranks among which clones are made.
-        reads_plans: whether the host can: not where the step becomes a CUDA graph, nor where there
-            are no values; a lone rank has no need to.
+        has_graph: whether the step becomes a CUDA graph, in which the host cannot read a plan.
     """
+    if not topology.has_nccl:
+        return "all_gather", "collective"
     tokens = topology.engines[0] if topology.engines else "all_gather"
-    weights = "p2p" if reads_plans else "collective"
+    weights = "collective" if has_graph else "p2p"
     return (
         "symmetric_memory" if topology.is_linked(topology.ranks) else tokens,
         "symmetric_memory" if topology.is_linked(domain) else weights,
@@ -242,9 +245,9 @@ class Transports(PerModel):
             if self._chose_nodes:
                 config.moe_echo_ranks_per_node = topology.node
                 config.moe_echo_clones_within_node = True
-            can_read = config.cuda_graph_impl == "none" and not _is_pretended(group)
+            has_graph = config.cuda_graph_impl != "none"
             domain = domain_ranks(config, group.size())
-            tokens, weights = choose(topology, domain, can_read and group.size() > 1)
+            tokens, weights = choose(topology, domain, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens
             self.weights = weights if self.weights == "auto" else self.weights
         self.clone_group = part_of(group, domain_ranks(config, group.size()))

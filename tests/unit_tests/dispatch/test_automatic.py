@@ -29,7 +29,7 @@ SPREAD = Topology(16, True, 1, True, ("hybrid_ep",))
 @pytest.mark.parametrize(
     ("topology", "tokens", "weights", "in_a_graph"),
     [
-        (CPU, "all_gather", "p2p", "collective"),
+        (CPU, "all_gather", "collective", "collective"),
         (LINKED, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
         (UNLINKED, "all_gather", "p2p", "collective"),
         (NODES, "all_gather", "p2p", "collective"),
@@ -39,24 +39,24 @@ SPREAD = Topology(16, True, 1, True, ("hybrid_ep",))
     ],
 )
 def test_what_is_chosen(topology: Topology, tokens: str, weights: str, in_a_graph: str) -> None:
-    assert choose(topology, topology.ranks, reads_plans=True) == (tokens, weights)
-    assert choose(topology, topology.ranks, reads_plans=False) == (tokens, in_a_graph)
+    assert choose(topology, topology.ranks, has_graph=False) == (tokens, weights)
+    assert choose(topology, topology.ranks, has_graph=True) == (tokens, in_a_graph)
 
 
 @pytest.mark.parametrize(
     ("topology", "domain", "weights"),
     [
-        (CPU, 4, "p2p"), (LINKED, 4, "symmetric_memory"), (UNLINKED, 4, "p2p"),
+        (CPU, 4, "collective"), (LINKED, 4, "symmetric_memory"), (UNLINKED, 4, "p2p"),
         (NODES, 8, "symmetric_memory"), (BOTH, 4, "symmetric_memory"), (SPREAD, 8, "p2p"),
         (Topology(32, True, 8, True), 16, "p2p"), (Topology(24, True, 8, True), 6, "p2p"),
     ],
 )  # fmt: skip
 def test_weights_inside_nodes(topology: Topology, domain: int, weights: str) -> None:
     """By symmetric memory where all of a node's ranks are on one machine that has it."""
-    tokens, _ = choose(topology, topology.ranks, reads_plans=True)
+    tokens, _ = choose(topology, topology.ranks, has_graph=False)
     in_a_graph = "collective" if weights == "p2p" else weights
-    assert choose(topology, domain, reads_plans=True) == (tokens, weights)
-    assert choose(topology, domain, reads_plans=False) == (tokens, in_a_graph)
+    assert choose(topology, domain, has_graph=False) == (tokens, weights)
+    assert choose(topology, domain, has_graph=True) == (tokens, in_a_graph)
 
 
 def test_bytes_of_tokens() -> None:
