@@ -12,7 +12,6 @@ without clones. Ties go to the lower index everywhere.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ from megatron_echo.planner.bound import (
     domain,
 )
 from megatron_echo.planner.plan import ClonePlan
-from megatron_echo.planner.price import MAX_ROWS, ClonePrice
+from megatron_echo.planner.price import ClonePrice
 from megatron_echo.planner.split import check_ranks_per_node
 from megatron_echo.planner.steps import Goal, exact, greedy
-from megatron_echo.rows_in_use import has_memory_of_cpu, on_used_rows
 
 
 def plan_clones(
@@ -79,48 +77,7 @@ def plan_clones(
 
         tensors = plan_tensors(counts, *settings)
         return ClonePlan(counts=counts, ranks_per_node=ranks_per_node, price=price, **tensors)
-    if has_memory_of_cpu(counts):
-        made = on_used_rows(_Settings(*settings).tensors, None, [counts])
-        slot_expert, allocation, before, after, number = made
-        return ClonePlan(
-            counts, slot_expert, allocation, before, after, number, ranks_per_node, price
-        )
     return plan_clones_reference(counts, *settings)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """Those of :func:`plan_clones`."""
-
-    num_slots: int
-    tolerance: float
-    min_tokens_per_clone: int
-    ranks_per_node: int | None
-    within_node: bool
-    price: ClonePrice | None
-
-    def tensors(self, counts: Tensor) -> list[Tensor]:
-        """The plan, in the order of its fields; on a CPU, where values may be looked at."""
-        slots = self.num_slots if self._may_need_clones(counts) else 0
-        settings = slots, *(getattr(self, field.name) for field in fields(self)[1:])
-        plan = plan_clones_reference(counts, *settings, may_stop=True)
-        slot_expert = plan.slot_expert
-        if slots < self.num_slots:
-            slot_expert = counts.new_full((len(counts), self.num_slots), -1)
-        return [slot_expert, *(getattr(plan, field.name) for field in fields(plan)[2:6])]
-
-    def _may_need_clones(self, counts: Tensor) -> bool:
-        """False where nothing is to be won: all within the bound, and no clone pays its price."""
-        ranks = len(counts)
-        load = counts.sum(0).view(ranks, -1).sum(1)
-        total, highest = int(load.sum()), int(load.amax())
-        if self.within_node or highest > balance_bound(total, ranks, self.tolerance):
-            return True
-        if self.price is None:
-            return False
-        is_known = self.ranks_per_node is not None
-        cheapest = min(self.price.inside, self.price.across if is_known else MAX_ROWS)
-        return highest - balance_bound(total, ranks) > cheapest
 
 
 def planner_backend(name: str) -> Callable[..., ClonePlan]:
@@ -144,12 +101,8 @@ def planner_backend(name: str) -> Callable[..., ClonePlan]:
 def plan_clones_reference(
     counts: Tensor, num_slots: int, tolerance: float = 0.0, min_tokens_per_clone: int = 0,
     ranks_per_node: int | None = None, within_node: bool = False, price: ClonePrice | None = None,
-    may_stop: bool = False,
 ) -> ClonePlan:  # fmt: skip
-    """The planner in torch operations, on any device; ``plan_clones`` without the checks.
-
-    ``may_stop``: values may be read, to stop when nothing moves any more; the same bits.
-    """
+    """The planner in torch operations, on any device; ``plan_clones`` without the checks."""
     ranks, experts = counts.shape
     per_rank = experts // ranks
     tokens = counts.sum(0)
@@ -157,7 +110,7 @@ def plan_clones_reference(
     size, nodes = domain(ranks, ranks_per_node, within_node)
     of_domain = tokens.reshape(nodes, -1)
     fullest, inner_nodes = of_domain.sum(1).amax(), None if within_node else ranks_per_node
-    goal = Goal(fullest, num_slots, tolerance, inner_nodes, price, may_stop)
+    goal = Goal(fullest, num_slots, tolerance, inner_nodes, price)
     parts = [_moves(part, size, goal, min_tokens_per_clone) for part in of_domain.unbind()]
     moved = parts[0]
     if nodes > 1:

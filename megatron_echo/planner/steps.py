@@ -49,7 +49,6 @@ class Goal:
     tolerance: float  # no rank may be above the ``balance_bound`` where slots allow it
     ranks_per_node: int | None  # None if all links are alike
     price: ClonePrice | None  # of a clone; None: of the plans within the bound the fewest clones
-    may_stop: bool = False  # values may be read
 
     def bound(self, ranks: int) -> Tensor:
         """The highest load allowed."""
@@ -252,8 +251,6 @@ def greedy(tokens: Tensor, load: Tensor, goal: Goal) -> Tensor:
         rest = left.gather(1, donor * per_rank + columns)
         held, expert = _first_max(_keys(rest))
         piece = torch.where(best > 0, torch.minimum(need, held), 0)
-        if goal.may_stop and not piece.any():
-            break
         home = donor * per_rank + expert
         moved.scatter_add_(1, home * ranks + receiver, piece)
         left.scatter_add_(1, home, -piece)

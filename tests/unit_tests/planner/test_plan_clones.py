@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from planner_cases import EDGES
 
 from megatron_echo.planner import ClonePlan, ClonePrice, balance_bound, plan_clones
-from megatron_echo.planner.balance import plan_clones_reference
 from megatron_echo.planner.split import split_up_to
 
 settings.register_profile("planner", deadline=None, max_examples=150, print_blob=True)
@@ -397,31 +396,3 @@ def test_a_node_is_preferred_and_a_tolerance_saves_clones() -> None:
             clones[tolerance] += int(plan_clones(counts, 4, tolerance).num_clones)
     assert across[4] < 0.75 * across[None]
     assert clones[0.3] < 0.8 * clones[0.05] < 0.7 * clones[0.0]
-
-
-@given(
-    instances(),
-    st.sampled_from([(), (0.02,), (0.5, 3), (0.25, 0, 1), (0.25, 0, 1, True)]),
-    st.sampled_from([None, ClonePrice(0, 0), ClonePrice(2, 5), ClonePrice(500, 100)]),
-)
-def test_the_operator_of_a_cpu_gives_the_bits_of_the_reference(
-    instance: tuple[torch.Tensor, int], given_settings: tuple, price: ClonePrice | None
-) -> None:
-    """It looks at values, and leaves out what would find no clone to make."""
-    counts, slots = instance
-    defaults = (0.0, 0, None, False)
-    of_plan = (*given_settings, *defaults[len(given_settings) :], price)
-    expected = plan_clones_reference(counts, slots, *of_plan)
-    for name, value in vars(plan_clones(counts, slots, *of_plan)).items():
-        other = getattr(expected, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-
-
-def test_an_even_load_is_not_planned_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = torch.tensor([[10, 10, 10, 10], [10, 10, 12, 8]])
-    monkeypatch.setattr("megatron_echo.planner.balance.exact", None)  # would fail
-    assert int(plan_clones(counts, 2).num_clones) == 0
-    uneven = torch.tensor([[30, 10, 10, 10], [10, 10, 12, 8]])
-    assert int(plan_clones(uneven, 2, 0.5, price=ClonePrice(40, 40)).num_clones) == 0
-    with pytest.raises(TypeError):
-        plan_clones(uneven, 2, 0.5, price=ClonePrice(1, 1))
