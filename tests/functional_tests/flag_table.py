@@ -155,7 +155,7 @@ ROWS = (
         "keeps gate and up projections apart."),
     Row("probabilities on the input",
         {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
-        note="biases of experts come behind them, as in Megatron's"),
+        is_elsewhere=True),
     Row("shared expert overlapped",
         {**SHARED, "moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "alltoall"},
         note="on a side stream, beside dispatch and combine", is_elsewhere=True),
