@@ -210,13 +210,14 @@ class Speeds:
     flops: float  # of products in bf16, operations a second
     inside: float  # bytes a second in one direction to ranks of its node
     across: float  # to ranks of other nodes
+    fp8_gain: float = 2.0  # how many times as fast products in FP8 are
 
 
 _SPEEDS = {
     8: Speeds(156e12, 240e9, 20e9),  # A100, 200 Gbit/s
     9: Speeds(494e12, 360e9, 40e9),  # H100, H200, 400 Gbit/s
     10: Speeds(1125e12, 720e9, 40e9),  # B200
-    None: Speeds(5e10, 1e9, 1e9),  # a core of a CPU in fp32, gloo
+    None: Speeds(5e10, 1e9, 1e9, 1.0),  # a core of a CPU in fp32, gloo
 }
 """By the major number of the compute capability; None for a CPU."""
 

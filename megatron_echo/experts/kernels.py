@@ -129,23 +129,26 @@ def _outer_kernel(
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     within = tl.arange(0, BLOCK_K)
-    in_row, in_column = (row < OUT)[None, :], (column < IN)[None, :]
-    if left_scales is not None:  # groups of FP8 are padded
-        start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
-    first_rows = (start + within).to(tl.int64)[:, None]
-    if left_scales is not None:  # turned: [OUT, rows]
-        lefts = left + row.to(tl.int64)[None, :] * num_rows + first_rows
-        rights = right + column.to(tl.int64)[None, :] * num_rows + first_rows
+    in_column = (column < IN)[None, :]
+    is_fp8: tl.constexpr = left_scales is not None
+    if is_fp8:  # turned: [OUT, rows] and [IN, rows]; groups and buffer are padded
+        start, end = start // 16 * 16, end // 16 * 16  # what the compiler then knows
+        pitch = tl.multiple_of(num_rows.to(tl.int64), 16)
+        lefts = left + row[:, None] * pitch + (start + within)[None, :]
+        rights = right + column[None, :] * pitch + (start + within)[:, None]
     else:
+        first_rows = (start + within).to(tl.int64)[:, None]
         lefts = left + first_rows * OUT + row[None, :]
         rights = right + first_rows * IN + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(start, end, BLOCK_K):
         # Both are masked: a row of another group may hold NaN.
-        inside = (first + within < end)[:, None]
-        a = tl.load(lefts, mask=inside & in_row, other=0.0)
-        b = tl.load(rights, mask=inside & in_column, other=0.0)
-        a = tl.trans(a)
+        inside = first + within < end
+        b = tl.load(rights, mask=inside[:, None] & in_column, other=0.0)
+        if is_fp8:
+            a = tl.load(lefts, mask=(row < OUT)[:, None] & inside[None, :], other=0.0)
+        else:
+            a = tl.trans(tl.load(lefts, mask=inside[:, None] & (row < OUT)[None, :], other=0.0))
         if IN_BLOCKS:  # groups are whole blocks
             block, blocks = first // BLOCK_K, num_rows // BLOCK_K
             part = tl.dot(a, b, max_num_imprecise_acc=IMPRECISE)
@@ -153,9 +156,9 @@ def _outer_kernel(
             total += part * _powers(right_scales + column * blocks + block, column < IN)[None, :]
         else:
             total = tl.dot(a, b, total, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
-        lefts += BLOCK_K if left_scales is not None else BLOCK_K * OUT
-        rights += BLOCK_K if left_scales is not None else BLOCK_K * IN
-    if left_scales is not None and not IN_BLOCKS:
+        lefts += BLOCK_K if is_fp8 else BLOCK_K * OUT
+        rights += BLOCK_K if is_fp8 else BLOCK_K * IN
+    if is_fp8 and not IN_BLOCKS:
         of_row = left_scales + group.to(tl.int64) * OUT + row
         of_column = right_scales + group.to(tl.int64) * IN + column
         total *= tl.load(of_row, mask=row < OUT, other=0.0)[:, None]

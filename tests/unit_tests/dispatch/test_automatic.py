@@ -279,6 +279,34 @@ def test_the_price_of_a_clone(group: dist.ProcessGroup, monkeypatch: pytest.Monk
     assert price_of(group, **nodes).inside == 334
 
 
+def test_the_price_of_a_clone_in_fp8(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products are twice as fast, weights and one row of four travel in half the bytes."""
+    fp8 = {
+        "moe_echo_tolerance": None, "moe_echo_expert_dispatcher_type": "p2p", "bf16": True,
+        "moe_echo_expert_precision": "fp8-rowwise",
+    }  # fmt: skip
+    sizes = {"hidden_size": 1024, "moe_ffn_hidden_size": 512}
+
+    def price(**fields: Any) -> ClonePrice:
+        price = Transports(layer_config(8, 2, BF16, **sizes, **fp8, **fields), group).price
+        assert price is not None
+        return price
+
+    monkeypatch.setattr(automatic, "device_speeds", lambda: Speeds(100e12, 400e9, 50e9, 2.0))
+    # Of 3 x 1024 x 512 elements: one byte each twice, and four of the gradient; a row 6 operations.
+    clone, row = 1572864 * 6, 1572864 * 6 / 200e12
+    assert price().row_seconds == pytest.approx(row)
+    assert (price().inside, price().across) == (round(clone / 400e9 / row), 4000)
+    # There in 1,024 + 16 bytes; back, and both ways in backward, in 2,048. 7 of 8 rows travel.
+    by_plan = price(moe_echo_token_transport="symmetric_memory")
+    assert by_plan.row_seconds == pytest.approx(row + 7 / 8 * (1040 + 3 * 2048) / 400e9)
+    cpu = Speeds(100e12, 400e9, 50e9, 1.0)  # its reference multiplies in fp32
+    monkeypatch.setattr(automatic, "device_speeds", lambda: cpu)
+    assert price().row_seconds == pytest.approx(2 * row)
+
+
 def test_it_is_said_once(
     group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
