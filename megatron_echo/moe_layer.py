@@ -110,9 +110,9 @@ class EchoMoELayer(MoELayer, _KeepsConfig):
         self._homecoming: Homecoming | None = None
 
     def _dispatcher(self, num_slots: int | None = None) -> EchoTokenDispatcher:
-        form = fp8_format(self.config)
-        is_packed = form is not None and not self.config.moe_apply_probs_on_input
-        pack = partial(pack_rows, form=form) if is_packed else None
+        form, pack = fp8_format(self.config), None
+        if form is not None and not self.config.moe_apply_probs_on_input:
+            pack = partial(pack_rows, form=form)
         return EchoTokenDispatcher(self.config, self._groups, num_slots, pack)
 
     def set_layer_number(self, layer_number: int) -> None:

@@ -190,7 +190,7 @@ def clone_price(config: Any, group: dist.ProcessGroup, tokens: str, weights: str
         weights: how those of clones do; by ``collective`` a clone more costs nothing.
     """
     ranks, speeds = group.size(), device_speeds()
-    if computes_in_fp8(config):
+    if fp8_format(config) is not None:
         speeds = replace(speeds, flops=speeds.flops * speeds.fp8_gain)
     node = echo_setting(config, "moe_echo_ranks_per_node")
     local = node or math.gcd(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
