@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from megatron_echo.dispatch.layout import RowMap, wide_dtype
 from megatron_echo.environment import on_gpu
-from megatron_echo.rows_in_use import has_memory_of_cpu, on_used_rows
 
 
 def take_rows_reference(source: Tensor, index: Tensor) -> Tensor:
@@ -50,26 +49,8 @@ def _with_null_row(source: Tensor) -> Tensor:
     return torch.cat((source, source.new_zeros(1, source.shape[1])))
 
 
-def _take_rows(index: Tensor, source: Tensor) -> list[Tensor]:
-    """On a CPU: copies no source for the sake of rows that are seldom missing."""
-    if (index == len(source)).any():
-        return [take_rows_reference(source, index)]
-    return [source.index_select(0, index)]
-
-
-def _sum_rows_of(index: Tensor, source: Tensor) -> list[Tensor]:
-    """On a CPU: one pass over the rows that there are, with the bits of the reference."""
-    row = index.reshape(-1)
-    is_there = row < len(source)
-    if source.dtype != torch.float32 or not is_there.any():
-        return [sum_rows_reference(source, index)]
-    number = is_there.view(index.shape).sum(1, dtype=torch.int32)
-    first = number.cumsum(0, dtype=torch.int32) - number
-    return [torch.embedding_bag(source, row[is_there], first)[0]]  # sums in order, 0 of none
-
-
 def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tensor:
-    """:func:`take_rows_reference`, by a kernel on a GPU and an operator on a CPU.
+    """:func:`take_rows_reference`, by a kernel on a GPU.
 
     With ``used``, int32 ``[1]``, it stops there, and the rows behind hold anything.
     """
@@ -77,8 +58,6 @@ def take_rows(source: Tensor, index: Tensor, used: Tensor | None = None) -> Tens
         from megatron_echo.dispatch import kernels
 
         return kernels.take_rows(source, index, used)
-    if has_memory_of_cpu(source):
-        return on_used_rows(_take_rows, used, [index], source)[0]
     return take_rows_reference(source, index)
 
 
@@ -88,19 +67,13 @@ def sum_rows(source: Tensor, index: Tensor, into: Tensor) -> Tensor:
         from megatron_echo.dispatch import kernels
 
         return kernels.sum_rows(source, index, into)
-    return into.copy_(_summed(source, index))
+    return into.copy_(sum_rows_reference(source, index))
 
 
 def _sum_rows(source: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     if on_gpu(source):
         return sum_rows(source, index, source.new_empty(len(index), source.shape[1], dtype=dtype))
-    return _summed(source, index).to(dtype)
-
-
-def _summed(source: Tensor, index: Tensor) -> Tensor:
-    if has_memory_of_cpu(source):
-        return on_used_rows(_sum_rows_of, None, [index], source)[0]
-    return sum_rows_reference(source, index)
+    return sum_rows_reference(source, index).to(dtype)
 
 
 class _TokensToRows(torch.autograd.Function):

@@ -15,7 +15,6 @@ from megatron_echo.environment import on_gpu
 from megatron_echo.experts.biases import bias_of_rows, group_sums, row_groups
 from megatron_echo.experts.fp8 import new_words, pack_rows, unpacked
 from megatron_echo.precision import Fp8Format
-from megatron_echo.rows_in_use import has_memory_of_cpu, on_used_rows
 
 _KERNELS: dict[Callable[[Tensor], Tensor], str] = {
     F.silu: "silu",
@@ -24,12 +23,6 @@ _KERNELS: dict[Callable[[Tensor], Tensor], str] = {
     squared_relu: "squared_relu",
 }
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
-    F.silu: torch.ops.aten.silu_backward,
-    F.gelu: torch.ops.aten.gelu_backward,
-}
-"""Of a gradient and an input; of other functions autograd derives the activation made again."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +51,6 @@ class ExpertActivation:
         if self.offset:
             up = up + self.offset
         return self.function(gate) * up
-
-    def has_slope(self, hidden: Tensor) -> bool:
-        """Whether :meth:`gradients` can be had; where there are no values nobody needs them."""
-        return has_memory_of_cpu(hidden) and self.function in _SLOPES and self.limit is None
-
-    def weighted(self, hidden: Tensor, probs: Tensor) -> list[Tensor]:
-        """Times ``probs [B]``, multiplied in the wider of the two dtypes."""
-        return [(self(hidden) * probs.unsqueeze(-1)).to(hidden.dtype)]
-
-    def gradients(self, hidden: Tensor, probs: Tensor, grad: Tensor) -> list[Tensor]:
-        """Those of :meth:`weighted` by both, with the bits of autograd."""
-        slope, inner, up = _SLOPES[self.function], hidden, None
-        if self.is_gated:
-            inner, up = hidden.chunk(2, dim=-1)
-            up = up + self.offset if self.offset else up
-        made = self.function(inner)
-        grad = grad.to(torch.promote_types(hidden.dtype, probs.dtype))
-        to_made = (grad * probs.unsqueeze(-1)).to(hidden.dtype)
-        if up is None:
-            return [slope(to_made, inner), (grad * made).sum(-1).to(probs.dtype)]
-        to_hidden = torch.cat((slope(to_made * up, inner), to_made * made), dim=-1)
-        return [to_hidden, (grad * made.mul_(up)).sum(-1).to(probs.dtype)]
 
     def kernel_settings(self, hidden: Tensor, probs: Tensor) -> dict[str, Any] | None:
         """What the kernels are told; None where the reference computes."""
@@ -119,8 +90,7 @@ class _WeightedActivation(torch.autograd.Function):
         given = [] if bias is None else [bias, row_groups(ends, len(hidden))]
         settings = activation.kernel_settings(hidden, probs)
         if settings is None:
-            rows = _biased(hidden, *given), probs
-            (output,) = on_used_rows(activation.weighted, ends, rows)
+            output = _weighted(_biased(hidden, *given), probs, activation)
             output = pack_rows(output, form, ends) if form else output
         else:
             output = _by_kernel(hidden, probs, ends, settings, given, form)
@@ -135,15 +105,12 @@ class _WeightedActivation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         again, ctx.again = ctx.again or _computed_again(ctx), None
         (hidden, probs, ends, *given), output = again
-        settings = ctx.activation.kernel_settings(hidden, probs)
         if output is not None:
             to_hidden, to_probs = torch.autograd.grad(output, (hidden, probs), grad)
-        elif settings is None:
-            rows = hidden, probs, grad
-            to_hidden, to_probs = on_used_rows(ctx.activation.gradients, ends, rows)
         else:
             from megatron_echo.experts import activation_kernels
 
+            settings = ctx.activation.kernel_settings(hidden, probs)
             to_hidden, to_probs = activation_kernels.backward(
                 hidden, probs, ends, grad, settings, *given
             )
@@ -170,18 +137,17 @@ def _by_kernel(
 def _computed_again(ctx: Any) -> tuple[list[Tensor], Tensor | None]:
     """In backward: hidden, probabilities, ends, perhaps the bias and the group of each row.
 
-    Where no kernel computes, the bias is added to the first; and where nobody knows the slope,
-    there is the output with its graph, whose leaves are then the first two.
+    And where no kernel computes, the output with its graph, whose leaves are then the first two:
+    hidden with the bias added, and the probabilities.
     """
     hidden, probs, ends, *bias = ctx.saved_tensors
     given = [*bias, row_groups(ends, len(hidden))] if bias else []
     output = None
     if ctx.activation.kernel_settings(hidden, probs) is None:
-        hidden = _biased(hidden, *given)
-        if not ctx.activation.has_slope(hidden):
-            with torch.enable_grad():
-                hidden, probs = (t.detach().requires_grad_() for t in (hidden, probs))
-                (output,) = ctx.activation.weighted(hidden, probs)
+        with torch.enable_grad():
+            hidden = _biased(hidden, *given)
+            hidden, probs = (t.detach().requires_grad_() for t in (hidden, probs))
+            output = _weighted(hidden, probs, ctx.activation)
     return [hidden, probs, ends, *given], output
 
 
@@ -195,8 +161,6 @@ def _output_again(ctx: Any) -> Tensor:
     if output is not None:
         return output
     settings = ctx.activation.kernel_settings(hidden, probs)
-    if settings is None:
-        return on_used_rows(ctx.activation.weighted, ends, (hidden, probs))[0]
     return _by_kernel(hidden, probs, ends, settings, given, None)
 
 
@@ -204,6 +168,10 @@ def _biased(hidden: Tensor, bias: Tensor | None = None, groups: Tensor | None = 
     if bias is None or groups is None:
         return hidden
     return (hidden + bias_of_rows(bias, groups)).to(hidden.dtype)
+
+
+def _weighted(hidden: Tensor, probs: Tensor, activation: ExpertActivation) -> Tensor:
+    return (activation(hidden) * probs.unsqueeze(-1)).to(hidden.dtype)
 
 
 def weighted_activation(

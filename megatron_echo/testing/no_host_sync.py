@@ -111,17 +111,16 @@ _WATCHED: tuple[tuple[str, str, Callable[..., bool] | None], ...] = (
 class _Operators(TorchDispatchMode):
     """Reports operators that read on the host; what one operator calls inside is not dispatched."""
 
-    def __init__(self, report: Callable[[str], object], unreported: Callable[[], Any]) -> None:
+    def __init__(self, report: Callable[[str], object]) -> None:
         super().__init__()
-        self._report, self._unreported = report, unreported
+        self._report = report
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if reads_on_host(func, args, kwargs or {}):
             self._report(str(func.overloadpacket))
-        with self._unreported():  # a kernel, though it may be written in Python
-            return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class no_host_sync:
@@ -174,7 +173,7 @@ class no_host_sync:
             one_hot = self._watch_one_hot(torch.nn.functional.one_hot)
             stack.enter_context(mock.patch.object(torch.nn.functional, "one_hot", one_hot))
             stack.enter_context(masked_stores_of_cuda())
-            stack.enter_context(_Operators(self._report, self._unreported))
+            stack.enter_context(_Operators(self._report))
             self._undo = stack.pop_all()
         self._earlier_hits = len(self.hits)
         return self

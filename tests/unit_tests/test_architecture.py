@@ -27,7 +27,7 @@ FLOORS = (
     ("planner", "cpu_backend", "host_copy"),
     (
         "flags", "host_reads", "copy_lanes", "collectives", "step_hooks", "call_roles",
-        "environment", "local_modules", "per_model", "precision", "progress", "rows_in_use",
+        "environment", "local_modules", "per_model", "precision", "progress",
     ),
 )  # fmt: skip
 """Rooms from the top; a room imports itself and rooms of floors below its own."""

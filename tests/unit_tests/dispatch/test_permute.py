@@ -1,7 +1,6 @@
 """Copies into rows and sums of rows: gradients, precision, and rows that nobody names."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,31 +16,10 @@ from megatron_echo.dispatch.permute import (
 
 WIDTH = 5
 Move = Callable[[Tensor, RowMap], Tensor]
-
-
-def in_use(buffer: Tensor, rows: RowMap) -> Tensor:
-    """Zeros for the rows behind those in use, which may hold anything."""
-    used = len(buffer) if rows.used is None else int(rows.used)
-    return torch.cat((buffer[:used], torch.zeros_like(buffer[used:])))
-
-
-class _OnlyInUse(torch.autograd.Function):
-    """The identity, whose gradient is whole in the rows in use only."""
-
-    @staticmethod
-    def forward(ctx: Any, buffer: Tensor, rows: RowMap) -> Tensor:
-        ctx.rows = rows
-        return buffer.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return in_use(grad, ctx.rows), None
-
-
-MOVES: dict[str, Move] = {
-    "tokens_to_rows": lambda tokens, rows: in_use(tokens_to_rows(tokens, rows), rows),
-    "rows_to_tokens": lambda buffer, rows: rows_to_tokens(_OnlyInUse.apply(buffer, rows), rows),
-    "pairs_to_rows": lambda pairs, rows: in_use(pairs_to_rows(pairs, rows), rows),
+MOVES = {
+    "tokens_to_rows": tokens_to_rows,
+    "rows_to_tokens": rows_to_tokens,
+    "pairs_to_rows": pairs_to_rows,
 }
 
 
@@ -205,8 +183,6 @@ def test_nan_in_unnamed_places_never_spreads(name: str, rows: RowMap, dtype: tor
 
     weight = torch.ones_like(result)
     weight[~written] = float("nan")
-    if name != "rows_to_tokens" and rows.used is not None:
-        weight[int(rows.used) :] = 0  # of rows that are not there
     (grad,) = torch.autograd.grad(result, values, weight)
     assert grad.isfinite().all()
     assert (grad[~read] == 0).all()
