@@ -1,8 +1,8 @@
 """The clones of one call of a layer, and how their gradients come home before a parameter's."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from megatron_echo.copy_lanes import Errand
 from megatron_echo.dispatch.transports.weights import WeightTransport
 
 
-def weight_key(weight: Tensor) -> tuple[int, int]:
-    """Which parameter it is, also of views of one."""
-    return weight.untyped_storage()._cdata, int(weight.storage_offset())
+def storage_key(tensor: Tensor) -> tuple[int, int]:
+    """Which tensor or parameter it is, also of views of one."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def as_it_is_now(weight: Tensor) -> Tensor:
@@ -69,12 +69,14 @@ class Homecoming:
         """
         wanted = [weight for weight in weights if weight.requires_grad]
         hidden, *edges = _Homecoming.apply(self._errands, hidden, *wanted)
-        self._edges = {weight_key(weight): edge for weight, edge in zip(wanted, edges, strict=True)}
+        self._edges = {
+            storage_key(weight): edge for weight, edge in zip(wanted, edges, strict=True)
+        }
         return hidden
 
     def edge(self, weight: Tensor) -> Tensor | None:
         """What gets the gradient in the parameter's place, None for a frozen one."""
-        return self._edges.get(weight_key(weight))
+        return self._edges.get(storage_key(weight))
 
     def expect(self, errand: Errand) -> None:
         """Let the parameters wait for an errand."""
@@ -109,6 +111,16 @@ class Clones:
         """S."""
         return self.slot_expert.shape[1]
 
+    def given_back(self, slot_expert: Tensor) -> Self:
+        """These, by the plan that autograd kept: another one where the call was computed again.
+
+        So recomputes ``torch.utils.checkpoint`` without reentry, in the graph of the first call.
+        """
+        if storage_key(slot_expert) == storage_key(self.slot_expert):
+            return self
+        announced = self.transport.announce(slot_expert)
+        return replace(self, slot_expert=slot_expert, announced=announced)
+
     def run(self, movement: Callable[[], Any]) -> Errand:
         """Launch movements of the transport, beside compute where that may be."""
         return self.transport.run(movement, unread=len(self.begun))
@@ -121,7 +133,7 @@ class Clones:
             weight: the parameter of their homes.
             bring: what :meth:`brought` will be called with.
         """
-        self.begun[weight_key(weight)] = self.run(bring)
+        self.begun[storage_key(weight)] = self.run(bring)
 
     def brought(self, key: tuple[int, int], bring: Callable[[], Any]) -> Any:
         """What ``bring`` returns, which was begun before or begins now; compute waits for it.

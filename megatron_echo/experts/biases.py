@@ -5,7 +5,6 @@ a gradient are summed wide, over the rows of a group and over the clones of an e
 once, as those of weights are.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ class _ClonedBias(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        clones = replace(ctx.clones, slot_expert=ctx.saved_tensors[0])
+        clones = ctx.clones.given_back(*ctx.saved_tensors)
         parts = grad[:, None].clone(memory_format=torch.contiguous_format)
         moved = parts, clones.slot_expert, clones.announced
         home = clones.run(lambda: clones.transport.bring_home(*moved)).wait()

@@ -20,7 +20,6 @@ What other ranks do is ordered by the barriers of ``dispatch/transports/peer_buf
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from megatron_echo.compatibility import moe_layer_pattern
 from megatron_echo.config import clone_itemsize, expert_elements, num_clone_slots
 from megatron_echo.copy_lanes import Errand
-from megatron_echo.dispatch.clones_of_call import Clones, as_it_is_now, weight_key
+from megatron_echo.dispatch.clones_of_call import Clones, as_it_is_now, storage_key
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
 from megatron_echo.experts.grouped_linear import GroupedGemm, kept_rows, rows_again
 from megatron_echo.per_model import PerModel
@@ -100,7 +99,7 @@ class _ClonedLinear(torch.autograd.Function):
         pool: WeightPool, gemm: GroupedGemm, keep: bool, later: DelayedGradients | None,
     ) -> Tensor:  # fmt: skip
         (weight,) = home
-        stack = clones.brought(weight_key(weight), bringer(weight, clones, pool, gemm))
+        stack = clones.brought(storage_key(weight), bringer(weight, clones, pool, gemm))
         kept = [stack[-clones.slots :].clone()] if keep else []
         ctx.save_for_backward(kept_rows(rows), weight, ends, clones.slot_expert, *kept)
         ctx.pool, ctx.gemm, ctx.clones, ctx.later = pool, gemm, clones, later
@@ -111,11 +110,11 @@ class _ClonedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends, slot_expert, *kept = ctx.saved_tensors
         weight = as_it_is_now(weight)
-        clones, pool, gemm = replace(ctx.clones, slot_expert=slot_expert), ctx.pool, ctx.gemm
+        clones, pool, gemm = ctx.clones.given_back(slot_expert), ctx.pool, ctx.gemm
         if kept:
             stack = _filled(pool, gemm, weight, clones, *kept)
         else:
-            stack = clones.brought(weight_key(weight), bringer(weight, clones, pool, gemm))
+            stack = clones.brought(storage_key(weight), bringer(weight, clones, pool, gemm))
         grad = grad.contiguous()
         to_rows = None
         if ctx.needs_input_grad[0]:

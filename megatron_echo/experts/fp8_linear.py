@@ -6,7 +6,6 @@ nothing of FP8. Input, weights and the gradient of the output are quantised befo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_echo.config import echo_setting, fp8_format
-from megatron_echo.dispatch.clones_of_call import Clones, as_it_is_now, weight_key
+from megatron_echo.dispatch.clones_of_call import Clones, as_it_is_now, storage_key
 from megatron_echo.dispatch.layout import wide_dtype
 from megatron_echo.environment import is_capturing
 from megatron_echo.experts.delayed import DelayedGradients, now_or_later
@@ -162,7 +161,7 @@ class Fp8Weights:
         if clones is None or kept:
             stack = bring()
         else:
-            stack = clones.brought(weight_key(weight), bring)
+            stack = clones.brought(storage_key(weight), bring)
         if not self.by_kernel:
             return scaled_product(unpacked(packed, self.form), stack.operand, ends, dtype)
         from megatron_echo.experts import kernels
@@ -200,7 +199,7 @@ class Fp8Weights:
     def copy_of_clones(self, weight: Tensor, clones: Clones) -> list[Tensor]:
         """The clones as the input's gradient wants them, for a later backward pass."""
         bring = self.bringer(weight, clones, is_transposed=True)
-        stack: _Stack = clones.brought(weight_key(weight), bring)
+        stack: _Stack = clones.brought(storage_key(weight), bring)
         return [piece.clone() for piece in stack.clones]
 
 
@@ -248,7 +247,7 @@ class _Fp8Linear(torch.autograd.Function):
         packed, weight, ends, *of_clones = ctx.saved_tensors
         weight, clones, kept = as_it_is_now(weight), ctx.clones, of_clones[1:]
         if of_clones:
-            clones = replace(clones, slot_expert=of_clones[0])
+            clones = clones.given_back(of_clones[0])
         grad, to_rows, to_weight = grad.contiguous(), None, None
         if clones is not None or ctx.needs_input_grad[0]:
             # With clones every rank brings them, whoever wants the gradient.

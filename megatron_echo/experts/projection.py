@@ -269,13 +269,14 @@ class FetchInBackward(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, linear: GroupedLinear, clones: Clones) -> Tensor:
         """``rows`` of any shape, and the projection that needs the clones next in backward."""
         ctx.linear, ctx.clones = linear, clones
+        ctx.save_for_backward(clones.slot_expert)
         return rows.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """The gradient as it is."""
-        ctx.linear.fetch(ctx.clones, in_backward=True)
+        ctx.linear.fetch(ctx.clones.given_back(*ctx.saved_tensors), in_backward=True)
         return grad, None, None
 
 

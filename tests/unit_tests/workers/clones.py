@@ -787,9 +787,10 @@ class FlippingRouter(ForcedRouter):
 
 def check_flipping_router() -> None:
     """Recomputed with another routing, on one rank: planned again, gradients are the new one's."""
-    variants = itertools.cycle(itertools.product(TRANSPORTS, (True, False), (True, False)))
-    for slots, _ in itertools.product(all_slots(), range(3)):
-        wire, again, reentrant = next(variants)
+    ways = ("collective", "p2p", "symmetric_memory")
+    variants = itertools.product(ways, (True, False), (True, False))
+    cycles = map(itertools.cycle, (all_slots(), TRANSPORTS))
+    for slots, wire, (way, again, reentrant) in zip(*cycles, variants, strict=False):
         first = case_of("hot", 2, torch.float64)
         chosen, probs = first.chosen.clone(), first.probs.clone()
         last = chosen.shape[1] - 1  # some tokens of rank 0 now prefer the last expert to the first
@@ -799,7 +800,7 @@ def check_flipping_router() -> None:
         then = replace(first, chosen=chosen, probs=probs)
         layer = cloned(
             2, torch.float64, slots, moe_echo_token_transport=wire,
-            moe_echo_recompute_expert_dispatch=again,
+            moe_echo_recompute_expert_dispatch=again, moe_echo_expert_dispatcher_type=way,
         )  # fmt: skip
         before, expected = dense(layer, first), dense(layer, then)
         with watched(layer) as seen:
@@ -813,7 +814,7 @@ def check_flipping_router() -> None:
         for name in ("dx", *PARAMETERS):
             assert found[name].isfinite().all()
             limit = 1e-12 * gathered(expected[name]).abs().max()
-            assert (found[name] - expected[name]).abs().max() <= limit, (name, slots, wire)
+            assert (found[name] - expected[name]).abs().max() <= limit, (name, slots, wire, way)
 
 
 def check_calls_in_flight() -> None:
