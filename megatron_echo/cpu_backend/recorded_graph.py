@@ -60,6 +60,7 @@ class _Operation:
 
     function: Any  # the operator
     arguments: tuple[tuple, dict]  # by position and keyword; tensors share the originals' memory
+    stream: Stream  # on which it was captured
     storages: frozenset[int]  # keys of the memory that it touches
     fresh: tuple[Tensor | None, ...]  # for each output what a replay fills; None for a view
 
@@ -255,7 +256,8 @@ class RecordedGraph:
             self._order(function, arguments, [each for each in fresh if each is not None])
         if not is_view and not is_empty:
             storages = frozenset(touched) | {_key(each) for each in fresh if each is not None}
-            self._operations.append(_Operation(function, arguments, storages, tuple(fresh)))
+            operation = _Operation(function, arguments, current_stream(), storages, tuple(fresh))
+            self._operations.append(operation)
             if function.namespace == "c10d":
                 _groups.update(_process_groups(arguments))
             for tensor in _tensors(arguments):

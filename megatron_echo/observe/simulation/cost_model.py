@@ -107,7 +107,8 @@ class Costs:
     def __init__(self, run: Run, layout: Layout, placed: Placement) -> None:
         self.run, self.layout, self.placed = run, layout, placed
         self.tokens = layout.tokens(run.work)
-        self._rate, self._nvlink, self._network = dataclasses.astuple(run.cluster.speeds)
+        speeds = run.cluster.speeds
+        self._rate, self._nvlink, self._network = speeds.flops, speeds.inside, speeds.across
         self._again = 1 + (1 - BACKWARD_SHARE) if layout.recompute else 1.0
         experts = self._again * 6 * run.model.expert_parameters * placed.placed / self._rate
         self.calls = experts, self._row_traffic(), self._clone_traffic()
