@@ -287,7 +287,7 @@ def kernels(counter: Counter) -> Iterator[None]:
         f"{package}.dispatch.transports.peer_buffers.peer_memory": lambda group: _CountedMemory(
             counter, group
         ),
-        f"{package}.compatibility.find_hybrid_ep": lambda: True,
+        f"{package}.flag_checks.find_hybrid_ep": lambda: True,
         f"{package}.dispatch.transports.hybrid_ep.find_hybrid_ep": lambda: partial(
             _HybridEP, counter
         ),
