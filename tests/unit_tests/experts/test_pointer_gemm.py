@@ -325,32 +325,39 @@ for name, dtype, stacks, (constants, options) in {cases}:
     words = "wgmma.mma_async", "tf32", "ld.local", "ld.global.b8"
     print("COMPILED", compiled.metadata.shared, copies, *map(ptx.count, words))
 """
+SLOW = pytest.mark.slow
 SHARED_MEMORY = 227 * 1024  # bytes that a block can have on sm_90
 
 
-@pytest.mark.parametrize("precision", ["fp8", pytest.param("others", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp8-rowwise", *(pytest.param(p, marks=SLOW) for p in ("mxfp8", "fp8-blockwise", "others"))],
+)
 def test_they_compile_for_a_gpu_that_is_not_here(precision: str, tmp_path: Path) -> None:
     """For an H100: warp-group products, copies of 16 bytes into shared memory, no tf32."""
-    cases = others() if precision == "others" else []
-    if precision == "fp8":
-        for form in FORMATS.values():
-            constants = kernels.product_constants(
-                40960, 32, 36, (7168, 4096), 1, is_transposed=True, form=form
-            )
-            cases.append(("_product_kernel", "fp8e4nv", ("fp8e4nv", "fp8e4nv"), constants))
-            constants = kernels.outer_constants(32, (4096, 7168), 1, form=form)
-            cases.append(("_outer_kernel", "fp8e4nv", ("bf16", "bf16"), constants))
+    cases = others() if precision == "others" else in_fp8(precision)
     lines = run_script(COMPILE.format(cases=cases), tmp_path).splitlines()
     figures = [list(map(int, line.split()[1:])) for line in lines if line.startswith("COMPILED")]
     assert len(figures) == len(cases)
-    for (*kernel, _, _), (shared, copies, *counts) in zip(cases, figures):
+    for (*kernel, _, constants), (shared, copies, *counts) in zip(cases, figures):
         warp_group, tf32, spilled, single_bytes = counts
         name, kernel = kernel[1], tuple(kernel)
         assert shared <= SHARED_MEMORY
         # Rows of 2,002 bytes cannot be copied by 16.
         assert (copies > 0) == (name != "fp16")
         assert (warp_group > 0) == (name != "fp32")
-        assert tf32 == spilled == single_bytes == 0
+        assert tf32 == spilled == 0
+        assert single_bytes == 0 or constants["IN_BLOCKS"]  # scales of blocks are bytes
+
+
+def in_fp8(precision: str) -> list[tuple]:
+    form, widths = FORMATS[precision], (7168, 4096)
+    product = kernels.product_constants(40960, 32, 36, widths, 1, is_transposed=True, form=form)
+    outer = kernels.outer_constants(32, widths[::-1], 1, form=form)
+    return [
+        ("_product_kernel", "fp8e4nv", ("fp8e4nv", "fp8e4nv"), product),
+        ("_outer_kernel", "fp8e4nv", ("bf16", "bf16"), outer),
+    ]
 
 
 def others() -> list[tuple]:
