@@ -145,10 +145,10 @@ def test_one_rank() -> None:
     run("one_rank", 1)
 
 
-@launch.on_ranks(2, slow=(3,))
-def test_flipping_router(ranks: int) -> None:
+@launch.thinned_on_ranks(2, slow=(3,), every=2)
+def test_flipping_router(ranks: int, every: int) -> None:
     """A recomputation with another routing plans again; no rank hangs."""
-    run("flipping_router", ranks)
+    run("flipping_router", ranks, every)
 
 
 @launch.thinned_on_ranks(2, slow=(3,), every=5)
