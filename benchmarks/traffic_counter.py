@@ -487,6 +487,6 @@ def _sends(counter: Counter, name: str) -> Callable[..., Any]:
     def bring_home(self: Any, grads: Tensor, slot_expert: Tensor, announced: Any) -> Tensor:
         count(grads[0], 5)  # sent, received, added
         counter.count.operators += math.ceil(counter.facts.clones)
-        return grads[: self._experts]
+        return grads[: self._per_rank]
 
     return push if name == "push" else bring_home

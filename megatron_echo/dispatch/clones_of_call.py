@@ -90,7 +90,6 @@ class Clones:
     Attributes:
         slot_expert: int64 ``[R, S]``, the expert in each slot of each rank, -1 if unused; ranks and
             experts are those of the transport's group.
-        experts_per_rank: m; expert e lives on rank ``e // m``.
         transport: how weights get into the slots.
         announced: what the transport keeps of the plan.
         homecoming: where the gradients of the weights that it has an edge for may arrive later.
@@ -99,7 +98,6 @@ class Clones:
     """
 
     slot_expert: Tensor
-    experts_per_rank: int
     transport: WeightTransport
     announced: Any = None
     homecoming: Homecoming = field(default_factory=Homecoming)

@@ -125,10 +125,10 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self._topk = config.moe_router_topk
-        self._experts = config.num_moe_experts
+        self._num_experts = config.num_moe_experts
         self._slots = num_clone_slots(config) if num_slots is None else num_slots
-        self._local = self._experts // self.ep_size
-        self.num_groups = self._local + self._slots
+        self._per_rank = self._num_experts // self.ep_size
+        self.num_groups = self._per_rank + self._slots
         self._alignment = row_alignment(config)
         self._capacity = token_capacity(config, self._slots)
         self._tolerance = plan_tolerance(config)
@@ -143,8 +143,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         self._weights = self._make_weight_transport(self._ways.weights)
         self._pack = pack if self._transport.moves_any_bits else None
         self._step_end = StepEnd.of(config)
-        places = (self.ep_rank, self.tp_rank, get_pg_rank(pg_collection.expt_dp))
-        self._is_traced = places == (0, 0, 0)
+        ranks_here = (self.ep_rank, self.tp_rank, get_pg_rank(pg_collection.expt_dp))
+        self._is_traced = ranks_here == (0, 0, 0)
         self._stage = get_pg_rank(pg_collection.pp)
         self._call: _Call | None = None
         self.role = Role.RECORDED
@@ -172,15 +172,15 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         group = self._ways.clone_group
         if way == "symmetric_memory" and self._slots > 0:
             return SymmetricMemoryWeights(
-                self._peer_buffers(group), self._local, not self._overlaps
+                self._peer_buffers(group), self._per_rank, not self._overlaps
             )
-        return (PeerToPeerWeights if way == "p2p" else CollectiveWeights)(group, self._local)
+        return (PeerToPeerWeights if way == "p2p" else CollectiveWeights)(group, self._per_rank)
 
     def buffer_rows(self, tokens: int) -> int:
         """Rows of the receive buffer for T tokens on each rank."""
         most = self.ep_size * tokens * min(self._topk, self.num_groups)
         rows = most
-        if self._capacity is None and self._slots * self.ep_size >= self._experts:
+        if self._capacity is None and self._slots * self.ep_size >= self._num_experts:
             total = tokens * self._topk * self.ep_size
             rows = balance_bound(total, self.ep_size, self._tolerance)
         elif self._capacity is not None and self._is_training:
@@ -210,7 +210,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """
         own = compact_routing(routing_map, self._topk)
         more = self._missing(len(own))
-        experts = gather(_padded(own, more, self._experts), self.tp_group)
+        experts = gather(_padded(own, more, self._num_experts), self.tp_group)
         self._ways.announce(len(experts), self._slots)
         brought = len(experts) if self._most_tokens is None else max(len(own), self._most_tokens)
         self._step_end.overflow.record_tokens(brought, self.ep_group)
@@ -238,7 +238,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
 
     def _observe(self, plan: ClonePlan | None, experts: Tensor) -> None:
         if plan is None:
-            homes = experts.reshape(-1).to(torch.int64) // self._local
+            homes = experts.reshape(-1).to(torch.int64) // self._per_rank
             pairs = histogram(homes, self.ep_size + 1)[:-1]  # the last is for no expert
             self._step_end.statistics.record_local(pairs, self.ep_group)
             return
@@ -255,8 +255,8 @@ class EchoTokenDispatcher(MoETokenDispatcher):
         """
         if self._slots == 0 and not self._transport.needs_counts:
             return call
-        local = histogram(call.experts.reshape(-1).to(torch.int64), self._experts + 1)
-        routed = gather(local[None, : self._experts], self.ep_group)
+        routed_here = histogram(call.experts.reshape(-1).to(torch.int64), self._num_experts + 1)
+        routed = gather(routed_here[None, : self._num_experts], self.ep_group)
         if self._slots == 0:
             return replace(call, counts=PairCounts.of(routed, self.ep_rank))
         plan = self.planner(
@@ -270,7 +270,7 @@ class EchoTokenDispatcher(MoETokenDispatcher):
             call,
             experts=physical_experts(call.experts, plan, split),
             plan=plan,
-            clones=Clones(slots, self._local, self._weights, self._weights.announce(slots)),
+            clones=Clones(slots, self._weights, self._weights.announce(slots)),
             counts=pair_counts(plan, below, split) if self._transport.needs_counts else None,
         )
 

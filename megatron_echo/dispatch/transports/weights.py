@@ -61,7 +61,7 @@ class WeightTransport(ABC):
             group: R ranks, among which clones are made.
             experts_per_rank: m; expert e lives on rank ``e // m``.
         """
-        self._group, self._rank, self._experts = group, group.rank(), experts_per_rank
+        self._group, self._rank, self._per_rank = group, group.rank(), experts_per_rank
 
     def slots(self, slot_expert: Tensor, rank: int) -> Tensor:
         """The slots of the group's ranks, experts numbered from the first of these.
@@ -78,7 +78,7 @@ class WeightTransport(ABC):
             return slot_expert
         first = rank - self._rank
         slots = slot_expert[first : first + self._group.size()]
-        return (slots - first * self._experts).clamp_(min=-1)
+        return (slots - first * self._per_rank).clamp_(min=-1)
 
     def announce(self, slot_expert: Tensor) -> Any:
         """Begin what a plan needs before its weights travel; once for a call of a layer.
@@ -139,9 +139,9 @@ class CollectiveWeights(WeightTransport):
 
     def push(self, weight: Tensor, slot_expert: Tensor, announced: Any, slots: Tensor) -> None:
         """See :class:`WeightTransport`; an unused slot gets some expert's weights."""
-        wanted = slot_expert - self._rank * self._experts
-        wanted = wanted.clamp_(0, self._experts - 1)
-        homes = (slot_expert[self._rank] // self._experts).clamp_(min=0)
+        wanted = slot_expert - self._rank * self._per_rank
+        wanted = wanted.clamp_(0, self._per_rank - 1)
+        homes = (slot_expert[self._rank] // self._per_rank).clamp_(min=0)
         for some in self._parts(slots):
             sent = weight.index_select(0, wanted[:, some].flatten())
             received = exchange(sent, self._group).unflatten(0, (self._group.size(), -1))
@@ -150,7 +150,7 @@ class CollectiveWeights(WeightTransport):
 
     @override
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: Any) -> Tensor:
-        ranks, experts = self._group.size(), self._experts
+        ranks, experts = self._group.size(), self._per_rank
         target = slot_expert - self._rank * experts
         is_here = (target >= 0) & (target < experts)
         for some in self._parts(grads[experts:]):
@@ -194,9 +194,9 @@ class PeerToPeerWeights(WeightTransport):
         transfers = []
         for slot, experts in enumerate(zip(*announced.read(), strict=True)):
             for rank, expert in enumerate(experts):
-                home, local = divmod(expert, self._experts)
+                home, index = divmod(expert, self._per_rank)
                 if expert >= 0 and home == self._rank:
-                    transfers.append(self._transfer(dist.isend, weight[local], rank))
+                    transfers.append(self._transfer(dist.isend, weight[index], rank))
                 elif expert >= 0 and rank == self._rank:
                     transfers.append(self._transfer(dist.irecv, slots[slot], home))
         _complete(transfers)
@@ -207,21 +207,21 @@ class PeerToPeerWeights(WeightTransport):
         for slot, experts in enumerate(zip(*announced.read(), strict=True)):
             transfers, arrivals = [], []
             for rank, expert in enumerate(experts):
-                home, local = divmod(expert, self._experts)
+                home, index = divmod(expert, self._per_rank)
                 if expert >= 0 and home == self._rank:
-                    arrivals.append((local, torch.empty_like(grads[0])))
+                    arrivals.append((index, torch.empty_like(grads[0])))
                     transfers.append(self._transfer(dist.irecv, arrivals[-1][1], rank))
                 elif expert >= 0 and rank == self._rank:
-                    part = grads[self._experts + slot]
+                    part = grads[self._per_rank + slot]
                     transfers.append(self._transfer(dist.isend, part, home))
             _complete(transfers)
-            for local, part in arrivals:
-                if local not in totals:
-                    totals[local] = grads[local].to(wide_dtype(grads.dtype))
-                totals[local] += part
-        for local, total in totals.items():
-            grads[local] = total
-        return grads[: self._experts]
+            for index, part in arrivals:
+                if index not in totals:
+                    totals[index] = grads[index].to(wide_dtype(grads.dtype))
+                totals[index] += part
+        for index, total in totals.items():
+            grads[index] = total
+        return grads[: self._per_rank]
 
     @override
     def sent_bytes(self, slot_expert: Tensor, expert_bytes: int) -> int:
@@ -273,14 +273,14 @@ class SymmetricMemoryWeights(WeightTransport):
     @override
     def announce(self, slot_expert: Tensor) -> _Places:
         ranks, slots = slot_expert.shape
-        local = slot_expert - self._rank * self._experts
-        local.masked_fill_((local < 0) | (local >= self._experts), -1)
-        slot = torch.arange(slots, device=local.device)
-        place = torch.arange(ranks * slots, device=local.device).view(ranks, slots)
-        clones = local.new_full((ranks, self._experts + 1), -1)
-        clones.scatter_(1, local.remainder(self._experts + 1), place)  # -1 becomes the last
+        index = slot_expert - self._rank * self._per_rank
+        index.masked_fill_((index < 0) | (index >= self._per_rank), -1)
+        slot = torch.arange(slots, device=index.device)
+        number = torch.arange(ranks * slots, device=index.device).view(ranks, slots)
+        clones = index.new_full((ranks, self._per_rank + 1), -1)
+        clones.scatter_(1, index.remainder(self._per_rank + 1), number)  # -1 becomes the last
         return _Places(
-            source=local.int(),
+            source=index.int(),
             used=slot.masked_fill_(slot_expert[self._rank] < 0, -1).int(),
             clones=clones[:, :-1].t().int().contiguous(),
         )
@@ -295,7 +295,7 @@ class SymmetricMemoryWeights(WeightTransport):
 
     @override
     def bring_home(self, grads: Tensor, slot_expert: Tensor, announced: _Places) -> Tensor:
-        home, parts = grads[: self._experts], grads[self._experts :]
+        home, parts = grads[: self._per_rank], grads[self._per_rank :]
         places = announced.used, announced.clones
         self._buffers.add_matrices("gradients", parts, *places, home)
         return home

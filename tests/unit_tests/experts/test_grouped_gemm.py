@@ -88,7 +88,7 @@ def linear(
     rows.requires_grad_()
     pool, offsets = WeightPool(), torch.tensor(ends, dtype=torch.int32)
     if has_clones:
-        clones = Clones(torch.tensor([[2, 0]]), EXPERTS, OneRank())
+        clones = Clones(torch.tensor([[2, 0]]), OneRank())
         output = cloned_linear(rows, weight, offsets, clones, pool, gemm, keep)
         for stack in pool.stacks:
             stack.fill_(float("nan"))
@@ -132,7 +132,7 @@ def test_gradients_of_clones_are_rounded_once() -> None:
     rows = torch.ones(771, 8, dtype=torch.bfloat16)
     weight = torch.ones(1, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     ends = torch.tensor([257, 514, 771], dtype=torch.int32)
-    clones = Clones(torch.tensor([[0, 0]]), 1, OneRank())
+    clones = Clones(torch.tensor([[0, 0]]), OneRank())
     cloned_linear(rows, weight, ends, clones, WeightPool(), PointerGemm()).sum().backward()
     assert weight.grad is not None
     assert (weight.grad == 772).all()
@@ -159,7 +159,7 @@ def test_weight_gradients_need_no_second_stack() -> None:
     )
     ends = torch.empty(2 * experts, dtype=torch.int32, device="meta")
     slot_expert = torch.empty(1, experts, dtype=torch.int64, device="meta")
-    pool, clones = WeightPool(), Clones(slot_expert, experts, OneRank())
+    pool, clones = WeightPool(), Clones(slot_expert, OneRank())
     output = cloned_linear(rows, weight, ends, clones, pool, TorchGemm())
     with LiveBytes() as live:
         torch.autograd.grad(output, (rows, weight), grad)

@@ -88,7 +88,7 @@ def check_dense() -> None:
         results, plan = watched_plan(layer, case)
         found = errors(results, expected)
         assert max(found.values()) <= 1e-12, (kind, slots, weights, found)
-        homes = plan // layer.token_dispatcher._local
+        homes = plan // layer.token_dispatcher._per_rank
         assert ((node_of(homes) == node_of(torch.arange(ranks))[:, None]) | (plan < 0)).all()
         made[weights] += int((plan >= 0).sum())
         if slots >= full:
