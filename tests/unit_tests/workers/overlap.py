@@ -255,7 +255,10 @@ def with_the_last_plan() -> Iterator[None]:
         last.append(given.slot_expert)
         return original(pool, gemm, weight, given, *kept)
 
-    with mock.patch.multiple(clones_module, _filled=note, replace=replaced):
+    with (
+        mock.patch.object(clones_module, "_filled", note),
+        mock.patch.object(Clones, "given_back", replaced),
+    ):
         yield
 
 
