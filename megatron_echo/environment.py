@@ -250,3 +250,13 @@ def device_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, os.uname().machine)
+
+
+def training_args() -> Any:
+    """Megatron's arguments while its training loop runs, None outside it."""
+    try:
+        from megatron.training import global_vars
+    except ImportError:  # where only Megatron-Core is used
+        return None
+    args = global_vars._GLOBAL_ARGS
+    return args if hasattr(args, "curr_iteration") else None

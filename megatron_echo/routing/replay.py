@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.compatibility import moe_layer_pattern
 from megatron_echo.config import echo_setting
+from megatron_echo.environment import training_args
 from megatron_echo.per_model import PerModel
 from megatron_echo.record.routing_capture import read_captures
 from megatron_echo.record.token_layout import TokenLayout
@@ -65,6 +66,9 @@ class ReplayedRouting(PerModel):
                 "microbatches. In a loop of your own use Megatron's RouterReplay."
             )
         if not self._step:
+            args = training_args()
+            if args is not None:  # a run that was resumed does not begin with step 1
+                self.iteration = args.curr_iteration + 1
             self._step = self._read()
         if layer not in self._step:
             raise self._error(

@@ -31,7 +31,7 @@ from torch.optim.optimizer import Optimizer
 
 from megatron_echo.call_roles import Role, role_of_call
 from megatron_echo.config import echo_setting, num_clone_slots
-from megatron_echo.environment import is_capturing
+from megatron_echo.environment import is_capturing, training_args
 from megatron_echo.per_model import PerModel
 from megatron_echo.plan_settings import token_capacity
 from megatron_echo.record.metrics import publish
@@ -151,7 +151,7 @@ class StepEnd(PerModel, EndOfStep):
             if self.capture is not None:
                 self.capture.forget()
             raise
-        args = _training_args()
+        args = training_args()
         iteration = self.steps if args is None else args.curr_iteration + 1
         self.statistics.end_step()
         self.trace.end_step(iteration)
@@ -211,13 +211,3 @@ def _watch_calls(step_end: StepEnd) -> None:
 
     handle = register_module_forward_pre_hook(find)
     weakref.finalize(step_end, handle.remove)
-
-
-def _training_args() -> Any:
-    """Megatron's arguments while its training loop runs, None outside it."""
-    try:
-        from megatron.training import global_vars
-    except ImportError:  # where only Megatron-Core is used
-        return None
-    args = global_vars._GLOBAL_ARGS
-    return args if hasattr(args, "curr_iteration") else None

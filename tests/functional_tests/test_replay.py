@@ -72,6 +72,17 @@ def test_the_same_run_has_the_same_bits(recorded: Any, tmp_path: Path) -> None:
     assert all(map(np.array_equal, again, routing))
 
 
+def test_a_resumed_run_replays_its_own_steps(recorded: Any, tmp_path: Path) -> None:
+    folder, _, routing = recorded
+    saved, ids = tmp_path / "saved", tmp_path / "ids"
+    flags = {**FLAGS, **OTHER_WEIGHTS, "expert_model_parallel_size": 2, "exit_interval": 1}
+    flags |= {"save": saved, "save_interval": 1, "moe_echo_capture_routing": ids}
+    for goes_on in ({}, {"load": saved}):
+        words = launch.tiny_model(**flags, **goes_on, moe_echo_replay_routing=folder / "ids")
+        launch.run(words, 2).check()
+    assert all(np.array_equal(routing_of(ids, step), routing[step - 1]) for step in (1, 2))
+
+
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
