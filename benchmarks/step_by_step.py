@@ -130,10 +130,10 @@ def main() -> None:
     schedule = training.get_forward_backward_func
     state: dict[str, Any] = {}
 
-    def recorded(iterator: Any, vp_stage: int | None = None) -> Any:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         if replaying:
             return replaying.pop(0)
-        batches.append(get_batch(iterator, vp_stage))
+        batches.append(get_batch(*args, **kwargs))
         return batches[-1]
 
     def recording_schedule(**settings: Any) -> Any:
