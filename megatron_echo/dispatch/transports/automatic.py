@@ -92,10 +92,9 @@ def choose(topology: Topology, domain: int, has_graph: bool) -> tuple[str, str]:
     ==========================  =======================  ===================================
     ranks                       tokens of all of them    weights, among those of clones
     ==========================  =======================  ===================================
-    one, or not over NCCL       all_gather               collective
     each other's memory in      symmetric_memory         symmetric_memory
-    reach
-    else                        an engine installed,     p2p; in a CUDA graph collective
+    reach, over NCCL
+    else, and on a CPU          an engine installed,     p2p; in a CUDA graph collective
                                 or all_gather
     ==========================  =======================  ===================================
 
@@ -104,10 +103,8 @@ def choose(topology: Topology, domain: int, has_graph: bool) -> tuple[str, str]:
     Args:
         topology: of the group.
         domain: consecutive ranks among which clones are made.
-        has_graph: whether the step becomes a CUDA graph, in which the host cannot read a plan.
+        has_graph: whether the host cannot read a plan: in a CUDA graph, or of fake tensors.
     """
-    if not topology.has_nccl:
-        return "all_gather", "collective"
     tokens = topology.engines[0] if topology.engines else "all_gather"
     weights = "collective" if has_graph else "p2p"
     return (
@@ -247,7 +244,7 @@ class Transports(PerModel):
             if self._chose_nodes:
                 config.moe_echo_ranks_per_node = topology.node
                 config.moe_echo_clones_within_node = True
-            has_graph = config.cuda_graph_impl != "none"
+            has_graph = config.cuda_graph_impl != "none" or _is_pretended(group)
             domain = domain_ranks(config, group.size())
             tokens, weights = choose(topology, domain, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens

@@ -29,7 +29,7 @@ SPREAD = Topology(16, True, 1, True, ("hybrid_ep",))
 @pytest.mark.parametrize(
     ("topology", "tokens", "weights", "in_a_graph"),
     [
-        (CPU, "all_gather", "collective", "collective"),
+        (CPU, "all_gather", "p2p", "collective"),
         (LINKED, "symmetric_memory", "symmetric_memory", "symmetric_memory"),
         (UNLINKED, "all_gather", "p2p", "collective"),
         (NODES, "all_gather", "p2p", "collective"),
@@ -46,7 +46,7 @@ def test_what_is_chosen(topology: Topology, tokens: str, weights: str, in_a_grap
 @pytest.mark.parametrize(
     ("topology", "domain", "weights"),
     [
-        (CPU, 4, "collective"), (LINKED, 4, "symmetric_memory"), (UNLINKED, 4, "p2p"),
+        (CPU, 4, "p2p"), (LINKED, 4, "symmetric_memory"), (UNLINKED, 4, "p2p"),
         (NODES, 8, "symmetric_memory"), (BOTH, 4, "symmetric_memory"), (SPREAD, 8, "p2p"),
         (Topology(32, True, 8, True), 16, "p2p"), (Topology(24, True, 8, True), 6, "p2p"),
     ],

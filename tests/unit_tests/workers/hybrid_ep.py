@@ -44,6 +44,7 @@ def build(topk: int, dtype: torch.dtype, wire: str = ENGINE, **fields: Any) -> E
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = layer_config(dist.get_world_size(), topk, dtype, **fields)
     config.moe_echo_token_transport = wire
+    config.moe_echo_expert_dispatcher_type = "collective"  # a CPU's own choice reads plans
     layer = EchoMoELayer(config)
     is_ours = isinstance(layer.token_dispatcher._transport, TRANSPORTS[ENGINE])
     assert is_ours == (wire == ENGINE)

@@ -81,8 +81,9 @@ def problem(
 
 
 def build(topk: int, dtype: torch.dtype, **fields: Any) -> EchoMoELayer:
-    """A layer; the same weights on every call."""
+    """A layer, its clones by ``collective``, as in a graph; the same weights on every call."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    fields = {"moe_echo_expert_dispatcher_type": "collective", **fields}
     return EchoMoELayer(layer_config(dist.get_world_size(), topk, dtype, **fields))
 
 
