@@ -64,10 +64,14 @@ class Launch(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Launches with the same key are one compilation."""
+        """Launches with the same key are one compilation.
+
+        A kernel's own key depends on which others had theirs before, as Triton hashes the constants
+        of a function that it calls only then. So it is made here, in the order of a run.
+        """
         *_, binder = self.kernel.device_caches[0]
         _, specialization, options = binder(*self.arguments, **self.options)
-        return self.name, f"{specialization} {options}"
+        return self.kernel.cache_key, f"{specialization} {options}"
 
 
 class NoDriver:
@@ -204,9 +208,10 @@ def record(arch: int, pattern: str = "") -> None:
         for call in work():
             with on_fake_device(launches, arch):
                 call()
-    found = {launch.key: launch for launch in launches if re.search(pattern, launch.name)}
+    found = {launch.key: launch for launch in launches}.values()
     # The longest ones first, so that no process ends long behind the others.
-    _recorded[:] = sorted(found.values(), key=lambda launch: -len(launch.kernel.src))
+    longest = sorted(found, key=lambda launch: -len(launch.kernel.src))
+    _recorded[:] = [launch for launch in longest if re.search(pattern, launch.name)]
 
 
 def compile_one(number: int) -> tuple[str, bool, float]:
