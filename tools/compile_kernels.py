@@ -138,6 +138,7 @@ def on_fake_device(launches: list[Launch], arch: int) -> Iterator[None]:
 def work() -> Iterator[Callable[[], object]]:
     """Calls that launch every kernel with the shapes and dtypes of the check."""
     import capture_safety
+    import fp8_products
     import grouped_gemm
     import layers
     import planner_kernel
@@ -176,6 +177,9 @@ def work() -> Iterator[Callable[[], object]]:
     for sizes in grouped_gemm.SHAPES.values():
         for direction in grouped_gemm.DIRECTIONS:
             yield lambda d=direction, s=sizes: grouped_gemm.contenders(d, s)["kernel"]()
+    for sizes in fp8_products.SHAPES.values():
+        for direction in fp8_products.DIRECTIONS:
+            yield partial(fp8_products.contenders, direction, sizes)
     for slots in planner_kernel.TARGETS:
         yield lambda slots=slots: plan_clones(torch.zeros(64, 256, dtype=torch.int64), slots)
 

@@ -43,6 +43,10 @@ BROKEN = 75  # exit code of a process whose CUDA context an error has spoilt
 START = "Start"
 PEERS = ROOT / "benchmarks" / "gpu" / "peer_rows.py"
 HIDDEN = ROOT / "benchmarks" / "gpu" / "hidden_clones.py"
+SHARING = {
+    "two processes on one device": [],
+    "a layer with clones, two processes on one device": ["--clones"],
+}
 SHARED_DEVICE = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
@@ -93,12 +97,12 @@ def first_stage(recorder: Recorder) -> list[Case]:
     from ranks import WaitingRanks
 
     dry, compilation = recorder.dry, start_compiling()
-    peers = WaitingRanks(PEERS, [], 2, SHARED_DEVICE)
+    peers = {name: WaitingRanks(PEERS, words, 2, SHARED_DEVICE) for name, words in SHARING.items()}
     small = training_step.small_runs(recorder)
 
-    def exchange() -> Figures:
+    def exchange(ranks: WaitingRanks) -> Figures:
         begin = time.monotonic()
-        peers.run(recorder.at_most(60))
+        ranks.run(recorder.at_most(60))
         return {"seconds": time.monotonic() - begin}
 
     return [
@@ -108,7 +112,7 @@ def first_stage(recorder: Recorder) -> list[Case]:
         *capture_safety.cases(dry),
         offloading.bits(dry),
         offloading.captured_bits(dry),
-        Case("Symmetric memory", "two processes on one device", exchange),
+        *(Case("Symmetric memory", n, partial(exchange, ranks)) for n, ranks in peers.items()),
         *small.cases,
     ]
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(launch.ROOT / "benchmarks" / "gpu"))
 
 import capture_safety
 import compile_kernels
+import fp8_checks
 import fp8_products
 import gpu_check
 import grouped_gemm
@@ -34,7 +35,7 @@ import row_copies
 import training_step
 from record import Case, Recorder, Row, SkippedError, as_markdown, is_reached, read_rows
 
-from megatron_echo.experts import pointer_gemm
+from megatron_echo.experts import fp8, pointer_gemm
 
 MACHINE = {"device": "d", "driver": None, "versions": {"torch": "2"}, "date": "1", "dry_run": True}
 PROFILED = [f"dry run: {variant}" for variant in passes.VARIANTS]
@@ -44,7 +45,7 @@ ROWS = {
         *(check.name for check in kernel_checks.kernel_checks(dry=True)),
         "more than 2^31 elements",
         *(case.name for case in capture_safety.cases(dry=True)),
-        "the same gradients", "the same gradients in a graph", "two processes on one device",
+        "the same gradients", "the same gradients in a graph", *gpu_check.SHARING,
         *training_step.SMALL,
         "kernels, stage 1",
     ],
@@ -474,6 +475,28 @@ def test_wrong_results_of_a_kernel_are_noticed(
         return
     with pytest.raises(AssertionError, match=words):
         check()
+
+
+def error_of_tensor_cores(chain: int) -> float:
+    """Of a product in e4m3 where ``chain`` numbers are summed as sm_90 does, 13 bits kept."""
+    torch.manual_seed(0)
+    drawn = fp8_checks._draw(torch.float32, 2, 16, 4096)
+    left, right = fp8.quantise_reference(drawn, fp8_checks.ROWWISE).values.double()
+    terms, total = left[:, None] * right, torch.zeros(16, 16, dtype=torch.float64)
+    for first in range(0, 4096, chain):
+        part = torch.zeros_like(total)
+        for step in range(first, first + chain, 32):
+            given = torch.cat((terms[..., step : step + 32], part[..., None]), -1)
+            unit = given.abs().amax(-1, keepdim=True).log2().floor().sub(13).exp2()
+            part = given.div(unit).trunc().mul(unit).sum(-1)
+        total += part
+    return ((total - terms.sum(-1)).norm() / terms.sum(-1).norm()).item()
+
+
+def test_fp8_products_have_a_limit_that_a_right_kernel_keeps() -> None:
+    """Sums of 128 as the kernels' are within it, and sums that nobody adds in fp32 are not."""
+    assert 1e-4 < error_of_tensor_cores(128) < fp8_checks.PRODUCT_LIMIT
+    assert error_of_tensor_cores(4096) > fp8_checks.PRODUCT_LIMIT
 
 
 def test_other_gradients_with_offloading_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
