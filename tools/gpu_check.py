@@ -70,7 +70,7 @@ def start_compiling() -> Case:
             raise RuntimeError(f"exit code {process.returncode}")
         return json.loads(output.splitlines()[-1])
 
-    return Case(START, "kernels compiled before", count)
+    return Case(START, "kernels compiled before", count, seconds=120)
 
 
 def count_compilations() -> Counter[str]:
@@ -102,7 +102,7 @@ def first_stage(recorder: Recorder) -> list[Case]:
 
     def exchange(ranks: WaitingRanks) -> Figures:
         begin = time.monotonic()
-        ranks.run(recorder.at_most(60))
+        ranks.run(recorder.at_most(50))
         return {"seconds": time.monotonic() - begin}
 
     return [
@@ -130,7 +130,7 @@ def second_stage(recorder: Recorder) -> list[Case]:
     def clones() -> Figures:
         if ranks is None:
             raise SkippedError("needs two GPUs")
-        return json.loads(ranks.run(recorder.at_most(60)).splitlines()[-1])
+        return json.loads(ranks.run(recorder.at_most(50)).splitlines()[-1])
 
     runs = training_step.runs(recorder, training_step.SPEED)
     small, *others = ("dry run",) if recorder.dry else layers.MODELS

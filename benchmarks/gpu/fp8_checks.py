@@ -174,8 +174,15 @@ FP8_CHECKS: tuple[tuple[Any, ...], ...] = tuple(
         ("operands, bf16", operand_inputs, (4096, 7168), BF16, quantise, quantise_reference, 0.0),
         ("operands, fp32", operand_inputs, (1280, 768), FP32, quantise, quantise_reference, 0.0),
         ("activation", activation_inputs, (4096, 2048), BF16, activate, activate_reference, 0.0),
-        ("products", product_inputs, (2048, 4096), BF16, multiply, multiply_reference,
-         PRODUCT_LIMIT),
+        (
+            "products",
+            product_inputs,
+            (2048, 4096),
+            BF16,
+            multiply,
+            multiply_reference,
+            PRODUCT_LIMIT,
+        ),
     )
 )
 """Name, inputs, their sizes, which a dry run divides, kernel, reference and limit."""

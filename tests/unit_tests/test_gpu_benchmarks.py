@@ -243,6 +243,8 @@ for number, (name, code) in enumerate({cases}):
         file.with_suffix(".now").write_text(json.dumps([number, "part", name]))
         if code == "sleep":
             time.sleep(60)
+        elif code == "hang":
+            recorder.measure(Case("part", name, lambda: time.sleep(60), seconds=0.2))
         elif code == gpu_check.BROKEN:
             recorder.fail(Case("part", name, dict), "CUDA error")
             raise SystemExit(code)
@@ -258,10 +260,18 @@ for number, (name, code) in enumerate({cases}):
         ([("a", 0), ("b", 0)], ["measured", "measured"], True),
         ([("a", 0), ("b", 75), ("c", 0)], ["measured", "failed", "measured"], False),
         ([("a", 11), ("b", 0)], ["failed", "measured"], False),
+        ([("a", "hang"), ("b", 0)], ["failed", "measured"], False),
         ([("a", 75), ("b", 75)], ["failed", "failed"], False),
         ([("a", 0), ("b", "sleep"), ("c", 0)], ["measured", "failed"], False),
     ],
-    ids=["all well", "a broken context", "a process that dies", "all broken", "out of time"],
+    ids=[
+        "all well",
+        "a broken context",
+        "a process that dies",
+        "a case that hangs",
+        "all broken",
+        "out of time",
+    ],
 )
 def test_a_stage_goes_on_behind_what_ends_its_process(
     cases: list, statuses: list[str], has_passed: bool, tmp_path: Path,
