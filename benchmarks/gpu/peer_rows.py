@@ -4,6 +4,9 @@ With ``--clones`` a layer over it: with clones it computes what it does without.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import hidden_clones
 import torch
