@@ -64,10 +64,14 @@ class Launch(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Launches with the same key are one compilation."""
+        """Launches with the same key are one compilation.
+
+        A kernel's own key depends on which others had theirs before, as Triton hashes the constants
+        of a function that it calls only then. So it is made here, in the order of a run.
+        """
         *_, binder = self.kernel.device_caches[0]
         _, specialization, options = binder(*self.arguments, **self.options)
-        return self.name, f"{specialization} {options}"
+        return self.kernel.cache_key, f"{specialization} {options}"
 
 
 class NoDriver:
@@ -134,6 +138,7 @@ def on_fake_device(launches: list[Launch], arch: int) -> Iterator[None]:
 def work() -> Iterator[Callable[[], object]]:
     """Calls that launch every kernel with the shapes and dtypes of the check."""
     import capture_safety
+    import fp8_products
     import grouped_gemm
     import layers
     import planner_kernel
@@ -172,6 +177,9 @@ def work() -> Iterator[Callable[[], object]]:
     for sizes in grouped_gemm.SHAPES.values():
         for direction in grouped_gemm.DIRECTIONS:
             yield lambda d=direction, s=sizes: grouped_gemm.contenders(d, s)["kernel"]()
+    for sizes in fp8_products.SHAPES.values():
+        for direction in fp8_products.DIRECTIONS:
+            yield partial(fp8_products.contenders, direction, sizes)
     for slots in planner_kernel.TARGETS:
         yield lambda slots=slots: plan_clones(torch.zeros(64, 256, dtype=torch.int64), slots)
 
@@ -204,9 +212,10 @@ def record(arch: int, pattern: str = "") -> None:
         for call in work():
             with on_fake_device(launches, arch):
                 call()
-    found = {launch.key: launch for launch in launches if re.search(pattern, launch.name)}
+    found = {launch.key: launch for launch in launches}.values()
     # The longest ones first, so that no process ends long behind the others.
-    _recorded[:] = sorted(found.values(), key=lambda launch: -len(launch.kernel.src))
+    longest = sorted(found, key=lambda launch: -len(launch.kernel.src))
+    _recorded[:] = [launch for launch in longest if re.search(pattern, launch.name)]
 
 
 def compile_one(number: int) -> tuple[str, bool, float]:

@@ -43,6 +43,10 @@ BROKEN = 75  # exit code of a process whose CUDA context an error has spoilt
 START = "Start"
 PEERS = ROOT / "benchmarks" / "gpu" / "peer_rows.py"
 HIDDEN = ROOT / "benchmarks" / "gpu" / "hidden_clones.py"
+SHARING = {
+    "two processes on one device": [],
+    "a layer with clones, two processes on one device": ["--clones"],
+}
 SHARED_DEVICE = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
@@ -66,7 +70,7 @@ def start_compiling() -> Case:
             raise RuntimeError(f"exit code {process.returncode}")
         return json.loads(output.splitlines()[-1])
 
-    return Case(START, "kernels compiled before", count)
+    return Case(START, "kernels compiled before", count, seconds=120)
 
 
 def count_compilations() -> Counter[str]:
@@ -93,12 +97,12 @@ def first_stage(recorder: Recorder) -> list[Case]:
     from ranks import WaitingRanks
 
     dry, compilation = recorder.dry, start_compiling()
-    peers = WaitingRanks(PEERS, [], 2, SHARED_DEVICE)
+    peers = {name: WaitingRanks(PEERS, words, 2, SHARED_DEVICE) for name, words in SHARING.items()}
     small = training_step.small_runs(recorder)
 
-    def exchange() -> Figures:
+    def exchange(ranks: WaitingRanks) -> Figures:
         begin = time.monotonic()
-        peers.run(recorder.at_most(60))
+        ranks.run(recorder.at_most(50))
         return {"seconds": time.monotonic() - begin}
 
     return [
@@ -108,7 +112,7 @@ def first_stage(recorder: Recorder) -> list[Case]:
         *capture_safety.cases(dry),
         offloading.bits(dry),
         offloading.captured_bits(dry),
-        Case("Symmetric memory", "two processes on one device", exchange),
+        *(Case("Symmetric memory", n, partial(exchange, ranks)) for n, ranks in peers.items()),
         *small.cases,
     ]
 
@@ -126,7 +130,7 @@ def second_stage(recorder: Recorder) -> list[Case]:
     def clones() -> Figures:
         if ranks is None:
             raise SkippedError("needs two GPUs")
-        return json.loads(ranks.run(recorder.at_most(60)).splitlines()[-1])
+        return json.loads(ranks.run(recorder.at_most(50)).splitlines()[-1])
 
     runs = training_step.runs(recorder, training_step.SPEED)
     small, *others = ("dry run",) if recorder.dry else layers.MODELS

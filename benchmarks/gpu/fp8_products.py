@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from grouped_gemm import SHAPES, Shape, skewed_ends
+from grouped_gemm import SHAPES as ALL_SHAPES
+from grouped_gemm import Shape, skewed_ends
 from record import Case, Figures, SkippedError
 from timing import device, device_microseconds, on_gpu, release_memory
 from torch import Tensor
@@ -27,6 +28,7 @@ from megatron_echo.experts.fp8 import (
 from megatron_echo.precision import FORMATS
 
 PART = "Grouped products in FP8"
+SHAPES = {name: shape for name, shape in ALL_SHAPES.items() if name.startswith("DeepSeek-V3")}
 DRY_SHAPES: dict[str, Shape] = {"dry run in FP8": (96, 3, 2, 32, 16)}
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 TARGETS = ("of_grouped_mm >= 1.4",)
@@ -59,7 +61,7 @@ def contenders(direction: str, shape: Shape) -> dict[str, Callable[[], Tensor]]:
         }
     left, right = (inputs, stack) if direction == "forward" else (grads, stack.mT.contiguous())
     of_rows, of_weights = quantise_rows(left, ends, ROWWISE), quantise_reference(right, ROWWISE)
-    last = int(ends[-1])
+    last = aligned[-1] * ROWWISE.alignment
     return {
         "fp8": lambda: scaled_product(of_rows, of_weights, ends, left.dtype)[:last],
         "all": lambda: scaled_product(
@@ -102,9 +104,8 @@ def cases(dry: bool) -> list[Case]:
         release_memory()
         return measure(direction, shape)
 
-    shapes = {name: shape for name, shape in SHAPES.items() if name.startswith("DeepSeek-V3")}
     return [
         Case(PART, f"{model}, {direction}", partial(alone, direction, shape), TARGETS)
-        for model, shape in (DRY_SHAPES if dry else shapes).items()
+        for model, shape in (DRY_SHAPES if dry else SHAPES).items()
         for direction in DIRECTIONS
     ]

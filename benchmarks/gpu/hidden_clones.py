@@ -29,15 +29,18 @@ from megatron_echo.moe_layer import EchoMoELayer  # noqa: E402
 PASSES = 20
 
 
-def build(hidden: int, ffn: int, experts: int, dtype: torch.dtype) -> EchoMoELayer:
-    """A layer over both ranks, with as many slots as experts."""
+def build(
+    hidden: int, ffn: int, experts: int, dtype: torch.dtype, topk: int = 4, slots: int | None = None
+) -> EchoMoELayer:
+    """A layer over both ranks, with as many slots as experts by default."""
+    slots = experts if slots is None else slots
     config = EchoTransformerConfig(
         num_layers=1, hidden_size=hidden, num_attention_heads=4, ffn_hidden_size=ffn,
-        moe_ffn_hidden_size=ffn, num_moe_experts=experts, moe_router_topk=4,
+        moe_ffn_hidden_size=ffn, num_moe_experts=experts, moe_router_topk=topk,
         expert_model_parallel_size=dist.get_world_size(), gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, moe_router_load_balancing_type="none",
         add_bias_linear=False, bf16=dtype == torch.bfloat16, params_dtype=dtype,
-        moe_enable_echo=True, moe_num_echo_experts=experts, moe_echo_tolerance=0.0,
+        moe_enable_echo=True, moe_num_echo_experts=slots, moe_echo_tolerance=0.0,
         moe_echo_token_transport="symmetric_memory",
         moe_echo_expert_dispatcher_type="symmetric_memory",
     )  # fmt: skip

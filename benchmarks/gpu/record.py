@@ -1,8 +1,10 @@
 """Rows of results: each is measured, caught and written on its own, and has a deadline."""
 
+import faulthandler
 import json
 import operator
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -59,12 +61,14 @@ class Case:
         name: of the row.
         run: measures or checks; whatever it raises makes the row a failed one.
         targets: as in :class:`Row`.
+        seconds: after so many it hangs, and its process ends; in a dry run after ten times as many.
     """
 
     part: str
     name: str
     run: Callable[[], Figures]
     targets: tuple[str, ...] = ()
+    seconds: float = 80.0
 
 
 def is_reached(target: str, figures: Figures) -> bool:
@@ -110,7 +114,12 @@ class Recorder:
         return found[-1] if found else {}
 
     def measure(self, case: Case) -> bool:
-        """Run a case and write its row; False if it failed."""
+        """Run a case and write its row; False if it failed.
+
+        Where it hangs, in a kernel perhaps, the process says so and ends.
+        """
+        limit = case.seconds * (10 if self.dry else 1)
+        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
         try:
             if not self.seconds_left:
                 raise SkippedError("no time was left")
@@ -123,6 +132,8 @@ class Recorder:
             traceback.print_exception(error)
             self.fail(case, f"{type(error).__name__}: {error}")
             return False
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         is_judged = bool(case.targets) and not self.dry
         reached = all(is_reached(t, figures) for t in case.targets) if is_judged else None
         self._write(case, "measured", figures=figures, reached=reached)

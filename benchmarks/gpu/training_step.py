@@ -199,8 +199,9 @@ class Runs:
             for variant in variants
             if environment.HAVE_TRANSFORMER_ENGINE or TE not in VARIANTS[variant]
         }
+        longest = RUN_SECONDS + 10.0
         self.cases = [
-            Case(part, variant, partial(self._measure, variant), TARGETS.get(variant, ()))
+            Case(part, variant, partial(self._measure, variant), TARGETS.get(variant, ()), longest)
             for variant in variants
         ]
 

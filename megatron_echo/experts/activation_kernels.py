@@ -21,8 +21,6 @@ from megatron_echo.experts.fp8_kernels import _in_blocks, _magnitude, _rounded, 
 
 _COLUMNS = 256
 _FORWARD_ROWS, _BACKWARD_ROWS = 16, 8  # a thread has 16 or 8 elements of each tensor in flight
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
-_DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # of the normal distribution
 
 
 @triton.jit
@@ -32,8 +30,10 @@ def _value_and_slope(x, KIND: tl.constexpr):
         positive = tl.where(x < 0, 0.0, x)
         value, slope = positive * positive, 2 * positive
     elif KIND == "gelu":
-        share = 0.5 * (1 + tl.erf(x * _ROOT_HALF))
-        value, slope = x * share, share + x * _DENSITY_AT_0 * tl.exp(-0.5 * x * x)
+        root_half: tl.constexpr = 0.7071067811865476
+        density_at_0: tl.constexpr = 0.3989422804014327  # of the normal distribution
+        share = 0.5 * (1 + tl.erf(x * root_half))
+        value, slope = x * share, share + x * density_at_0 * tl.exp(-0.5 * x * x)
     else:
         steepness: tl.constexpr = 1.702 if KIND == "quick_gelu" else 1.0
         share = 1 / (1 + tl.exp(-steepness * x))

@@ -32,5 +32,6 @@ def test_check(case: Case) -> None:
         pytest.skip(str(reason))
 
 
-def test_two_processes_on_one_device() -> None:
-    WaitingRanks(gpu_check.PEERS, [], 2, gpu_check.SHARED_DEVICE).run(120)
+@pytest.mark.parametrize("words", gpu_check.SHARING.values(), ids=gpu_check.SHARING)
+def test_two_processes_on_one_device(words: list[str]) -> None:
+    WaitingRanks(gpu_check.PEERS, words, 2, gpu_check.SHARED_DEVICE).run(120)

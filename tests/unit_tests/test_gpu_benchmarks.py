@@ -19,6 +19,7 @@ sys.path.insert(0, str(launch.ROOT / "benchmarks" / "gpu"))
 
 import capture_safety
 import compile_kernels
+import fp8_checks
 import fp8_products
 import gpu_check
 import grouped_gemm
@@ -34,7 +35,7 @@ import row_copies
 import training_step
 from record import Case, Recorder, Row, SkippedError, as_markdown, is_reached, read_rows
 
-from megatron_echo.experts import pointer_gemm
+from megatron_echo.experts import fp8, pointer_gemm
 
 MACHINE = {"device": "d", "driver": None, "versions": {"torch": "2"}, "date": "1", "dry_run": True}
 PROFILED = [f"dry run: {variant}" for variant in passes.VARIANTS]
@@ -44,7 +45,7 @@ ROWS = {
         *(check.name for check in kernel_checks.kernel_checks(dry=True)),
         "more than 2^31 elements",
         *(case.name for case in capture_safety.cases(dry=True)),
-        "the same gradients", "the same gradients in a graph", "two processes on one device",
+        "the same gradients", "the same gradients in a graph", *gpu_check.SHARING,
         *training_step.SMALL,
         "kernels, stage 1",
     ],
@@ -242,6 +243,8 @@ for number, (name, code) in enumerate({cases}):
         file.with_suffix(".now").write_text(json.dumps([number, "part", name]))
         if code == "sleep":
             time.sleep(60)
+        elif code == "hang":
+            recorder.measure(Case("part", name, lambda: time.sleep(60), seconds=0.2))
         elif code == gpu_check.BROKEN:
             recorder.fail(Case("part", name, dict), "CUDA error")
             raise SystemExit(code)
@@ -257,10 +260,18 @@ for number, (name, code) in enumerate({cases}):
         ([("a", 0), ("b", 0)], ["measured", "measured"], True),
         ([("a", 0), ("b", 75), ("c", 0)], ["measured", "failed", "measured"], False),
         ([("a", 11), ("b", 0)], ["failed", "measured"], False),
+        ([("a", "hang"), ("b", 0)], ["failed", "measured"], False),
         ([("a", 75), ("b", 75)], ["failed", "failed"], False),
         ([("a", 0), ("b", "sleep"), ("c", 0)], ["measured", "failed"], False),
     ],
-    ids=["all well", "a broken context", "a process that dies", "all broken", "out of time"],
+    ids=[
+        "all well",
+        "a broken context",
+        "a process that dies",
+        "a case that hangs",
+        "all broken",
+        "out of time",
+    ],
 )
 def test_a_stage_goes_on_behind_what_ends_its_process(
     cases: list, statuses: list[str], has_passed: bool, tmp_path: Path,
@@ -331,29 +342,37 @@ def test_children_keep_the_paths_that_they_were_given(monkeypatch: pytest.Monkey
 
 
 COMPILE = """
-import sys
+import multiprocessing, sys
 from pathlib import Path
 sys.path[:0] = {folders}
 import compile_kernels as tool
 here, there = Path({folder!r}) / "here", Path({folder!r}) / "there"
 tool.prepare(here)
-tool.record(90, "experts.activation_kernels")
-del tool._recorded[:-{most}]
+tool.record(90)
+kernels = list({{launch.name: launch.kernel for launch in tool._recorded}}.values())
+def key(number):
+    return kernels[number].cache_key
+def keys(numbers):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return sorted(pool.map(key, numbers))
+in_order, turned = keys(range(len(kernels))), keys(range(len(kernels))[::-1])
+tool._recorded[:] = [l for l in tool._recorded if "activation_kernels" in l.name][-{most}:]
 first = tool.compile_all(2)
 here.rename(there)
 tool.prepare(there)
-print([first, tool.compile_all(2), tool.compile_all(2)])
+print([in_order == turned, first, tool.compile_all(2), tool.compile_all(2)])
 """
 
 
 @pytest.mark.parametrize("most", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_kernels_are_compiled_once_wherever_their_folder_lies(most: int, tmp_path: Path) -> None:
-    """Each time by processes that have compiled nothing before."""
+    """Each time by processes that have compiled nothing before, in whatever order."""
     folders = [*compile_kernels.FOLDERS, str(launch.ROOT / "tools")]
     script = COMPILE.format(folders=folders, folder=str(tmp_path), most=most)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     output = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
-    first, *others = ast.literal_eval(output.splitlines()[-1])
+    is_same, first, *others = ast.literal_eval(output.splitlines()[-1])
+    assert is_same, "the keys of kernels depend on the order in which they are compiled"
     compiled = [kernel for kernel, is_hit, _ in first if not is_hit]
     assert len(compiled) == len(first) >= min(most, 6)
     for again in others:
@@ -466,6 +485,28 @@ def test_wrong_results_of_a_kernel_are_noticed(
         return
     with pytest.raises(AssertionError, match=words):
         check()
+
+
+def error_of_tensor_cores(chain: int) -> float:
+    """Of a product in e4m3 where ``chain`` numbers are summed as sm_90 does, 13 bits kept."""
+    torch.manual_seed(0)
+    drawn = fp8_checks._draw(torch.float32, 2, 16, 4096)
+    left, right = fp8.quantise_reference(drawn, fp8_checks.ROWWISE).values.double()
+    terms, total = left[:, None] * right, torch.zeros(16, 16, dtype=torch.float64)
+    for first in range(0, 4096, chain):
+        part = torch.zeros_like(total)
+        for step in range(first, first + chain, 32):
+            given = torch.cat((terms[..., step : step + 32], part[..., None]), -1)
+            unit = given.abs().amax(-1, keepdim=True).log2().floor().sub(13).exp2()
+            part = given.div(unit).trunc().mul(unit).sum(-1)
+        total += part
+    return ((total - terms.sum(-1)).norm() / terms.sum(-1).norm()).item()
+
+
+def test_fp8_products_have_a_limit_that_a_right_kernel_keeps() -> None:
+    """Sums of 128 as the kernels' are within it, and sums that nobody adds in fp32 are not."""
+    assert 1e-4 < error_of_tensor_cores(128) < fp8_checks.PRODUCT_LIMIT
+    assert error_of_tensor_cores(4096) > fp8_checks.PRODUCT_LIMIT
 
 
 def test_other_gradients_with_offloading_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
