@@ -183,8 +183,7 @@ def blocks(
         values: e4m3, of the same shape, each line contiguous; is written.
         scales: E8M0 ``[n / lines, k / block]``, likewise.
         block: elements of a line that share a scale, a divisor of 128.
-        used: int32 ``[1]``: lines from there on are not written; of a turned source elements of
-            lines, whole blocks.
+        used: int32 ``[1]``: lines from there on, turned whole blocks of them, are not written.
         lines: that share a scale, a divisor of 128.
         row_scales: E8M0 ``[k, n / block]``, what to multiply a turned source by first.
     """
@@ -241,14 +240,11 @@ def columns(
         is_stack: the groups are matrices of a stack.
         row_scales: fp32 ``[B]``, what to multiply each row by first.
     """
-    if source.stride(1) != 1:
-        source = source.contiguous()
-    width = source.shape[1]
-    grid = triton.cdiv(width, _COLUMNS), len(ends)
+    grid = triton.cdiv(source.shape[1], _COLUMNS), len(ends)
     with torch.cuda.device_of(source):
         _columns_kernel[grid](
             source, row_scales, ends, values, scales, len(source), source.stride(0),
             0 if row_scales is None else row_scales.stride(0), values.shape[-1],
             values.stride(0) if is_stack else 0, scales.stride(0),
-            WIDTH=width, IS_STACK=is_stack, COLUMNS=_COLUMNS, BLOCK=_COLUMN_BLOCK,
+            WIDTH=source.shape[1], IS_STACK=is_stack, COLUMNS=_COLUMNS, BLOCK=_COLUMN_BLOCK,
         )  # fmt: skip
