@@ -26,7 +26,7 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def interprets_triton() -> bool:
-    """Whether Triton's kernels run on a CPU, in its interpreter and very slowly."""
+    """Whether Triton's kernels run on a CPU, in its interpreter, which the tests have to mend."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -187,10 +187,7 @@ def expert_dispatcher(value: str, config: Any) -> str | None:
 def kernels(value: str, config: Any) -> str | None:
     # The CPU backend leaves torch.accelerator truthful.
     if value == "triton" and not (torch.accelerator.is_available() or interprets_triton()):
-        return (
-            "needs a GPU. Use auto or torch, or set TRITON_INTERPRET=1 to run the kernels on a "
-            "CPU, very slowly."
-        )
+        return "needs a GPU. Use auto or torch."
     return None
 
 

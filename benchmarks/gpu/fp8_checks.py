@@ -40,11 +40,9 @@ def _aligned(form: Fp8Format, *sizes: int) -> list[int]:
 def operand_inputs(
     form: Fp8Format, out: int, width: int, dtype: torch.dtype
 ) -> tuple[Fp8Format, Tensor, Tensor, Tensor]:
-    """Rows in groups, rowwise of any size, which fill the buffer, and weights."""
+    """Rows in groups, which fill the buffer, and weights."""
     rows = 3 * out // 2
-    first = rows // 7
-    if form.block:
-        rows, out, width, first = _aligned(form, rows, out, width, first)
+    rows, out, width, first = _aligned(form, rows, out, width, rows // 7)
     ends = torch.tensor([first, first, rows], dtype=torch.int32, device=device())
     return form, _draw(dtype, rows, width), ends, _draw(dtype, 3, out, width)
 

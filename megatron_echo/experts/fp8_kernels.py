@@ -77,6 +77,12 @@ def _wide(source, row_scales, row, column, mask, row_stride, row_scale_stride):
     return x
 
 
+@triton.jit
+def _whole(end, size, PIECE: tl.constexpr):
+    """An end of so many padded rows, as a multiple of what the compiler then knows."""
+    return tl.minimum(end, size) // PIECE * PIECE
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _columns_kernel(
     source, row_scales, ends, values, scales, num_rows, row_stride, row_scale_stride, line_stride,
@@ -84,8 +90,8 @@ def _columns_kernel(
     WIDTH: tl.constexpr, IS_STACK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
-    start = tl.minimum(tl.load(ends + group - 1, mask=group > 0, other=0), num_rows)
-    end = tl.minimum(tl.load(ends + group), num_rows)
+    start = _whole(tl.load(ends + group - 1, mask=group > 0, other=0), num_rows, 16)
+    end = _whole(tl.load(ends + group), num_rows, 16)
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < WIDTH
     largest = tl.zeros((COLUMNS,), dtype=tl.int32)
@@ -139,7 +145,7 @@ def _blocks_kernel(
     end = width
     if IS_BOUNDED:
         if IS_TURNED:
-            end = tl.minimum(tl.load(used), width)
+            end = _whole(tl.load(used), width, BLOCK)
         else:
             num_lines = tl.minimum(tl.load(used), num_lines)
     if (first_line >= num_lines) | (first >= end):
@@ -177,7 +183,7 @@ def blocks(
         values: e4m3, of the same shape, each line contiguous; is written.
         scales: E8M0 ``[n / lines, k / block]``, likewise.
         block: elements of a line that share a scale, a divisor of 128.
-        used: int32 ``[1]``: lines from there on, turned elements of lines, are not written.
+        used: int32 ``[1]``: lines from there on, turned whole blocks of them, are not written.
         lines: that share a scale, a divisor of 128.
         row_scales: E8M0 ``[k, n / block]``, what to multiply a turned source by first.
     """
@@ -227,21 +233,18 @@ def columns(
 
     Args:
         source: ``[B, o]``, bf16, fp16, fp32 or e4m3; each row is contiguous.
-        ends: int32 ``[G]``, end offset of each group.
+        ends: int32 ``[G]``, end offset of each group; they and B are multiples of 16.
         values: e4m3, is written: ``[o, B]``, or with ``is_stack`` ``[G, o, n]``, each matrix
             contiguous, for groups of n rows.
         scales: fp32 ``[G, o]``, likewise.
         is_stack: the groups are matrices of a stack.
         row_scales: fp32 ``[B]``, what to multiply each row by first.
     """
-    if source.stride(1) != 1:
-        source = source.contiguous()
-    width = source.shape[1]
-    grid = triton.cdiv(width, _COLUMNS), len(ends)
+    grid = triton.cdiv(source.shape[1], _COLUMNS), len(ends)
     with torch.cuda.device_of(source):
         _columns_kernel[grid](
             source, row_scales, ends, values, scales, len(source), source.stride(0),
             0 if row_scales is None else row_scales.stride(0), values.shape[-1],
             values.stride(0) if is_stack else 0, scales.stride(0),
-            WIDTH=width, IS_STACK=is_stack, COLUMNS=_COLUMNS, BLOCK=_COLUMN_BLOCK,
+            WIDTH=source.shape[1], IS_STACK=is_stack, COLUMNS=_COLUMNS, BLOCK=_COLUMN_BLOCK,
         )  # fmt: skip

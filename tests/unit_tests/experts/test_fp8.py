@@ -369,3 +369,12 @@ def test_the_layer() -> None:
     """With and without clones, no host read, weights quantised once a step, tokens in FP8."""
     words = ["clones", "sync_and_shapes", "once_a_step", "travel", "biases_and_doubt"]
     print(launch.run(words, 3, script=WORKER).check().output)
+
+
+def test_the_layer_by_kernels() -> None:
+    """Quantisers, products, activation and copies in Triton: operands' bits are torch's way's."""
+    print(launch.run(["by_kernels"], 2, script=WORKER).check().output)
+
+
+def test_the_layer_beside_other_settings() -> None:
+    launch.run(["settings"], 4, script=WORKER).check()

@@ -1,6 +1,7 @@
 """The kernels that quantise against their references, bit for bit, in Triton's interpreter."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import triton_interpreter
 from moe_cases import layer_config
 from torch import Tensor
+from unit_tests.dispatch.test_kernels import run_script
 
 from megatron_echo.experts import fp8, kernels
 from megatron_echo.experts.fp8 import FP8, Quantised
@@ -66,10 +68,13 @@ def test_rows(dtype: torch.dtype, shape: tuple[int, int], form: Fp8Format) -> No
 def test_columns(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Groups of several blocks, small and empty ones; the last end is before the last row.
 
-    Of rows, and of rows that are quantised.
+    Of rows, and of rows that are quantised. Groups are padded to 16 rows.
     """
-    rows, last = drawn(dtype, *shape), shape[0] - shape[0] // 8
-    for ends in ([last // 3, last // 3, last], [0, last], [0, 0], [last, last]):
+    num_rows, last, third = (
+        -(-rows // 16) * 16 for rows in (shape[0], shape[0] - 16, shape[0] / 4)
+    )
+    rows, last, third = drawn(dtype, num_rows, shape[1]), max(last, 16), int(third)
+    for ends in ([third, third, last], [0, last], [0, 0], [last, last]):
         on_device = torch.tensor(ends, dtype=torch.int32)
         packed = fp8.quantise_reference(rows, ROWWISE)
         packed.scales[last:] = torch.nan
@@ -234,3 +239,50 @@ def test_the_linear_by_kernels(form: Fp8Format) -> None:
         results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
     for expected, found in zip(*results, strict=True):
         near(found, expected, 1e-6)
+
+
+COMPILE = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_echo.experts import fp8_kernels
+
+for name, source, constants in {cases}:
+    kernel = getattr(fp8_kernels, name)
+    types = {{arg: "i32" for arg in kernel.arg_names}}
+    types |= {{"source": "*" + source, "values": "*fp8e4nv", "ends": "*i32", "used": "*i32"}}
+    of_scales = "*fp32" if name == "_columns_kernel" else "*u8"
+    types |= dict.fromkeys(("scales", "row_scales"), of_scales)
+    types |= dict.fromkeys(constants, "constexpr")
+    types = {{arg: types[arg] for arg in kernel.arg_names}}
+    aligned = {{
+        (n,): [["tt.divisibility", 16]]
+        for n, arg in enumerate(kernel.arg_names)
+        if types[arg] != "constexpr" and arg != "num_rows"  # which is not specialised
+    }}
+    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=aligned)
+    options = {{"num_warps": 4 if name == "_columns_kernel" else 8}}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    words = r"st[.]global[^;]*[.]v4[.]b32", r"st[.]global[.]b8", "ld[.]local"
+    print("COMPILED", *(len(re.findall(word, ptx)) for word in words))
+"""
+
+
+def test_columns_are_stored_by_16_bytes(tmp_path: Path) -> None:
+    """For an H100, of rows and of rows that are quantised; single bytes are scales of blocks."""
+    columns = {"WIDTH": 7168, "IS_STACK": False, "COLUMNS": 64, "BLOCK": 64}
+    turned = {"IS_TURNED": True, "IS_BOUNDED": True, "LINES": 1, "TILE_LINES": 64, "TILE": 128}
+    cases = [
+        ("_columns_kernel", "bf16", {**columns, "IS_STACK": True, "row_scales": None}),
+        ("_columns_kernel", "fp8e4nv", columns),
+        ("_blocks_kernel", "fp8e4nv", {**turned, "BLOCK": 32}),
+    ]
+    lines = run_script(COMPILE.format(cases=cases), tmp_path).splitlines()
+    figures = [list(map(int, line.split()[1:])) for line in lines if line.startswith("COMPILED")]
+    assert len(figures) == len(cases)
+    for (name, *_), (wide, bytes_alone, spilled) in zip(cases, figures, strict=True):
+        assert wide > 0
+        assert bytes_alone == (name == "_blocks_kernel")
+        assert spilled == 0

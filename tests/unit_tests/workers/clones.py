@@ -187,28 +187,40 @@ def check_auto_tolerance() -> None:
             assert (values["seconds_saved"] > 0) == (number > 0), (rows, number, values)
 
 
-def check_expert_tensor_parallelism() -> None:
-    """Slices of experts on two ranks each, with clones of slices and without them."""
-    slices = 2
+def of_tensor_ranks(slices: int) -> int:
+    """Let two ranks share a sequence, and so many an expert: how many share the experts."""
     ranks = dist.get_world_size() // slices
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=slices,
+        tensor_model_parallel_size=2,
         expert_model_parallel_size=ranks,
         expert_tensor_parallel_size=slices,
     )
+    return ranks
+
+
+def sliced(slices: int, dtype: torch.dtype, slots: int, **fields: Any) -> EchoMoELayer:
+    """A layer behind :func:`of_tensor_ranks`; the same weights on every call."""
+    ranks = dist.get_world_size() // slices
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    return EchoMoELayer(
+        layer_config(
+            ranks, 2, dtype, tensor_model_parallel_size=2, sequence_parallel=True,
+            expert_tensor_parallel_size=slices, num_attention_heads=2,
+            moe_num_echo_experts=slots * ranks, moe_received_token_capacity=float(ranks * slices),
+            **fields,
+        )
+    )  # fmt: skip
+
+
+def check_expert_tensor_parallelism() -> None:
+    """Slices of experts on two ranks each, with clones of slices and without them."""
+    slices = 2
+    ranks = of_tensor_ranks(slices)
     experts = experts_for(ranks)
     cases = itertools.product(("hot", "random", "padding"), (0, 2), TRANSPORTS)
     for kind, slots, wire in thinned(cases):
-        layer = EchoMoELayer(
-            layer_config(
-                ranks, 2, torch.float64, tensor_model_parallel_size=slices, sequence_parallel=True,
-                expert_tensor_parallel_size=slices, num_attention_heads=2,
-                moe_num_echo_experts=slots * ranks, moe_echo_token_transport=wire,
-                moe_received_token_capacity=float(ranks * slices),
-            )
-        )  # fmt: skip
+        layer = sliced(slices, torch.float64, slots, moe_echo_token_transport=wire)
         case = problem(kind, 2, torch.float64, experts=experts)
         if kind == "hot" and slots and ranks > 1:
             assert with_clones_somewhere(layer, case).any()

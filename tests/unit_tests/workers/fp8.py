@@ -1,6 +1,7 @@
 """EchoMoELayer whose experts compute in FP8, over all ranks; the argument names a check."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -9,15 +10,25 @@ from unittest import mock
 import moe_cases
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
+import triton_interpreter
 from moe_cases import ShapeRecorder
 from torch import Tensor
 from unit_tests.workers import moe_layer
-from unit_tests.workers.clones import case_of, cloned, plain, with_biases
+from unit_tests.workers.clones import (
+    case_of,
+    cloned,
+    of_tensor_ranks,
+    plain,
+    sliced,
+    with_biases,
+)
 from unit_tests.workers.moe_layer import (
     RESULTS,
     dense,
     errors,
     main,
+    problem,
     report,
     run,
     run_quietly,
@@ -25,8 +36,9 @@ from unit_tests.workers.moe_layer import (
 )
 
 from megatron_echo import cpu_backend
+from megatron_echo.dispatch import permute
 from megatron_echo.dispatch.transports import CollectiveWeights, TokenTransport
-from megatron_echo.experts import fp8_linear
+from megatron_echo.experts import activation, fp8, fp8_linear, kernels
 from megatron_echo.experts.fp8 import pack_rows, unpacked
 from megatron_echo.moe_layer import EchoMoELayer
 from megatron_echo.precision import FORMATS, Fp8Format
@@ -217,8 +229,8 @@ def weights_of(layer: EchoMoELayer) -> tuple[torch.nn.Parameter, torch.nn.Parame
 def check_once_a_step() -> None:
     """Weights are quantised in the first microbatch of a step, and travel in bytes.
 
-    A second microbatch, recomputation and backward quantise none. A step that ends, an update in
-    place, and evaluation do so again; what evaluation quantised is not kept.
+    A second microbatch, recomputation and backward quantise none. A step that ends, a state that
+    is loaded, and evaluation do so again; what evaluation quantised is not kept.
     """
     for precision in FORMATS:
         with as_wide_as(precision) as fields:
@@ -261,9 +273,8 @@ def quantised_once_a_step(fields: dict[str, Any], form: Fp8Format) -> None:
     same_bits(same, result)
     StepEnd.of(layer.config).end_step()
     after, _ = calls_of(layer)
-    with torch.no_grad():
-        for weight in weights_of(layer):
-            weight += 1
+    for linear in (layer.experts.linear_fc1, layer.experts.linear_fc2):
+        linear.load_state_dict({"weight": linear.weight.detach() + 1})
     changed, other = calls_of(layer)
     assert not torch.equal(other["output"], result["output"])
     keeping = cloned(TOPK, DTYPE, **fields, moe_echo_recompute_expert_dispatch=False)
@@ -277,6 +288,105 @@ def quantised_once_a_step(fields: dict[str, Any], form: Fp8Format) -> None:
     dist.barrier()
 
 
+def check_settings() -> None:
+    """Recomputation of each kind and ranks that share a sequence change no bit.
+
+    Each weight is quantised once for both passes. Clones change the order of sums only, with
+    probabilities on the input, and where ranks share experts.
+    """
+    case = case_of("hot", 2, DTYPE)
+    layer = cloned(2, DTYPE, 2, **FP8)
+    expected = run(layer, case)
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    layers = [cloned(2, DTYPE, 2, **FP8, **recompute)]
+    for is_reentrant in (True, False):
+        layers.append(cloned(2, DTYPE, 2, **FP8))
+        layers[-1].forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, layers[-1].forward, use_reentrant=is_reentrant
+        )
+    for again in layers:
+        with mock.patch.object(
+            fp8_linear, "quantise_matrices", wraps=fp8_linear.quantise_matrices
+        ) as spy:
+            same_bits(run(again, case), expected)
+        assert spy.call_count == 4
+    on_input = {**FP8, "moe_apply_probs_on_input": True}
+    agree(*(cloned(2, DTYPE, slots, **on_input) for slots in (0, 2)), case)
+    of_tensor_ranks(1)
+    same_bits(run(sliced(1, DTYPE, 2, **FP8), case), expected)
+    fields = {**FP8, "moe_ffn_hidden_size": 32}
+    case = problem("hot", 2, DTYPE, experts=moe_cases.experts_for(of_tensor_ranks(2)))
+    agree(*(sliced(2, DTYPE, slots, **fields) for slots in (0, 2)), case, slices=2)
+
+
+def agree(unmoved: EchoMoELayer, moved: EchoMoELayer, case: Any, slices: int = 1) -> None:
+    """Without clones and with; and the fp64 loop to the error of the format."""
+    expected, found = run(unmoved, case), run(moved, case)
+    assert max(errors(found, expected).values()) < 1e-5
+    sizes = sizes_of_errors(found, dense(moved, case, slices))
+    assert all(0.02 < error < 0.10 for error in sizes.values()), sizes
+
+
+def check_by_kernels() -> None:
+    """Kernels of this package alone, in Triton's interpreter, against the specification.
+
+    Rows and weights, clones among them, have its bits; the results are its to fp32 rounding.
+    """
+    for precision, way in (("fp8-rowwise", "symmetric_memory"), ("mxfp8", "collective")):
+        with as_wide_as(precision) as fields:
+            fields |= {"moe_echo_expert_dispatcher_type": way}
+            case = case_of("hot", 2, DTYPE)
+            expected, wanted = with_operands(of_all_sizes(cloned(2, DTYPE, 2, **fields)), case)
+            layer = of_all_sizes(cloned(2, DTYPE, 2, **fields, moe_echo_grouped_gemm="triton"))
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(triton_interpreter.mended())
+                for module in (fp8, activation, permute):
+                    stack.enter_context(mock.patch.object(module, "on_gpu", return_value=True))
+                found, operands = with_operands(layer, case)
+        assert [len(each) for each in (wanted, operands)] == [4, 4]
+        first, *_ = zip(operands, wanted, strict=True)
+        assert torch.equal(*(rows for rows, _ in first))
+        for (_, ours), (_, theirs) in zip(operands, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+        worst = errors(found, {name: tensor.double() for name, tensor in expected.items()})
+        report(f"{precision}: kernels against the specification", worst)
+        assert max(worst.values()) <= 2.0**-20
+
+
+def with_operands(layer: EchoMoELayer, case: Any) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
+    """The results; rows in use, and bytes of home experts and clones in use, of each product."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    in_torch, by_kernel = fp8_linear.scaled_product, kernels.scaled_product
+
+    def note(rows: fp8.Quantised, of_experts: Tensor, ends: Tensor) -> None:
+        in_use = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
+        assert in_use[-2:].any() or dist.get_rank() == 0  # where all tokens are routed to
+        seen.append((rows.dequantised()[: int(ends[-1])].clone(), of_experts[in_use].clone()))
+
+    def of_torch(rows: fp8.Quantised, weights: fp8.Quantised, ends: Tensor, *rest: Any) -> Tensor:
+        both = (
+            t.contiguous().view(torch.uint8).flatten(1) for t in (weights.values, weights.scales)
+        )
+        note(rows, torch.cat(tuple(both), 1), ends)
+        return in_torch(rows, weights, ends, *rest)
+
+    def of_kernel(words: Tensor, home: Tensor, slots: Tensor, ends: Tensor, *rest: Any) -> Tensor:
+        form, width = rest[2], rest[0]
+        rows = unpacked(words, form)
+        given = rows.values.shape[1]
+        scales = 4 * width if form.block is None else given // form.block * (width // form.lines)
+        both = torch.cat((home, slots)).view(torch.uint8).squeeze(1)
+        note(rows, both[:, : width * given + scales], ends)
+        return by_kernel(words, home, slots, ends, *rest)
+
+    with (
+        mock.patch.object(fp8_linear, "scaled_product", of_torch),
+        mock.patch.object(kernels, "scaled_product", of_kernel),
+    ):
+        return run(layer, case), seen
+
+
 if __name__ == "__main__":
+    triton_interpreter.patch_once()
     cpu_backend.enable(verbose=False)
     main(globals())

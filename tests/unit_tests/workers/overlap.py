@@ -24,6 +24,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from moe_cases import HIDDEN, experts_for, forced, layer_config
 from torch import Tensor
+from unit_tests.workers import moe_layer
 from unit_tests.workers.clones import case_of
 from unit_tests.workers.moe_layer import (
     BATCH,
@@ -191,6 +192,10 @@ def check_same_bits() -> None:
         ]
         for early, late in zip(*both, strict=True):
             same_bits(late, early)
+    in_fp8 = {"moe_echo_expert_precision": "fp8-rowwise", "moe_ffn_hidden_size": HIDDEN}
+    found = scheduled(build(2, delay_wgrad_compute=True, **in_fp8), cases())
+    for late, case in zip(found, cases(), strict=True):
+        assert max(errors(late, moe_layer.run(build(2, **in_fp8).mlp, case)).values()) <= 1e-12
     layer = build(2, delay_wgrad_compute=True)
     layer.mlp.experts.linear_fc1.weight.requires_grad_(dist.get_rank() > 0)
     some = Microbatch(layer, cases()[0])
