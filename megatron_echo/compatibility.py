@@ -5,13 +5,14 @@ and makes ``docs/flags.md`` of them.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.transformer.cuda_graph_config import normalize_cuda_graph_modules
 from megatron.core.transformer.enums import CudaGraphModule
 
 from megatron_echo.environment import HAVE_TRANSFORMER_ENGINE
+from megatron_echo.flags import Rows, first_refusal
 from megatron_echo.planner.bound import MAX_EXPERTS, MAX_RANKS
 from megatron_echo.precision import expert_precision
 
@@ -20,15 +21,6 @@ _MOE = (CudaGraphModule.moe, *_PARTS_OF_MOE)
 
 MUON = ("muon", "dist_muon")
 """Words of ``--optimizer`` for Megatron's Muon, which takes matrices."""
-
-Rows = tuple[tuple[Callable[[Any], Any], str], ...]
-"""Whether a setting is refused, and the words behind its flag, which may name ``{config.x}``."""
-
-
-def first_refusal(rows: Rows, config: Any) -> str | None:
-    """The words of the first row that refuses a configuration (or command line), or None."""
-    words = (reason for refused, reason in rows if refused(config))
-    return next(words, "").format(config=config, args=config) or None
 
 
 def moe_layer_pattern(config: Any) -> list[bool]:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from megatron_echo.compatibility import Rows, config_refusal, first_refusal
+from megatron_echo.compatibility import config_refusal
 from megatron_echo.environment import (
     find_hybrid_ep,
     find_nccl_ep,
     interprets_triton,
     peer_memory_refusal,
 )
-from megatron_echo.flags import Check, nearest_multiples, within
+from megatron_echo.flags import Check, Rows, first_refusal, nearest_multiples, within
 from megatron_echo.planner.price import MAX_ROWS
 from megatron_echo.planner.slots import auto_slots
 from megatron_echo.precision import precision_refusal

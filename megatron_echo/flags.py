@@ -12,6 +12,15 @@ from typing import Any
 Check = Callable[[Any, Any], str | None]
 """``check(value, config)`` returns what is wrong and how to mend it, or None if all is well."""
 
+Rows = tuple[tuple[Callable[[Any], Any], str], ...]
+"""Whether a setting is refused, and the words behind its flag, which may name ``{config.x}``."""
+
+
+def first_refusal(rows: Rows, config: Any) -> str | None:
+    """The words of the first row that refuses a configuration (or command line), or None."""
+    words = (reason for refused, reason in rows if refused(config))
+    return next(words, "").format(config=config, args=config) or None
+
 
 def flag(
     default: Any,

@@ -1,10 +1,11 @@
 """What experts compute in: formats of FP8 as values, which one a run takes, and why it may not."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from megatron_echo.flags import Rows, first_refusal
 
 _PIECE = 16
 """Bytes: packed rows and experts begin at multiples of it, as products of FP8 want."""
@@ -65,26 +66,6 @@ FORMATS = {
 _OF_RECIPES = {"mxfp8": "mxfp8", "blockwise": "fp8-blockwise"}
 _OLDEST_FOR_TRITON = (8, 9)
 
-_REFUSALS: tuple[tuple[Callable[[Any, Fp8Format], Any], str], ...] = (
-    (
-        lambda c, form: (c.moe_latent_size or c.hidden_size) % form.alignment,
-        "needs a width of a multiple of {form.alignment}. Use another --hidden-size or "
-        "--moe-latent-size, or params-dtype.",
-    ),
-    (
-        lambda c, form: c.moe_ffn_hidden_size % (form.alignment * c.expert_tensor_parallel_size),
-        "needs a multiple of {form.alignment} of the inner width on each expert-tensor rank, but "
-        "--moe-ffn-hidden-size is {config.moe_ffn_hidden_size}. Use another one, or params-dtype.",
-    ),
-    (
-        lambda c, form: torch.accelerator.is_available() and c.params_dtype != torch.bfloat16,
-        "gives bf16 on a GPU, not {config.params_dtype}. Use --bf16.",
-    ),
-    (
-        lambda c, form: not (form.has_product() or _has_kernels(c, form)),
-        "{lacks}",
-    ),
-)
 _LACKS = {
     (9, 0): "needs a GPU of compute capability 9.0 (H100, H200), or from 8.9 on with "
     "--moe-echo-grouped-gemm triton. Use params-dtype.",
@@ -101,6 +82,27 @@ def _has_kernels(config: Any, form: Fp8Format) -> bool:
     return is_chosen and torch.cuda.get_device_capability() >= _OLDEST_FOR_TRITON
 
 
+def _refusals(form: Fp8Format) -> Rows:
+    return (
+        (
+            lambda c: (c.moe_latent_size or c.hidden_size) % form.alignment,
+            f"needs a width of a multiple of {form.alignment}. Use another --hidden-size or "
+            "--moe-latent-size, or params-dtype.",
+        ),
+        (
+            lambda c: c.moe_ffn_hidden_size % (form.alignment * c.expert_tensor_parallel_size),
+            f"needs a multiple of {form.alignment} of the inner width on each expert-tensor rank, "
+            "but --moe-ffn-hidden-size is {config.moe_ffn_hidden_size}. Use another one, or "
+            "params-dtype.",
+        ),
+        (
+            lambda c: torch.accelerator.is_available() and c.params_dtype != torch.bfloat16,
+            "gives bf16 on a GPU, not {config.params_dtype}. Use --bf16.",
+        ),
+        (lambda c: not (form.has_product() or _has_kernels(c, form)), _LACKS[form.capability]),
+    )
+
+
 def precision_refusal(precision: str, config: Any) -> str | None:
     """Why experts cannot compute in a precision, and what to do; None if they can.
 
@@ -113,11 +115,7 @@ def precision_refusal(precision: str, config: Any) -> str | None:
             "is not built: it needs compute capability 10.0 and Transformer Engine's "
             "GroupedLinear with use_grouped_tensor, with cuBLAS 13.3 or newer. Use mxfp8."
         )
-    form = FORMATS[precision]
-    for refused, reason in _REFUSALS:
-        if refused(config, form):
-            return reason.format(config=config, form=form, lacks=_LACKS[form.capability])
-    return None
+    return first_refusal(_refusals(FORMATS[precision]), config)
 
 
 def expert_precision(config: Any) -> tuple[str, str | None]:

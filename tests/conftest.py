@@ -19,6 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr", "") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"
+        if config.getoption("numprocesses", None):  # this process runs no test
+            import launch
+
+            launch.start_server()
+            return
         import triton_interpreter
 
         triton_interpreter.patch_once()

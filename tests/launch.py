@@ -2,13 +2,16 @@
 
 import atexit
 import dataclasses
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -18,7 +21,8 @@ PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH
 """For child processes: the package, then whatever this process was given."""
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": PYTHONPATH}
-_server: subprocess.Popen | None = None
+SERVER = "RANK_SERVER"
+"""The variable with the socket of ``rank_server.py``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +38,30 @@ class Result:
         return self
 
 
-def _start_server() -> subprocess.Popen:
-    global _server
-    if _server is None or _server.poll() is not None:
-        _server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "rank_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+def start_server() -> None:
+    """Start the process that ranks are forked from, for this one and all that it starts."""
+    folder = tempfile.TemporaryDirectory(prefix="ranks-")
+    place = folder.name + "/socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(place)
+        listener.listen()
+        server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "rank_server.py"), folder.name],
+            stdin=listener,
             env={**os.environ, **_ENVIRONMENT},
         )
-        atexit.register(_server.kill)
-    return _server
+    atexit.register(folder.cleanup)
+    atexit.register(server.kill)
+    os.environ[SERVER] = place
+
+
+@functools.cache
+def _connection() -> TextIO:
+    if SERVER not in os.environ:
+        start_server()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[SERVER])
+        return connection.makefile("rw")
 
 
 def run(
@@ -61,10 +77,7 @@ def run(
     Args:
         world_size: what the ranks are told, for scripts that end before they meet.
     """
-    server = _start_server()
     is_fsdp = "--use-megatron-fsdp" in argv
-    assert server.stdin is not None
-    assert server.stdout is not None
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         job = {
             "script": str(script),
@@ -76,9 +89,9 @@ def run(
             "timeout": timeout,
             "world_size": world_size or nprocs,
         }
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
+        _connection().write(json.dumps(job) + "\n")
+        _connection().flush()
+        answer = json.loads(_connection().readline())
         return Result(tuple(answer["codes"]), Path(log.name).read_text(errors="replace"))
 
 

@@ -1,7 +1,8 @@
 """Starts groups of training processes quickly: imports torch and Megatron once, then forks.
 
-A torchrun of two ranks spends ten seconds importing before a tiny model trains for one. Reads one
-JSON job a line on standard input and answers with one JSON line::
+A torchrun of two ranks spends ten seconds importing before a tiny model trains for one. Standard
+input is a socket on which it listens, for all processes of a pytest run. Reads one JSON job a line
+and answers with one JSON line::
 
     {"script": "pretrain_gpt_moe.py", "argv": [...], "nprocs": 2, "env": {}, "log": FILE,
      "timeout": 300, "world_size": 2}   ->   {"codes": [0, 0]}
@@ -18,14 +19,18 @@ import copy
 import faulthandler
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import socket
+import socketserver
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -125,7 +130,45 @@ def add_all(
     return parser
 
 
-def warm_up() -> None:
+def share_gloo_device() -> None:
+    """One device for all process groups of a rank: each of 40 has a thread that polls."""
+    from torch.distributed import ProcessGroupGloo, default_pg_timeout
+
+    device = functools.cache(ProcessGroupGloo.create_default_device)  # after the fork
+    make = ProcessGroupGloo.__init__
+
+    def __init__(group, store, rank: int, size: int, timeout=default_pg_timeout) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout = [device()], timeout
+        make(group, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = __init__
+
+
+def keep_indices_of_mock_data(folder: Path) -> None:
+    """Of millions of samples, whose order depends on neither the layout nor the steps."""
+    import numpy as np
+    from megatron.core.datasets.gpt_dataset import MockGPTDataset
+
+    build = MockGPTDataset._build_document_sample_shuffle_indices
+
+    def indices(data: MockGPTDataset) -> tuple:
+        if data._get_num_epochs(data._get_num_tokens_per_epoch()) > 1:
+            return build(data)
+        text = re.sub(r'"num_samples": .*', "", data.unique_description)
+        place = folder / hashlib.sha256(text.encode()).hexdigest()
+        if not place.exists():
+            made = tempfile.mkdtemp(dir=folder)
+            for number, array in enumerate(build(data)):
+                np.save(f"{made}/{number}.npy", array)
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.rename(made, place)
+        return tuple(np.load(place / f"{number}.npy", mmap_mode="r") for number in range(3))
+
+    MockGPTDataset._build_document_sample_shuffle_indices = indices
+
+
+def warm_up(folder: Path) -> None:
     """Do what ranks have in common before they are forked."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import arguments
@@ -138,6 +181,8 @@ def warm_up() -> None:
     # A run makes Megatron's parser four times, of 800 flags: a fifth of what a tiny one costs.
     made = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     arguments.add_megatron_arguments = functools.partial(add_all, made)
+    share_gloo_device()
+    keep_indices_of_mock_data(folder)
     trace_rules.get_torch_obj_rule_map()  # of the first function that a rank compiles
     # A rank that saves starts a process for its results, which would import all of this again.
     queue = filesystem_async.get_write_results_queue
@@ -146,14 +191,32 @@ def warm_up() -> None:
     gc.freeze()  # a rank's collector writes to none of the pages that it shares
 
 
+class Jobs(socketserver.StreamRequestHandler):
+    """Those of one client, in a process of its own."""
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(json.dumps({"codes": run_job(json.loads(line))}).encode() + b"\n")
+
+
+class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
+    """Ends with the process that started it."""
+
+    parent = os.getppid()
+
+    def service_actions(self) -> None:
+        super().service_actions()
+        if os.getppid() != self.parent:
+            raise SystemExit
+
+
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.path.insert(0, str(ROOT))
-    warm_up()
-    for line in sys.stdin:
-        answers.write(json.dumps({"codes": run_job(json.loads(line))}) + "\n")
-        answers.flush()
+    warm_up(Path(sys.argv[1]))
+    with Server("", Jobs, bind_and_activate=False) as server:
+        server.socket = socket.socket(fileno=0)
+        server.serve_forever()
 
 
 if __name__ == "__main__":

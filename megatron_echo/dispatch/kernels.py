@@ -22,9 +22,9 @@ _MAX_UNROLLED = 16
 
 
 @triton.jit
-def _named(source, index, row, column, k, num_source, num_rows, H: tl.constexpr, C: tl.constexpr):
+def _named(source, index, row, column, k, num_source, num_rows, H: tl.constexpr, K: tl.constexpr):
     """Columns of the rows that ``index[row, k]`` names; zeros where it names none."""
-    taken = tl.load(index + row * C + k, mask=row < num_rows, other=num_source)
+    taken = tl.load(index + row * K + k, mask=row < num_rows, other=num_source)
     return tl.load(
         source + taken.to(tl.int64)[:, None] * H + column[None, :],
         mask=(taken < num_source)[:, None] & (column < H)[None, :],
@@ -51,18 +51,18 @@ def _take_rows_kernel(
 
 @triton.jit(do_not_specialize=["num_source", "num_rows"])
 def _sum_rows_kernel(
-    source, index, output, num_source, num_rows, H: tl.constexpr, C: tl.constexpr,
+    source, index, output, num_source, num_rows, H: tl.constexpr, K: tl.constexpr,
     UNROLLED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # The first term is not added to 0, which would lose the sign of -0.
-    total = _named(source, index, row, column, 0, num_source, num_rows, H, C).to(wide)
+    total = _named(source, index, row, column, 0, num_source, num_rows, H, K).to(wide)
     for k in tl.static_range(1, UNROLLED):
-        total += _named(source, index, row, column, k, num_source, num_rows, H, C).to(wide)
-    for k in tl.range(UNROLLED, C, loop_unroll_factor=8):
-        total += _named(source, index, row, column, k, num_source, num_rows, H, C).to(wide)
+        total += _named(source, index, row, column, k, num_source, num_rows, H, K).to(wide)
+    for k in tl.range(UNROLLED, K, loop_unroll_factor=8):
+        total += _named(source, index, row, column, k, num_source, num_rows, H, K).to(wide)
     inside = (row < num_rows)[:, None] & (column < H)[None, :]
     tl.store(output + row[:, None] * H + column[None, :], total, mask=inside)
 
@@ -73,9 +73,9 @@ def take_constants(columns: int, itemsize: int, is_bounded: bool) -> dict[str, i
 
 
 def sum_constants(columns: int, itemsize: int, terms: int) -> dict[str, int]:
-    """Compile-time arguments of the kernel of :func:`sum_rows`; C terms are summed."""
+    """Compile-time arguments of the kernel of :func:`sum_rows`; K terms are summed."""
     tile = _tile(columns, itemsize, max(1, _LOADS // terms))
-    return {"H": columns, "C": terms, "UNROLLED": min(terms, _MAX_UNROLLED), **tile}
+    return {"H": columns, "K": terms, "UNROLLED": min(terms, _MAX_UNROLLED), **tile}
 
 
 def _tile(columns: int, itemsize: int, blocks: int) -> dict[str, int]:
@@ -108,7 +108,7 @@ def sum_rows(source: Tensor, index: Tensor, into: Tensor | None = None) -> Tenso
 
     Args:
         source: ``[B, H]``, as in :func:`take_rows`.
-        index: int32 ``[N, C]``, up to and including B; C is at least 1.
+        index: int32 ``[N, K]``, up to and including B; K is at least 1.
         into: where sums are written and rounded to, contiguous ``[N, H]``; new and wide if None.
     """
     output = into

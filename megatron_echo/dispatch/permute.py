@@ -32,7 +32,7 @@ def sum_rows_reference(source: Tensor, index: Tensor) -> Tensor:
 
     Args:
         source: ``[B, H]``.
-        index: int32 ``[N, C]``, up to and including B.
+        index: int32 ``[N, K]``, up to and including B.
     """
     return add_rows(_with_null_row(source), index)
 

@@ -17,7 +17,7 @@ Offsets = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
-class ShardPlace:
+class ExpertShard:
     """Which of all experts a rank holds, and which part of each.
 
     Attributes:
@@ -34,7 +34,7 @@ class ShardPlace:
 
 
 def sharded_stack(
-    weight: Tensor, key: str, place: ShardPlace, replica_id: ReplicaId,
+    weight: Tensor, key: str, shard: ExpertShard, replica_id: ReplicaId,
     sharded_offsets: Offsets = (), *, shape: torch.Size, is_fc1: bool, gated: bool = False,
     separate: bool = False,
 ) -> ShardedTensor | ShardedTensorFactory:  # fmt: skip
@@ -43,7 +43,7 @@ def sharded_stack(
     Args:
         weight: the parameter, or one of its moments.
         key: ``...experts.linear_fc1.weight``, or with ``separate`` a name with ``{expert}`` in it.
-        place: what of the experts this rank holds.
+        shard: what of the experts this rank holds.
         replica_id: which copy this rank holds.
         sharded_offsets: axes in front, those of the layers.
         shape: ``[m, out, in]``, also of a parameter that is ``[m * out, in]``, or that of a bias,
@@ -53,12 +53,12 @@ def sharded_stack(
         separate: a key for each expert (``singleton_local_shards``) in place of one global tensor.
     """
     axes, local = len(sharded_offsets), shape[0]
-    rank, ranks = place.tensor_rank, place.tensor_ranks
+    rank, ranks = shard.tensor_rank, shard.tensor_ranks
     gated = gated and is_fc1
 
     def parts(name: str, tensor: Tensor, is_stack: bool) -> list[ShardedTensor]:
         # The stack is one shard of the expert axis; a single expert has no such axis.
-        experts = (axes, place.expert_rank, place.expert_ranks)
+        experts = (axes, shard.expert_rank, shard.expert_ranks)
         front = (*sharded_offsets, experts) if is_stack else sharded_offsets
         axis = axes + is_stack + (not is_fc1 and len(shape) == 3)
         if not gated:
@@ -80,7 +80,7 @@ def sharded_stack(
         tensor = tensor.view(shape)
         if not separate:
             return parts(key, tensor, True)
-        first = place.expert_rank * local
+        first = shard.expert_rank * local
         return [
             part
             for i in range(local)
@@ -102,7 +102,7 @@ def sharded_stack(
 
 
 def empty_extra_states(
-    key: str, local_key: str, experts: int, place: ShardPlace, replica_id: ReplicaId,
+    key: str, local_key: str, experts: int, shard: ExpertShard, replica_id: ReplicaId,
     sharded_offsets: Offsets = (), *, separate: bool = False,
 ) -> ShardedStateDict:  # fmt: skip
     """The empty objects that Megatron's linear layers keep in a checkpoint and ask for.
@@ -111,15 +111,15 @@ def empty_extra_states(
         key: ``...experts.linear_fc1._extra_state``, as in :func:`sharded_stack`.
         local_key: prefix of the keys in this rank's dictionary; the expert's number is appended.
         experts: m, experts on a rank.
-        place: what of the experts this rank holds.
+        shard: what of the experts this rank holds.
         replica_id: which copy this rank holds.
         sharded_offsets: axes in front.
         separate: as in :func:`sharded_stack`.
     """
     states: ShardedStateDict = {}
     for i in range(experts):
-        expert = place.expert_rank * experts + i
-        axis = () if separate else ((len(sharded_offsets), expert, place.expert_ranks * experts),)
+        expert = shard.expert_rank * experts + i
+        axis = () if separate else ((len(sharded_offsets), expert, shard.expert_ranks * experts),)
         states[f"{local_key}{i}"] = make_sharded_object_for_checkpoint(
             None, key.format(expert=expert), (*sharded_offsets, *axis), replica_id
         )

@@ -16,7 +16,7 @@ from megatron_echo.experts.activation import (
     weighted_activation,
 )
 from megatron_echo.experts.biases import with_weighted_bias
-from megatron_echo.experts.checkpoint import ShardPlace, empty_extra_states, sharded_stack
+from megatron_echo.experts.checkpoint import ExpertShard, empty_extra_states, sharded_stack
 from megatron_echo.experts.projection import CloneFetch, FetchInBackward, GroupedLinear, draw
 
 
@@ -68,7 +68,7 @@ class EchoGroupedMLP(MegatronModule):
         super().__init__(config=config)
         assert pg_collection is not None
         self.num_local_experts = num_local_experts
-        self._place = ShardPlace(
+        self._shard = ExpertShard(
             get_pg_rank(pg_collection.ep),
             get_pg_size(pg_collection.ep),
             get_pg_rank(pg_collection.expt_tp),
@@ -76,7 +76,7 @@ class EchoGroupedMLP(MegatronModule):
         )
         self._data_parallel_rank = get_pg_rank(pg_collection.expt_dp)
         hidden = expert_width(config)
-        ffn = config.moe_ffn_hidden_size // self._place.tensor_ranks
+        ffn = config.moe_ffn_hidden_size // self._shard.tensor_ranks
         widths = ffn * 2 if config.gated_linear_unit else ffn
         self.linear_fc1 = GroupedLinear(num_local_experts, hidden, widths, config)
         self.activation = WeightedActivation(config)
@@ -156,14 +156,14 @@ class EchoGroupedMLP(MegatronModule):
             key = f"{prefix}experts.{'{expert}.' if separate else ''}{name}."
             for kind, parameter in getattr(self, name).named_parameters():
                 state[f"{prefix}{name}.{kind}"] = sharded_stack(
-                    parameter, f"{key}{kind}", self._place, (0, 0, self._data_parallel_rank),
+                    parameter, f"{key}{kind}", self._shard, (0, 0, self._data_parallel_rank),
                     sharded_offsets, shape=shapes.get(kind, parameter.shape), separate=separate,
                     is_fc1=name == "linear_fc1",
                     gated=self.config.gated_linear_unit and "linear_in" not in kind,
                 )  # fmt: skip
             state |= empty_extra_states(
                 f"{key}_extra_state", f"{prefix}{name}._extra_state", self.num_local_experts,
-                self._place, (0, self._place.tensor_rank, self._data_parallel_rank),
+                self._shard, (0, self._shard.tensor_rank, self._data_parallel_rank),
                 sharded_offsets, separate=separate,
             )  # fmt: skip
         return state

@@ -43,7 +43,7 @@ class TokenLayout(NamedTuple):
             batch,
         )
 
-    def places(self, tokens: int, microbatch: int) -> np.ndarray:
+    def positions(self, tokens: int, microbatch: int) -> np.ndarray:
         """Where a microbatch's T tokens of this rank are in a step's ``[samples * S]``.
 
         The result is int64 ``[T]``, in the order of the layer's rows.

@@ -42,11 +42,9 @@ class ReplayedRouting(PerModel):
         self._layout: TokenLayout | None = None
         self._calls: dict[tuple[int, bool], int] = {}
         self._step: dict[int, np.ndarray] = {}
-        self.iteration = 1
 
-    def end_step(self, iteration: int) -> None:
-        """Begin the next step; ``iteration`` is the one that has ended, from 1."""
-        self.iteration = iteration + 1
+    def end_step(self) -> None:
+        """The next call belongs to another step."""
         self._calls, self._step = {}, {}
 
     def ids(self, layer: int, role: Role, tokens: int) -> Tensor:
@@ -60,22 +58,21 @@ class ReplayedRouting(PerModel):
         self._calls[key] = microbatch + 1
         if self._layout is None:
             self._layout = TokenLayout.of_this_rank(self._is_sequence_parallel)
-        if self._layout is None:
+        args = training_args()
+        if self._layout is None or args is None:
             raise ValueError(
                 "--moe-echo-replay-routing needs Megatron's training loop, which cuts a batch into "
                 "microbatches. In a loop of your own use Megatron's RouterReplay."
             )
         if not self._step:
-            args = training_args()
-            if args is not None:  # a run that was resumed does not begin with step 1
-                self.iteration = args.curr_iteration + 1
+            self._iteration = args.curr_iteration + 1
             self._step = self._read()
         if layer not in self._step:
             raise self._error(
                 f"holds no layer {layer}",
                 "Use the model of the recorded run, and the files of all of its ranks.",
             )
-        positions, recorded = self._layout.places(tokens, microbatch), self._step[layer]
+        positions, recorded = self._layout.positions(tokens, microbatch), self._step[layer]
         if positions.size and positions[-1] >= len(recorded):
             raise self._error(
                 f"holds {len(recorded)} tokens, fewer than this step has",
@@ -85,7 +82,7 @@ class ReplayedRouting(PerModel):
 
     def _read(self) -> dict[int, np.ndarray]:
         """The experts of all tokens of the step, ``[samples * s, K]``, by layer."""
-        path = self._folder / f"step-{self.iteration:08d}.npz"
+        path = self._folder / f"step-{self._iteration:08d}.npz"
         layers = self._of_an_engine(path) if path.exists() else self._captured()
         for layer, ids in layers.items():
             if ids.shape[1] != self._topk or ids.min() < 0 or ids.max() > self._experts:
@@ -114,11 +111,11 @@ class ReplayedRouting(PerModel):
         """Put together what the ranks of a run captured; those of one position have the same."""
         parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         try:
-            for capture in read_captures(self._folder, iteration=self.iteration):
+            for capture in read_captures(self._folder, iteration=self._iteration):
                 if capture.layout is None:
                     raise self._error("has no layout of its run", "Capture it with this version.")
                 for (layer, microbatch), call in capture.calls.items():
-                    positions = capture.layout.places(len(call.ids), microbatch)
+                    positions = capture.layout.positions(len(call.ids), microbatch)
                     parts.setdefault(layer, []).append((positions, call.ids.numpy()))
         except FileNotFoundError as error:
             raise self._error("is not there", "Capture as many steps as you replay.") from error
@@ -137,7 +134,7 @@ class ReplayedRouting(PerModel):
 
     def _error(self, fault: str, remedy: str) -> ValueError:
         return ValueError(
-            f"--moe-echo-replay-routing {os.fspath(self._folder)}: step {self.iteration} {fault}. "
+            f"--moe-echo-replay-routing {os.fspath(self._folder)}: step {self._iteration} {fault}. "
             f"{remedy}"
         )
 

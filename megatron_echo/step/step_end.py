@@ -158,7 +158,7 @@ class StepEnd(PerModel, EndOfStep):
         if self.capture is not None:
             self.capture.end_step(iteration, TokenLayout.of_this_rank(self._is_sequence_parallel))
         if self.replay is not None:
-            self.replay.end_step(iteration)
+            self.replay.end_step()
         if args is not None:
             self._publish(iteration, iteration % args.log_interval == 0, error)
 

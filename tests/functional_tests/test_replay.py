@@ -49,7 +49,7 @@ def routing_of(folder: Path, step: int) -> np.ndarray:
     for capture in read_captures(folder, iteration=step):
         assert capture.layout is not None
         for (layer, microbatch), call in capture.calls.items():
-            whole[capture.layout.places(len(call.ids), microbatch), layer - 1] = call.ids
+            whole[capture.layout.positions(len(call.ids), microbatch), layer - 1] = call.ids
     assert (whole >= 0).all()
     return whole
 

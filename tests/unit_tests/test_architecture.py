@@ -24,10 +24,10 @@ FLOORS = (
     ("config",),
     ("flag_checks",),
     ("compatibility", "loss_settings"),
-    ("planner", "cpu_backend", "host_copy"),
+    ("planner", "cpu_backend", "host_copy", "precision"),
     (
         "flags", "host_reads", "copy_lanes", "collectives", "step_hooks", "call_roles",
-        "environment", "local_modules", "per_model", "precision", "progress",
+        "environment", "local_modules", "per_model", "progress",
     ),
 )  # fmt: skip
 """Rooms from the top; a room imports itself and rooms of floors below its own."""

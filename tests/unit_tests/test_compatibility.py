@@ -1,6 +1,5 @@
 """Every row of the refusals fires for its setting, alone, and none for a plain one."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -107,10 +106,7 @@ def fired(table: tuple, setting: dict) -> set[int]:
         (compatibility._WHOLE_STEP_GRAPH, OF_GRAPHS),
         (flag_checks._ENGINE, OF_ENGINES),
         (flag_checks._NCCL_EP, OF_NCCL_EP),
-        (
-            tuple((partial(row, form=MXFP8), words) for row, words in precision._REFUSALS[:-1]),
-            OF_FP8,
-        ),
+        (precision._refusals(MXFP8)[:-1], OF_FP8),
     ],
     ids=["config", "taken over", "arguments", "graphs", "engines", "nccl_ep", "fp8"],
 )

@@ -34,6 +34,7 @@ import ranks
 import row_copies
 import training_step
 from record import Case, Recorder, Row, SkippedError, as_markdown, is_reached, read_rows
+from unit_tests.dispatch.test_kernels import run_script
 
 from megatron_echo.experts import fp8, pointer_gemm
 
@@ -369,8 +370,7 @@ def test_kernels_are_compiled_once_wherever_their_folder_lies(most: int, tmp_pat
     """Each time by processes that have compiled nothing before, in whatever order."""
     folders = [*compile_kernels.FOLDERS, str(launch.ROOT / "tools")]
     script = COMPILE.format(folders=folders, folder=str(tmp_path), most=most)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    output = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+    output = run_script(script, tmp_path)
     is_same, first, *others = ast.literal_eval(output.splitlines()[-1])
     assert is_same, "the keys of kernels depend on the order in which they are compiled"
     compiled = [kernel for kernel, is_hit, _ in first if not is_hit]

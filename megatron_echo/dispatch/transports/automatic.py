@@ -244,12 +244,13 @@ class Transports(PerModel):
             if self._chose_nodes:
                 config.moe_echo_ranks_per_node = topology.node
                 config.moe_echo_clones_within_node = True
+        domain = domain_ranks(config, group.size())
+        if self._topology is not None:
             has_graph = config.cuda_graph_impl != "none" or _is_pretended(group)
-            domain = domain_ranks(config, group.size())
-            tokens, weights = choose(topology, domain, has_graph)
+            tokens, weights = choose(self._topology, domain, has_graph)
             self.tokens = tokens if self.tokens == "auto" else self.tokens
             self.weights = weights if self.weights == "auto" else self.weights
-        self.clone_group = part_of(group, domain_ranks(config, group.size()))
+        self.clone_group = part_of(group, domain)
         self.price: ClonePrice | None = None
         if echo_setting(config, "moe_echo_tolerance") is None:
             self.price = clone_price(config, group, self.tokens, self.weights)

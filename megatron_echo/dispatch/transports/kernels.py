@@ -21,10 +21,10 @@ _MATRIX_BLOCK = 4096  # elements of a program: 64 bytes and more for each of 128
 
 @triton.jit
 def _pointers(
-    own, offsets, places, token, column, k, tokens, stride, H: tl.constexpr, C: tl.constexpr,
+    own, offsets, places, token, column, k, tokens, stride, H: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Where columns of the row that ``places[token, k]`` names lie, and whether it names one."""
-    place = tl.load(places + token * C + k, mask=token < tokens, other=stride - 1)
+    place = tl.load(places + token * K + k, mask=token < tokens, other=stride - 1)
     row = place % stride
     named = row < stride - 1
     offset = tl.load(offsets + place // stride, mask=named, other=0)
@@ -35,35 +35,35 @@ def _pointers(
 @triton.jit(do_not_specialize=["tokens", "stride"])
 def _put_rows_kernel(
     values, own, offsets, places, tokens, stride,
-    H: tl.constexpr, C: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (column < H)[None, :]
     value = tl.load(values + token[:, None] * H + column[None, :], mask=inside)
-    for k in tl.range(0, C, loop_unroll_factor=UNROLLED):
-        pointers, named = _pointers(own, offsets, places, token, column, k, tokens, stride, H, C)
+    for k in tl.range(0, K, loop_unroll_factor=UNROLLED):
+        pointers, named = _pointers(own, offsets, places, token, column, k, tokens, stride, H, K)
         tl.store(pointers, value, mask=named)
 
 
 @triton.jit(do_not_specialize=["tokens", "stride"])
 def _pull_rows_kernel(
     own, offsets, places, output, tokens, stride,
-    H: tl.constexpr, C: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if own.dtype.element_ty == tl.float64 else tl.float32
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pointers, named = _pointers(own, offsets, places, token, column, 0, tokens, stride, H, C)
+    pointers, named = _pointers(own, offsets, places, token, column, 0, tokens, stride, H, K)
     # The first term is not added to 0, which would lose the sign of -0.
     total = tl.load(pointers, mask=named, other=0.0).to(wide)
     for k in tl.static_range(1, UNROLLED):
-        pointers, named = _pointers(own, offsets, places, token, column, k, tokens, stride, H, C)
+        pointers, named = _pointers(own, offsets, places, token, column, k, tokens, stride, H, K)
         total += tl.load(pointers, mask=named, other=0.0).to(wide)
-    for k in tl.range(UNROLLED, C, loop_unroll_factor=8):
-        pointers, named = _pointers(own, offsets, places, token, column, k, tokens, stride, H, C)
+    for k in tl.range(UNROLLED, K, loop_unroll_factor=8):
+        pointers, named = _pointers(own, offsets, places, token, column, k, tokens, stride, H, K)
         total += tl.load(pointers, mask=named, other=0.0).to(wide)
     inside = (token < tokens)[:, None] & (column < H)[None, :]
     tl.store(output + token[:, None] * H + column[None, :], total, mask=inside)
@@ -113,11 +113,11 @@ def put_rows(own: Tensor, offsets: Tensor, values: Tensor, places: Tensor) -> No
     """Write each value to its places.
 
     Args:
-        own: ``[N + 1, H]``, this rank's rows.
+        own: ``[B + 1, H]``, this rank's rows.
         offsets: int64 ``[R]``, elements between their begin and that of each rank's rows,
             multiples of 16.
         values: ``[T, H]``, the same dtype.
-        places: int32 ``[T, C]``.
+        places: int32 ``[T, K]``.
     """
     constants = sum_constants(values.shape[1], values.element_size(), places.shape[1])
     _launch(
@@ -130,9 +130,9 @@ def pull_rows(own: Tensor, offsets: Tensor, places: Tensor, into: Tensor | None 
     """Sum the rows at ``places`` in the wide dtype, in order: ``[T, H]``.
 
     Args:
-        own: ``[N + 1, H]``, this rank's rows: fp64, fp32, bf16 or fp16.
+        own: ``[B + 1, H]``, this rank's rows: fp64, fp32, bf16 or fp16.
         offsets: int64 ``[R]``, as in :func:`put_rows`.
-        places: int32 ``[T, C]``; C is at least 1.
+        places: int32 ``[T, K]``; K is at least 1.
         into: where to write, contiguous; new, in the wide dtype, if None.
     """
     tokens, terms = places.shape
@@ -185,7 +185,7 @@ def add_matrices(own: Tensor, offsets: Tensor, places: Tensor, slots: int, home:
     Args:
         own: ``[S * out + 1, in]``, this rank's rows.
         offsets: int64 ``[R]``, as in :func:`put_rows`.
-        places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
+        places: int32 ``[m, n]``, ``rank * S + slot`` of what is added, -1 for nothing.
         slots: S.
         home: ``[m, out, in]``, contiguous, any floating dtype.
     """

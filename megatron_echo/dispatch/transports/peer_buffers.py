@@ -68,11 +68,11 @@ class PeerBuffers(PerModel):
 
         Args:
             name: the purpose.
-            moved: values ``[T, H]`` and their places, int32 ``[T, C]``; see ``PeerRows.put``.
-            num_rows: N.
+            moved: values ``[T, H]`` and their places, int32 ``[T, K]``; see ``PeerRows.put``.
+            num_rows: B.
 
         Returns:
-            For each ``[N, H]``, *in the buffer*: copy it before the next movement. Rows that
+            For each ``[B, H]``, *in the buffer*: copy it before the next movement. Rows that
             nobody wrote hold anything.
         """
         buffers = self._take(name, num_rows, [values for values, _ in moved])
@@ -88,8 +88,8 @@ class PeerBuffers(PerModel):
 
         Args:
             name: the purpose.
-            moved: rows ``[N, H]``, and the places to sum, int32 ``[T, C]``.
-            sums: int32 ``[N, K]``; of the first pair, sums of these rows are laid open, N for none.
+            moved: rows ``[B, H]``, and the places to sum, int32 ``[T, K]``.
+            sums: int32 ``[B, K]``; of the first pair, sums of these rows are laid open, B for none.
 
         Returns:
             For each ``[T, H]``, in the wide dtype.
@@ -128,7 +128,7 @@ class PeerBuffers(PerModel):
             name: the purpose.
             matrices: ``[S, out, in]``, contiguous.
             used: int32 ``[S]``, each slot's own number where it is laid open, else -1.
-            places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
+            places: int32 ``[m, n]``, ``rank * S + slot`` of what is added, -1 for nothing.
             home: ``[m, out, in]``, contiguous; see ``PeerRows.add_matrices``.
         """
         slots, rows = len(matrices), matrices.flatten(0, 1)

@@ -29,14 +29,14 @@ _NOT_SHARED = (
 
 @dataclass(frozen=True)
 class PeerRows:
-    """``[N + 1, H]`` on each of R ranks; row n of rank r is the place ``r * (N + 1) + n``.
+    """``[B + 1, H]`` on each of R ranks; row i of rank r is the place ``r * (B + 1) + i``.
 
     The last row of each rank stands for none: nothing is kept that is written there, and whoever
     reads it gets zeros.
 
     Attributes:
-        own: ``[N + 1, H]``, those of this rank.
-        everyone: ``[R * (N + 1), H]``, where one tensor can hold the rows of all; else None.
+        own: ``[B + 1, H]``, those of this rank.
+        everyone: ``[R * (B + 1), H]``, where one tensor can hold the rows of all; else None.
         offsets: int64 ``[R]``, elements between the begin of ``own`` and of each rank's rows, on
             the device, for kernels; None where ``everyone`` is used.
     """
@@ -50,7 +50,7 @@ class PeerRows:
 
         Args:
             values: ``[T, H]``.
-            places: int32 ``[T, C]``; no two name the same row, except the last one of this rank.
+            places: int32 ``[T, K]``; no two name the same row, except the last one of this rank.
         """
         if self.offsets is not None:
             from megatron_echo.dispatch.transports import kernels
@@ -63,11 +63,11 @@ class PeerRows:
         self.everyone.index_copy_(0, index, copies.reshape(-1, values.shape[1]))
 
     def offer(self, rows: Tensor, sums: Tensor | None = None) -> None:
-        """Put ``[N, H]`` into this rank's own rows.
+        """Put ``[B, H]`` into this rank's own rows.
 
         Args:
             rows: of the same dtype.
-            sums: int32 ``[N, K]``, the rows to sum into each, N for none; None copies them.
+            sums: int32 ``[B, K]``, the rows to sum into each, B for none; None copies them.
         """
         if sums is None:
             self.own[:-1].copy_(rows)
@@ -80,7 +80,7 @@ class PeerRows:
         """Sum the rows at some places, in order.
 
         Args:
-            places: int32 ``[T, C]``.
+            places: int32 ``[T, K]``.
             into: where to write, contiguous ``[T, H]``; new, in the wide dtype, if None.
         """
         if self.offsets is not None:
@@ -134,7 +134,7 @@ class PeerRows:
         """Add matrices that lie in slots to those of this rank.
 
         Args:
-            places: int32 ``[m, C]``, ``rank * S + slot`` of what is added, -1 for nothing.
+            places: int32 ``[m, n]``, ``rank * S + slot`` of what is added, -1 for nothing.
             slots: S.
             home: ``[m, out, in]``, contiguous; sums are wide, in the order of the columns, and
                 rounded once. A matrix to which nothing is added keeps its bits.
@@ -163,7 +163,7 @@ class PeerMemory(ABC):
         """Make rows, uninitialised; all ranks call it together. The host may wait.
 
         Args:
-            rows: ``N + 1``.
+            rows: ``B + 1``.
             columns: H.
             dtype: of the rows.
         """

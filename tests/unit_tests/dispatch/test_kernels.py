@@ -1,7 +1,5 @@
 """The Triton copies against the torch references, bit for bit, in Triton's interpreter."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,13 +229,23 @@ with FakeTensorMode():
 """
 
 
-def run_script(script: str, home: Path) -> str:
-    """What a script prints in a process without the CPU backend and the interpreter."""
-    environment = {"PYTHONPATH": launch.PYTHONPATH, "PATH": os.environ["PATH"], "HOME": str(home)}
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+WITH_COMPILER = """
+import os
+import sys
+
+del os.environ["TRITON_INTERPRET"]
+for name in [*sys.modules]:
+    if name.startswith("triton") and not name.startswith("triton._C") or name.endswith("kernels"):
+        del sys.modules[name]
+"""
+
+
+def run_script(script: str, folder: Path) -> str:
+    """What a script prints where Triton compiles: a forked process imports it anew."""
+    path = folder / "script.py"
+    path.write_text(WITH_COMPILER + script)
+    environment = {"TRITON_CACHE_DIR": str(folder / "cache")}
+    return launch.run([], script=path, env=environment).check().output
 
 
 def test_fake_tensors_of_a_gpu_that_is_not_here(tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
 """The Triton planner against the torch reference, bit for bit, in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import launch
 import pytest
 import torch
 from planner_cases import EDGES
+from unit_tests.dispatch.test_kernels import run_script
 
 from megatron_echo.planner.balance import plan_clones_reference
 from megatron_echo.planner.kernels import plan_tensors
@@ -133,20 +130,8 @@ def test_it_compiles_for_a_gpu_that_is_not_here(shapes: list[tuple], tmp_path: P
 
     A step of the greedy had 31 barriers.
     """
-    environment = {
-        "PYTHONPATH": launch.PYTHONPATH,
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE.format(shapes=shapes)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    figures = [line.split()[1:] for line in finished.stdout.splitlines() if "SHARED" in line]
+    lines = run_script(COMPILE.format(shapes=shapes), tmp_path).splitlines()
+    figures = [line.split()[1:] for line in lines if "SHARED" in line]
     assert len(figures) >= len(shapes)
     assert max(int(shared) for shared, _ in figures) <= 227 * 1024
     assert max(int(barriers) for _, barriers in figures[:1]) <= 14

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_every_token_has_one_rank(
     for d, c, p in np.ndindex(data, context, sequence):
         layout = TokenLayout(d, data, c, context, p, sequence, batch)
         for microbatch in range(microbatches):
-            places = layout.places(length // context // sequence * batch, microbatch)
+            places = layout.positions(length // context // sequence * batch, microbatch)
             seen[places] += 1
             first, second = places[:batch] // length, places[batch : 2 * batch] // length
             assert np.array_equal(first, second)
@@ -56,13 +57,13 @@ def test_every_token_has_one_rank(
 
 def test_sequences_of_an_odd_length() -> None:
     """Without context parallelism nothing has to be divisible."""
-    assert TokenLayout(0, 2, 0, 1, 0, 1, 1).places(7, 1).tolist() == list(range(14, 21))
+    assert TokenLayout(0, 2, 0, 1, 0, 1, 1).positions(7, 1).tolist() == list(range(14, 21))
 
 
 def test_parts_of_a_sequence_are_megatrons() -> None:
     """Rank 0 of two has the first and the last quarter, which sequence parallelism halves."""
-    assert TokenLayout(0, 1, 0, 2, 0, 1, 1).places(4, 0).tolist() == [0, 1, 6, 7]
-    assert TokenLayout(0, 1, 1, 2, 1, 2, 1).places(2, 1).tolist() == [12, 13]
+    assert TokenLayout(0, 1, 0, 2, 0, 1, 1).positions(4, 0).tolist() == [0, 1, 6, 7]
+    assert TokenLayout(0, 1, 1, 2, 1, 2, 1).positions(2, 1).tolist() == [12, 13]
 
 
 @pytest.mark.parametrize("has_losses", [True, False])
@@ -126,8 +127,14 @@ def test_recomputation_with_microbatches_in_flight(replays: Any, again: str) -> 
     end_step(router)
 
 
+def at_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's loop counts those that are done."""
+    monkeypatch.setattr(replay, "training_args", lambda: SimpleNamespace(curr_iteration=step - 1))
+
+
 def reader(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> ReplayedRouting:
     monkeypatch.setattr(TokenLayout, "of_this_rank", lambda _: ONE_RANK)
+    at_step(1, monkeypatch)
     return ReplayedRouting(config(moe_echo_replay_routing=str(folder), num_layers=2, **fields))
 
 
@@ -136,18 +143,22 @@ def write(folder: Path, ids: np.ndarray, step: int = 1) -> None:
 
 
 def test_calls_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward passes and recomputations each, by layer; a new step begins at 0."""
+    """Forward passes and recomputations each, by layer; a new step begins at 0.
+
+    Steps are Megatron's: a run that was resumed does not begin with the first.
+    """
     ids = np.arange(4 * S * 2 * TOPK).reshape(4 * S, 2, TOPK) % EXPERTS
-    write(tmp_path, ids)
-    write(tmp_path, ids[::-1].copy(), 2)
+    write(tmp_path, ids, 3)
+    write(tmp_path, ids[::-1].copy(), 4)
     found = reader(tmp_path, monkeypatch)
-    for step in (ids, ids[::-1]):
+    for number, step in ((3, ids), (4, ids[::-1])):
+        at_step(number, monkeypatch)
         samples = step.reshape(4, S, 2, TOPK).swapaxes(0, 1)
         for role in (Role.FIRST_PASS, Role.RECOMPUTED):
             for layer, microbatch in np.ndindex(2, 2):
                 expected = samples[:, 2 * microbatch : 2 * microbatch + 2, layer].reshape(-1, TOPK)
                 assert found.ids(layer + 1, role, S * B).tolist() == expected.tolist()
-        found.end_step(found.iteration)
+        found.end_step()
 
 
 @pytest.mark.parametrize(
