@@ -181,6 +181,15 @@ def test_operators_of_megatron_are_counted_with_its_host_reads() -> None:
         assert 40 < counted["operators"] < 80
 
 
+@pytest.mark.parametrize("wire", kept_bytes.DISPATCHERS)
+def test_a_row_does_not_depend_on_those_before_it(wire: str) -> None:
+    """Megatron gathers into a buffer of the process, which a larger layer leaves larger."""
+    wide = traffic.Shape(hidden=4 * SHAPE.hidden, ffn=32, experts=16, topk=2)
+    first = count(wire)
+    traffic.count_layer(wide, RANKS, 0, wire, "collective")
+    assert count(wire) == first
+
+
 def test_an_operator_reads_and_writes_once() -> None:
     from traffic_counter import Counter, Facts
 
