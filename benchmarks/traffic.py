@@ -326,7 +326,7 @@ def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str
         ways = (*inside, "symmetric_memory", "p2p")
         ours += [(wires[0], min(slots), way) for way in inside]
         ours += [("hybrid_ep", 0, "-"), *(("hybrid_ep", min(slots), way) for way in ways)]
-        ours += [("nccl_ep", 0, "-"), ("nccl_ep", min(slots), inside[0])]
+        ours += [("nccl_ep", 0, "-"), ("nccl_ep", home, inside[0])]
     stock = [("Megatron alltoall", 0, "-"), ("Megatron allgather", 0, "-")]
     for wire, number, weights in [*stock, *ours]:
         drawn = routing(shape, ranks, number, weights.endswith(IN_NODES))

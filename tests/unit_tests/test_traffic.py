@@ -138,16 +138,16 @@ def test_bytes_of_hybrid_ep(nodes: None) -> None:
 def test_bytes_of_nccl_ep(nodes: None) -> None:
     """Between nodes as HybridEP; inside them a token once for each expert, its own pairs too."""
     in_nodes = f"symmetric_memory{traffic.IN_NODES}"
-    drawn = traffic.routing(OF_NODES, RANKS, 1, in_nodes=True)
+    drawn = traffic.routing(OF_NODES, RANKS, 2, in_nodes=True)
     hybrid, counted = (
-        traffic.count_layer(OF_NODES, RANKS, 1, way, in_nodes)[1]
+        traffic.count_layer(OF_NODES, RANKS, 2, way, in_nodes)[1]
         for way in ("hybrid_ep", "nccl_ep")
     )
     pairs = traffic.TOKENS * OF_NODES.topk
     assert drawn.forwarded <= drawn.forwarded_pairs < drawn.far_away < drawn.away < pairs
     more = drawn.away - drawn.far_away + drawn.forwarded_pairs
     more -= drawn.visits - drawn.far_visits + drawn.forwarded
-    probs = 2 * 4 * (OF_NODES.experts + RANKS) // 2
+    probs = 2 * 4 * (OF_NODES.experts + RANKS * 2) // 2
     sent = OF_NODES.hidden * 2 * 4 + probs
     assert counted["link"] - hybrid["link"] == pytest.approx(more * sent)
     assert counted["between"] == pytest.approx(hybrid["between"])
