@@ -1,21 +1,22 @@
 """What gradients of clones that travel beside the attention's backward pass add to a layer's peak.
 
-    python benchmarks/homecoming_bytes.py
+    python benchmarks/homecoming_bytes.py [--quick]
 
 One layer of each model, with attention as a flash kernel keeps it, is built and trained on tensors
-without values by :mod:`megatron_echo.memory.estimate`: one of 8 ranks, 4,096 tokens, bf16, clones
-in the slots that are the default. Weight gradients either come home before the backward pass goes
-on, or live until the attention's is over. *Peak* is the most bytes beside weights, gradient buffers
-and optimizer, with one layer and no embedding to speak of.
+without values by :mod:`megatron_echo.memory.estimate`: one of 8 ranks, 4,096 tokens, bf16, the
+default slots. By ``p2p`` gradients of clones come home before the backward pass goes on; by what
+``auto`` chooses, symmetric memory, weight gradients live until the attention's is over. *Peak* is
+the most bytes beside weights, gradient buffers and optimizer, with hardly a vocabulary.
 """
 
-import multiprocessing
+import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
+
+from megatron_echo.memory.estimate import estimate  # noqa: E402
 
 MODELS = {
     "DeepSeek-V3": (
@@ -39,25 +40,21 @@ COMMON = (
 )
 
 
-def peak(flags: str, is_hidden: bool) -> int:
-    """Bytes beside the states of one rank; in a process of its own."""
-    from megatron_echo import cpu_backend
-
-    cpu_backend.enable(verbose=False)
-    from megatron_echo.dispatch.transports import PeerToPeerWeights
-    from megatron_echo.memory.estimate import dry_run
-
-    PeerToPeerWeights.is_hidden = is_hidden  # stands for symmetric memory
-    return dry_run([*COMMON.split(), *flags.split()], 8, 0, flash_attention=True).activations
+def peak(flags: str, weights: str) -> int:
+    """Bytes beside the states of one rank, with weights of clones by this transport."""
+    words = [*COMMON.split(), *flags.split(), "--moe-echo-expert-dispatcher-type", weights]
+    (found,) = estimate(words, 8, flash_attention=True)
+    return found.activations
 
 
 def main() -> None:
     """Print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="Qwen3-235B-A22B only")
+    chosen = list(MODELS)[1:] if parser.parse_args().quick else list(MODELS)
     print("| model | peak, GB | hidden, GB | more |\n|---|---|---|---|")
-    for model, flags in MODELS.items():
-        context: Any = multiprocessing.get_context("spawn")
-        with context.Pool(1, maxtasksperchild=1) as pool:
-            plain, hidden = (pool.apply(peak, (flags, way)) for way in (False, True))
+    for model in chosen:
+        plain, hidden = (peak(MODELS[model], way) for way in ("p2p", "auto"))
         print(f"| {model} | {plain / 1e9:.2f} | {hidden / 1e9:.2f} | {hidden / plain - 1:.1%} |")
 
 

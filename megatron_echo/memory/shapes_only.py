@@ -88,9 +88,14 @@ def topology_of(group: dist.ProcessGroup, ranks_per_node: int) -> Topology:
 def _without_peers(name: str, like: str) -> Any:
     """Let a method of the dispatcher make what is like a transport that needs peers."""
     make, needing = getattr(EchoTokenDispatcher, name), (*ENGINES, "symmetric_memory")
-    return mock.patch.object(
-        EchoTokenDispatcher, name, lambda own, way: make(own, like if way in needing else way)
-    )
+
+    def made(own: Any, way: str) -> Any:
+        transport = make(own, like if way in needing else way)
+        if like == "p2p" and way in needing:
+            transport.is_hidden = not own._overlaps  # gradients live as long
+        return transport
+
+    return mock.patch.object(EchoTokenDispatcher, name, made)
 
 
 def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

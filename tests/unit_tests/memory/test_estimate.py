@@ -96,6 +96,12 @@ def test_auto_is_decided_as_by_the_run(capsys):
         assert words in found[name][1]
 
 
+def test_a_machine_without_gpus(capsys):
+    with pytest.raises(SystemExit):
+        main(["--ranks", "2", "--ranks-per-node", "0", "--", *launch.tiny_model()])
+    assert "--ranks-per-node 0 is below 1. Give" in capsys.readouterr().err
+
+
 def test_flash_attention_keeps_no_scores():
     rows, batch, heads, groups, width, value_width = 32, 2, 4, 2, 8, 6
     query = torch.randn(rows, batch, heads, width, requires_grad=True)
