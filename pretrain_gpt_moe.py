@@ -75,6 +75,7 @@ from megatron_echo.arguments import (  # noqa: E402
     repair_help,
 )
 from megatron_echo.compatibility import MUON, settings_taken_over  # noqa: E402
+from megatron_echo.dispatch.transports import Transports  # noqa: E402
 from megatron_echo.experts.clones import kept_clone_bytes  # noqa: E402
 from megatron_echo.experts.grouped_mlp import experts_as_matrices, experts_for_fsdp  # noqa: E402
 from megatron_echo.layer_specs import hybrid_stack_spec  # noqa: E402
@@ -91,7 +92,7 @@ from megatron_echo.preflight.failures import one_sentence  # noqa: E402
 from megatron_echo.preflight.ranks import Ranks  # noqa: E402
 from megatron_echo.record.ledger_of_first_step import LedgerOfFirstStep  # noqa: E402
 from megatron_echo.record.metrics import install_metrics_writer  # noqa: E402
-from megatron_echo.record.run_record import write_run_record  # noqa: E402
+from megatron_echo.record.run_record import add_decisions, write_run_record  # noqa: E402
 
 straggler_timer = StragglerDetector()
 SPIKY_LOSS_FACTOR = 10
@@ -372,6 +373,14 @@ def announce(args: Any, config: Any) -> None:
     )
 
 
+def record_decisions(run_dir: str, chunks: list[Any]) -> list[Any]:
+    """Note how tokens and clones of a model will travel; called with its chunks, once built."""
+    ways = Transports.find(chunks[0].config)
+    if ways is not None:
+        add_decisions(run_dir, ways.decided)
+    return chunks
+
+
 def train(
     args: Any,
     model_config: GPTModelConfig | HybridModelConfig,
@@ -399,6 +408,7 @@ def train(
     if args.run_dir is not None:
         if args.rank == 0:
             write_run_record(args.run_dir, args, command)
+            model_config.pre_wrap_hooks.append(functools.partial(record_decisions, args.run_dir))
         install_metrics_writer(args.run_dir)
 
     @functools.wraps(forward_step)

@@ -9,8 +9,8 @@ and back in both passes; each clone's weights twice, its gradient once, in bf16.
 dispatchers have this package's experts, so that the dispatchers compare. *FP8*: experts compute in
 it, in a microbatch that finds its weights quantised. *Between*: of the bytes over links, those to
 ranks of other nodes, of 8 ranks each; necessary is each token once to each other node, and clones
-from there. *In nodes*: clones stay in theirs, and weights are exchanged there. ``hybrid_ep`` is
-counted by its stated wire format, its routing and what it forwards inside nodes included.
+from there. *In nodes*: clones stay in theirs, and weights are exchanged there. ``hybrid_ep`` and
+``nccl_ep`` are counted by what they state that they send, see ``traffic_engines.py``.
 """
 
 import argparse
@@ -95,6 +95,7 @@ class Routing:
         far_away: of ``away``, pairs that go to another node.
         far_visits: of ``visits``, those on other nodes.
         forwarded: of them, those beside the rank of the source's number in the node.
+        forwarded_pairs: likewise of ``far_away``.
     """
 
     slot_expert: list[list[int]]
@@ -107,6 +108,7 @@ class Routing:
     far_away: float = 0
     far_visits: float = 0
     forwarded: float = 0
+    forwarded_pairs: float = 0
 
     def facts(self, ranks: int, pairs: int) -> Any:
         """What the counter must know."""
@@ -115,7 +117,7 @@ class Routing:
         return Facts(
             ranks, pairs, self.away, self.leads, self.visits, self.clones, self.slot_expert,
             RANKS_PER_NODE, self.far_away, self.far_visits, self.node_visits, self.forwarded,
-            self.node_clones,
+            self.node_clones, self.forwarded_pairs,
         )  # fmt: skip
 
     def necessary(self, shape: Shape) -> float:
@@ -153,20 +155,21 @@ def routing(shape: Shape, ranks: int, slots: int, in_nodes: bool = False) -> Rou
     plan = plan_clones(counts, slots, 0.02, **nodes)
     groups = shape.experts // ranks + slots
     rank_node = torch.arange(ranks) // RANKS_PER_NODE
-    away = leads = visits = node_visits = far_away = far_visits = forwarded = 0
+    away = leads = visits = node_visits = far_away = far_visits = forwarded = pairs = 0
+    number = torch.arange(ranks) % RANKS_PER_NODE
     for rank, experts in enumerate(chosen):
         target = physical_experts(experts.int(), plan, plan.split_for(rank)).long() // groups
         away += int((target != rank).sum())
-        far_away += int((rank_node[target] != rank_node[rank]).sum())
+        is_far = rank_node[target] != rank_node[rank]
+        far_away += int(is_far.sum())
+        pairs += int((is_far & (number[target] != number[rank])).sum())
         reached = torch.zeros(TOKENS, ranks).scatter_(1, target, 1)
         leads += int(reached.sum())
         reached[:, rank] = 0
         visits += int(reached.sum())
         far = reached * (rank_node != rank_node[rank])
         far_visits += int(far.sum())
-        forwarded += int(
-            far[:, torch.arange(ranks) % RANKS_PER_NODE != rank % RANKS_PER_NODE].sum()
-        )
+        forwarded += int(far[:, number != number[rank]].sum())
         nodes = torch.zeros(TOKENS, int(rank_node[-1]) + 1)
         nodes = nodes.scatter_(1, rank_node[target], 1)
         nodes[:, rank_node[rank]] = 0
@@ -176,7 +179,7 @@ def routing(shape: Shape, ranks: int, slots: int, in_nodes: bool = False) -> Rou
     elsewhere = used & (home_node != rank_node[:, None])
     totals = (
         away, leads, visits, node_visits, int(used.sum()), int(elsewhere.sum()), far_away,
-        far_visits, forwarded,
+        far_visits, forwarded, pairs,
     )  # fmt: skip
     return Routing(plan.slot_expert.tolist(), *(total / ranks for total in totals))
 
@@ -257,9 +260,11 @@ def build(
 @contextlib.contextmanager
 def fake_tensors(shape: Shape, ranks: int, slots: int, in_nodes: bool = False) -> Iterator[Any]:
     """Build and run layers of one routing here, within the counter that this gives."""
+    from megatron.core import parallel_state
     from megatron.core.transformer.moe import token_dispatcher
     from traffic_counter import Counter, kernels
 
+    parallel_state.get_global_memory_buffer().buffer.clear()  # which only grows
     drawn, pairs = routing(shape, ranks, slots, in_nodes), TOKENS * shape.topk
     counter = Counter(drawn.facts(ranks, pairs))
 
@@ -321,6 +326,7 @@ def rows_of(model: str, ranks: int, wires: tuple[str, ...]) -> Iterator[dict[str
         ways = (*inside, "symmetric_memory", "p2p")
         ours += [(wires[0], min(slots), way) for way in inside]
         ours += [("hybrid_ep", 0, "-"), *(("hybrid_ep", min(slots), way) for way in ways)]
+        ours += [("nccl_ep", 0, "-"), ("nccl_ep", home, inside[0])]
     stock = [("Megatron alltoall", 0, "-"), ("Megatron allgather", 0, "-")]
     for wire, number, weights in [*stock, *ours]:
         drawn = routing(shape, ranks, number, weights.endswith(IN_NODES))

@@ -84,6 +84,7 @@ class Facts:
         far_visits: of ``visits``, those there.
         node_visits: its tokens, each once for each other node.
         forwarded: of ``far_visits``, those beside the rank of this one's number in the node.
+        forwarded_pairs: likewise of ``far_away``.
         far_clones: of ``clones``, those whose home is on another node.
     """
 
@@ -100,6 +101,7 @@ class Facts:
     node_visits: float = 0
     forwarded: float = 0
     far_clones: float = 0
+    forwarded_pairs: float = 0
 
     def moved(self, places: Tensor) -> tuple[float, float, float]:
         """Rows that peers' places ``[T, C]`` name, those of other ranks, and of other nodes.
@@ -131,6 +133,7 @@ class Counter(TorchDispatchMode):
     def __init__(self, facts: Facts) -> None:
         super().__init__()
         self.count, self.facts = Count(), facts
+        self.nccl_ep: Any = None  # the group and experts of a rank that its context was made for
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -219,61 +222,11 @@ class _CountedMemory(PeerMemory):
         self._counter.count.collectives += 1
 
 
-class _HybridEP:
-    """DeepEP's buffer of this name, by its stated wire format.
-
-    A token goes once to each other node that wants it, to the rank of its source's number there,
-    and from there once to each other rank that does; results come back the same way, summed on it.
-    With it go the probabilities of all experts of the node, in fp32. The routing is gathered from
-    all ranks, a byte for each expert.
-    """
-
-    def __init__(
-        self, counter: Counter, group: dist.ProcessGroup, num_local_experts: int, **_: Any
-    ) -> None:
-        self._counter, self._group, self._experts = counter, group, num_local_experts
-
-    def dispatch_with_permute(
-        self, *, hidden: Tensor, probs: Tensor | None, routing_map: Tensor | None, handle: Any,
-        num_permuted_tokens: int, **_: Any,
-    ) -> tuple[Tensor, Tensor | None, None, Tensor, Any]:  # fmt: skip
-        """Rows, probabilities, no scales, rows of each expert, and the handle."""
-        if routing_map is not None:
-            whole = routing_map.new_empty(self._group.size() * len(hidden), routing_map.shape[1])
-            dist.all_gather_into_tensor(whole, routing_map, group=self._group)
-            self._counter.kernel(_nbytes(whole))
-            counts = hidden.new_empty(self._experts, dtype=torch.int64)
-            handle = len(hidden), counts, hidden.new_empty(1, dtype=torch.int32)
-        rows = hidden.new_empty(num_permuted_tokens, hidden.shape[1])
-        self._move(hidden, probs is not None)
-        row_probs = None if probs is None else probs.new_empty(num_permuted_tokens)
-        return rows, row_probs, None, handle[1], handle
-
-    def combine_with_unpermute(
-        self, *, hidden: Tensor, probs: Tensor | None, handle: Any, **_: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Sums of the rows of each token, and the probabilities of all experts."""
-        tokens = hidden.new_empty(handle[0], hidden.shape[1])
-        self._move(tokens, probs is not None)
-        if probs is not None:
-            probs = probs.new_empty(handle[0], self._group.size() * self._experts)
-        return tokens, probs
-
-    def _move(self, tokens: Tensor, has_probs: bool) -> None:
-        facts, row = self._counter.facts, tokens.shape[1] * tokens.itemsize
-        node = min(facts.node, self._group.size())
-        sent = row + has_probs * node * self._experts * 4
-        inside = facts.visits - facts.far_visits + facts.forwarded
-        self._counter.count.collectives += 1  # ranks wait for each other once
-        link = (inside + facts.node_visits) * sent
-        moved = len(tokens) + facts.node_visits + facts.leads  # sent, landed, on its ranks
-        self._counter.kernel(2 * moved * row, link, facts.node_visits * sent)
-        self._counter.kernel((facts.leads + facts.pairs) * row)  # into rows, or from them
-
-
 @contextlib.contextmanager
 def kernels(counter: Counter) -> Iterator[None]:
     """Put the formulas in place of what fake tensors cannot run, and let the layer take them."""
+    from traffic_engines import HybridEP, NcclEP
+
     package = "megatron_echo"
     on_gpu = [f"{package}.{name}.on_gpu" for name in _ON_GPU]
     replaced: dict[str, Any] = {
@@ -288,9 +241,11 @@ def kernels(counter: Counter) -> Iterator[None]:
             counter, group
         ),
         f"{package}.flag_checks.find_hybrid_ep": lambda: True,
+        f"{package}.flag_checks.find_nccl_ep": lambda: True,
         f"{package}.dispatch.transports.hybrid_ep.find_hybrid_ep": lambda: partial(
-            _HybridEP, counter
+            HybridEP, counter
         ),
+        f"{package}.dispatch.transports.nccl_ep.find_nccl_ep": lambda: NcclEP(counter),
         **_row_kernels(counter),
         **_activation_kernels(counter),
         **_fp8_kernels(counter),

@@ -46,7 +46,7 @@ def _bound_device() -> Any:
 
 
 def part_of(group: Group, size: int) -> Group:
-    """Of so many consecutive ranks of a group, those among which this one is.
+    """Of so many consecutive ranks of a group, those among which this one is; its timeout too.
 
     All ranks of the group call it together, in the same order as other groups are made. No others
     have to: stages of a pipeline may have no layer that wants it.
@@ -58,13 +58,15 @@ def part_of(group: Group, size: int) -> Group:
     if size == group.size():
         return group
     first = group.rank() // size * size
+    options = group._get_backend(group._device_types[0]).options
+    timeout = None if options is None else options._timeout
     if _bound_device() is not None:  # groups are split off, by all ranks of their parent
         numbers = list(range(group.size()))
         parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
-        part = dist.split_group(group, parts)
+        part = dist.split_group(group, parts, timeout)
     else:
         ranks = dist.get_process_group_ranks(group)[first : first + size]
-        part = dist.new_group(ranks, use_local_synchronization=True)
+        part = dist.new_group(ranks, timeout, use_local_synchronization=True)
     assert part is not None
     return part
 

@@ -3,6 +3,9 @@
 #
 # figures: begin
 # 2048 GPUs of 80 GB; flags 0cd5b5ffb2b1. Again: python tools/recipes.py --write kimi_k2
+# Memory: python -m megatron_echo.memory.estimate --ranks 2048 --flash-attention --stages 0 1 15 --
+#   all arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
+#   73.9 GiB on pipeline rank 1 (weights 16.9, gradients 33.7, optimizer 6.0, activations 17.4)
 # Gain: python -m megatron_echo.observe.simulate --model kimi-k2 --cluster h100-nvl8 --gpus 2048
 #   --ep 8 --pp 16 --vpp 2 --offload-fraction 0 --token-transports symmetric_memory --slots 12
 #   --seq-length 4096 --micro-batch-size 1 --global-batch-size 16384 --loads ...

@@ -13,11 +13,17 @@ Fake tensors have no values, so shapes must not depend on them: Megatron's own d
 ask how many tokens each expert got, ``--moe-enable-echo`` does not. What the run does on the CPU is
 counted: the reference of a kernel, attention with its scores, no memory of NCCL or the CUDA
 context, no fragmentation. ``--flash-attention`` leaves the scores out, as a GPU's kernels do.
+
+``auto`` transports are decided as GPUs over NCCL would, on machines of ``--ranks-per-node`` that
+reach each other's memory, without engines, and said. Clones stay inside nodes, and buffers are as
+large, where they would. Tokens over symmetric memory or by an engine are counted as by
+``all_gather``, and weights over symmetric memory as by ``p2p``, whose buffers are about theirs.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
@@ -25,7 +31,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
@@ -37,6 +42,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_echo import cpu_backend, environment
 from megatron_echo.memory.live_bytes import LiveBytes
+
+RANKS_PER_NODE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,7 @@ class RankEstimate:
     optimizer: int  # main parameters and moments, this rank's shard of them
     forward_backward: int  # highest total during the forward and backward passes
     step: int  # highest total during the optimizer's step
+    transports: str = ""  # how tokens and clones would travel, as the first step says it
 
     @property
     def peak(self) -> int:
@@ -67,6 +75,7 @@ def estimate(
     ranks: int,
     flash_attention: bool = False,
     stages: Sequence[int] | None = None,
+    ranks_per_node: int = RANKS_PER_NODE,
 ) -> list[RankEstimate]:
     """Estimate pipeline ranks of a run, in order; the first process of a stage stands for it.
 
@@ -75,6 +84,7 @@ def estimate(
         ranks: processes of the run, over all nodes.
         flash_attention: attention without scores, see :mod:`megatron_echo.memory.shapes_only`.
         stages: which pipeline ranks, by default all.
+        ranks_per_node: GPUs of a machine, which reach each other's memory.
 
     Raises:
         ValueError: the command line does not run; the message has the reason.
@@ -82,7 +92,8 @@ def estimate(
     # A process of its own: what this one has done with torch.distributed must not matter.
     context = multiprocessing.get_context("spawn")
     wanted = range(_value_of("--pipeline-model-parallel-size", argv)) if stages is None else stages
-    answer = _run(context, _estimate_stages, list(argv), ranks, flash_attention, list(wanted))
+    machine = flash_attention, ranks_per_node
+    answer = _run(context, _estimate_stages, list(argv), ranks, machine, list(wanted))
     if isinstance(answer, str):
         raise ValueError(f"This command line cannot be estimated:\n{answer}")
     return answer
@@ -103,7 +114,7 @@ def _run(context: Any, work: Any, *args: Any) -> Any:
 
 
 def _estimate_stages(
-    sender: Connection, argv: list[str], ranks: int, flash_attention: bool, stages: list[int]
+    sender: Connection, argv: list[str], ranks: int, machine: tuple[bool, int], stages: list[int]
 ) -> None:
     """Send the estimates of some pipeline ranks, or what is wrong."""
     cpu_backend.enable(verbose=False)
@@ -112,7 +123,7 @@ def _estimate_stages(
     context = multiprocessing.get_context("fork")
     found = []
     for rank in stages:
-        answer = _run(context, _child, argv, ranks, rank, flash_attention)
+        answer = _run(context, _child, argv, ranks, rank, *machine)
         if isinstance(answer, str):
             sender.send(f"pipeline rank {rank}: {answer}")
             return
@@ -126,14 +137,12 @@ def _value_of(flag: str, argv: Sequence[str]) -> int:
     return parser.parse_known_args(list(argv))[0].value
 
 
-def _child(
-    sender: Connection, argv: list[str], ranks: int, rank: int, flash_attention: bool
-) -> None:
+def _child(sender: Connection, *args: Any) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            answer: Any = dry_run(argv, ranks, rank, flash_attention)
+            answer: Any = dry_run(*args)
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "/torch/" not in frame.filename][-3:]
@@ -144,7 +153,11 @@ def _child(
 
 
 def dry_run(
-    argv: Sequence[str], ranks: int, pipeline_rank: int, flash_attention: bool = False
+    argv: Sequence[str],
+    ranks: int,
+    pipeline_rank: int,
+    flash_attention: bool = False,
+    ranks_per_node: int = RANKS_PER_NODE,
 ) -> RankEstimate:
     """Build and train one stage on fake tensors, once in a process; see :func:`estimate`."""
     with _process_of(ranks, pipeline_rank, argv):
@@ -152,15 +165,14 @@ def dry_run(
         from megatron.training.initialize import initialize_megatron
 
         initialize_megatron()
-        from megatron_echo.memory.shapes_only import no_plans, stand_ins
+        from megatron_echo.memory.shapes_only import stand_ins
 
         with (
-            stand_ins(flash_attention),
+            stand_ins(flash_attention, ranks_per_node) as said,
             FakeTensorMode(allow_non_fake_inputs=True),
             LiveBytes(skip_collectives=True) as live,
         ):
             model, optimizer = _build(container)
-            no_plans(model)
             optimizer.step()  # makes its state, from gradients that are zero
             passes, step = _train(args, model, optimizer, live)
             parameters = [p for chunk in model for p in chunk.parameters()]
@@ -174,6 +186,7 @@ def dry_run(
                 optimizer=_bytes(_optimizer_tensors(optimizer), besides=parameters),
                 forward_backward=passes,
                 step=step,
+                transports=" ".join(said),
             )
 
 
@@ -263,7 +276,8 @@ def _build(container: Any) -> tuple[Any, Any]:
 def _train(args: Any, model: Any, optimizer: Any, live: LiveBytes) -> tuple[int, int]:
     """One step; the highest totals of the passes and of the optimizer.
 
-    Twice as many microbatches as pipeline ranks fill the pipeline; more of them keep no more.
+    Twice as many microbatches as pipeline ranks fill the pipeline; more of them keep no more. What
+    only empties it again is left out.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -272,21 +286,44 @@ def _train(args: Any, model: Any, optimizer: Any, live: LiveBytes) -> tuple[int,
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     live.peak = live.live
-    get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, args),
-        data_iterator=[None] * len(model),
-        model=model,
-        num_microbatches=min(get_num_microbatches(), 2 * args.pipeline_model_parallel_size),
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        forward_only=False,
-    )
+    stages, chunks = args.pipeline_model_parallel_size, len(model)
+    microbatches = min(get_num_microbatches(), 2 * stages)
+    forward: list[Any] = []
+    backward: list[Any] = []
+
+    def begin_backward(chunk: Any) -> None:
+        is_over = len(forward) == chunks * microbatches or len(backward) > chunks * stages
+        if stages > 1 and is_over and all(one in backward for one in model):
+            raise _IsEmptying
+        backward.append(chunk)
+
+    def step(_: Any, chunk: Any) -> tuple[Tensor, Any]:
+        output, loss = _forward_step(args, chunk)
+        forward.append(chunk)
+        output.register_hook(lambda _: begin_backward(chunk))
+        return output, loss
+
+    with contextlib.suppress(_IsEmptying):
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[None] * chunks,
+            model=model,
+            num_microbatches=microbatches,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=False,
+        )
+    gc.collect()
     passes, live.peak = live.peak, live.live
     optimizer.step()
     return passes, live.peak
 
 
-def _forward_step(args: Any, _: Any, model: Any) -> tuple[Tensor, Any]:
+class _IsEmptying(Exception):
+    """A pipeline has been as full as it gets, with a backward pass of each chunk."""
+
+
+def _forward_step(args: Any, model: Any) -> tuple[Tensor, Any]:
     """One microbatch of no particular tokens, as ``pretrain_gpt_moe.py`` gets it."""
     size = args.micro_batch_size, args.seq_length // args.context_parallel_size
     tokens, positions, labels = (torch.zeros(size, dtype=torch.int64) for _ in range(3))
@@ -345,13 +382,22 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--stages", type=int, nargs="+", metavar="N", help="which pipeline ranks; all"
     )
+    parser.add_argument(
+        "--ranks-per-node", type=int, default=RANKS_PER_NODE, metavar="N", help="GPUs of a machine"
+    )
     parser.add_argument("flags", nargs="+", help="-- and the flags of pretrain_gpt_moe.py")
     args = parser.parse_args(words)
+    if args.ranks_per_node < 1:
+        parser.error(f"--ranks-per-node {args.ranks_per_node} is below 1. Give a machine's GPUs.")
     try:
-        estimates = estimate(args.flags, args.ranks, args.flash_attention, args.stages)
+        estimates = estimate(
+            args.flags, args.ranks, args.flash_attention, args.stages, args.ranks_per_node
+        )
     except ValueError as error:
         parser.exit(2, f"estimate: error: {error}\n")
     print(table(estimates))
+    for line in dict.fromkeys(one.transports for one in estimates if one.transports):
+        print(f"On machines of {args.ranks_per_node} GPUs that reach each other's memory: {line}")
 
 
 if __name__ == "__main__":

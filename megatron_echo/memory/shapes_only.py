@@ -5,15 +5,19 @@ Import it after the CPU backend is enabled: it imports Megatron.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, override
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import optimizer
 from torch import Tensor
 
+from megatron_echo.dispatch import dispatcher
 from megatron_echo.dispatch.dispatcher import EchoTokenDispatcher
+from megatron_echo.dispatch.transports import weights
+from megatron_echo.dispatch.transports.automatic import ENGINES, Topology, Transports, node_of
 from megatron_echo.experts.grouped_linear import TorchGemm
 from megatron_echo.experts.projection import GROUPED_GEMMS
 from megatron_echo.host_copy import HostCopy
@@ -55,13 +59,6 @@ def no_plan(counts: Tensor, num_slots: int, *_: Any) -> ClonePlan:
     return ClonePlan(counts, slots, allocation, per_rank, per_rank, counts.new_zeros(()))
 
 
-def no_plans(model: Sequence[torch.nn.Module]) -> None:
-    """Let the dispatchers of model chunks plan by :func:`no_plan`."""
-    for module in (module for chunk in model for module in chunk.modules()):
-        if isinstance(dispatcher := getattr(module, "token_dispatcher", None), EchoTokenDispatcher):
-            dispatcher.planner = no_plan
-
-
 def one_slot_in_use(plan: HostCopy) -> list[list[int]]:
     """In place of ``HostCopy.read``: on each rank a clone of the first expert in the first slot.
 
@@ -81,6 +78,26 @@ class ShapesGemm(TorchGemm):
         return left.new_empty(len(ends), left.shape[1], right.shape[1])
 
 
+def topology_of(group: dist.ProcessGroup, ranks_per_node: int) -> Topology:
+    """In place of ``Topology.of``: GPUs that reach each other's memory on machines of so many."""
+    machines = [rank // ranks_per_node for rank in dist.get_process_group_ranks(group)]
+    has_nccl = len(machines) > 1
+    return Topology(len(machines), has_nccl, node_of(machines), has_peer_memory=has_nccl)
+
+
+def _without_peers(name: str, like: str) -> Any:
+    """Let a method of the dispatcher make what is like a transport that needs peers."""
+    make, needing = getattr(EchoTokenDispatcher, name), (*ENGINES, "symmetric_memory")
+
+    def made(own: Any, way: str) -> Any:
+        transport = make(own, like if way in needing else way)
+        if like == "p2p" and way in needing:
+            transport.is_hidden = not own._overlaps  # gradients live as long
+        return transport
+
+    return mock.patch.object(EchoTokenDispatcher, name, made)
+
+
 def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """``module.to(dtype)``, which refuses to swap fake parameters that something refers to."""
     for part in module.modules():
@@ -96,17 +113,34 @@ def _convert(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def stand_ins(flash_attention: bool) -> Iterator[None]:
-    """Use them inside the block; attention only where it is to be without scores."""
+def stand_ins(flash_attention: bool, ranks_per_node: int) -> Iterator[dict[str, None]]:
+    """Use them inside the block, on machines of so many GPUs.
+
+    Attention only where it is to be without scores. Gives what was said of transports so far.
+    """
     conversions = {"bfloat16": torch.bfloat16, "half": torch.float16}
+    said: dict[str, None] = {}
+
+    def note(ways: Transports, tokens: int, slots: int) -> None:
+        if ways.clone_group.size() > 1:
+            said[ways.line(tokens, slots)] = None
+
     with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (HostCopy, "read", one_slot_in_use),
+            (weights, "_complete", lambda _: None),
+            (dispatcher, "planner_backend", lambda _: no_plan),
+            (Topology, "of", lambda group, _: topology_of(group, ranks_per_node)),
+            (Transports, "announce", note),
+            *([(LocalCoreAttention, "forward", attend)] if flash_attention else []),
+            # Reads values on the host, and needs next to no memory.
+            (optimizer, "get_grad_norm_fp32", lambda *_, **__: 0.0),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(_without_peers("_make_transport", "all_gather"))
+        stack.enter_context(_without_peers("_make_weight_transport", "p2p"))
         stack.enter_context(mock.patch.dict(GROUPED_GEMMS, torch=ShapesGemm()))
-        stack.enter_context(mock.patch.object(HostCopy, "read", one_slot_in_use))
-        if flash_attention:
-            stack.enter_context(mock.patch.object(LocalCoreAttention, "forward", attend))
         for name, dtype in conversions.items():
             converted = functools.partialmethod(_convert, dtype)
             stack.enter_context(mock.patch.object(torch.nn.Module, name, converted))
-        # Reads values on the host, and needs next to no memory.
-        stack.enter_context(mock.patch.object(optimizer, "get_grad_norm_fp32", return_value=0.0))
-        yield
+        yield said

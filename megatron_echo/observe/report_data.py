@@ -78,6 +78,7 @@ def _read_record(folder: Path) -> Json:
         raise ReportError(f"{path} is no JSON ({error}). Start the run again.") from None
     if not isinstance(record, dict) or not isinstance(record.get("flags"), dict):
         raise ReportError(f"{path} has no flags. Give a folder that was given as --run-dir.")
+    record["flags"] |= record.get("decided", {})
     return record
 
 

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from megatron_echo import environment
 from megatron_echo.record.metrics import free_name
@@ -69,3 +70,15 @@ def write_run_record(
     }
     path.write_text(json.dumps(record, indent=2, default=str) + "\n")
     return path
+
+
+def add_decisions(run_dir: str | os.PathLike, decided: dict[str, Any]) -> None:
+    """Add to ``run.json`` what flags that said ``auto`` became, as ``decided``.
+
+    Args:
+        run_dir: the folder.
+        decided: values by the names of the flags.
+    """
+    path = Path(run_dir) / RUN_FILE
+    record = json.loads(path.read_text()) | {"decided": decided}
+    path.write_text(json.dumps(record, indent=2) + "\n")

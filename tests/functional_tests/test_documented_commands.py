@@ -106,6 +106,8 @@ WAYS = (
         run="python benchmarks/traffic.py --quick --output {tmp}/traffic"),
     Way(r"python benchmarks/kept_bytes\.py",
         run="python benchmarks/kept_bytes.py --quick --output {tmp}/kept"),
+    Way(r"python benchmarks/homecoming_bytes\.py",
+        run="python benchmarks/homecoming_bytes.py --quick"),
     Way(r"python benchmarks/planner_slots\.py",
         run="python benchmarks/planner_slots.py --quick"),
     Way(r"python benchmarks/moe_layer\.py( --routings packed .*)?",

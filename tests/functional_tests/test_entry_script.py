@@ -56,6 +56,7 @@ def test_run_directory(tmp_path: Path) -> None:
     }
     assert record["flags"]["moe_router_topk"] == 2
     assert record["flags"]["distributed_backend"] == "gloo"
+    assert "decided" not in record  # Megatron's layer
 
     lines = read_metrics(tmp_path)
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
@@ -77,13 +78,24 @@ def test_each_line_has_its_own_iteration(tmp_path: Path) -> None:
 
 
 def test_frozen_layers(tmp_path: Path) -> None:
-    """``--freeze-all-layers``, which Megatron does not read where a configuration builds it."""
+    """``--freeze-all-layers``, which Megatron does not read where a configuration builds it.
+
+    And ``run.json`` says what ``auto`` became.
+    """
     flags = launch.tiny_model(
         train_iters=2, expert_model_parallel_size=2, moe_enable_echo=True, freeze_all_layers=True,
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, run_dir=tmp_path,
     )  # fmt: skip
     launch.run(flags, 2).check()
     assert [line["grad-norm"] for line in read_metrics(tmp_path)] == [0, 0]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["flags"]["moe_echo_token_transport"] == "auto"
+    assert record["decided"] == {
+        "moe_echo_token_transport": "all_gather",
+        "moe_echo_expert_dispatcher_type": "collective",
+        "moe_echo_ranks_per_node": None,
+        "moe_echo_clones_within_node": False,
+    }
 
 
 def documents(prefix: Path) -> Path:

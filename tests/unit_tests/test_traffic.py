@@ -135,6 +135,25 @@ def test_bytes_of_hybrid_ep(nodes: None) -> None:
     assert counted["host_reads"] == 0
 
 
+def test_bytes_of_nccl_ep(nodes: None) -> None:
+    """Between nodes as HybridEP; inside them a token once for each expert, its own pairs too."""
+    in_nodes = f"symmetric_memory{traffic.IN_NODES}"
+    drawn = traffic.routing(OF_NODES, RANKS, 2, in_nodes=True)
+    hybrid, counted = (
+        traffic.count_layer(OF_NODES, RANKS, 2, way, in_nodes)[1]
+        for way in ("hybrid_ep", "nccl_ep")
+    )
+    pairs = traffic.TOKENS * OF_NODES.topk
+    assert drawn.forwarded <= drawn.forwarded_pairs < drawn.far_away < drawn.away < pairs
+    more = drawn.away - drawn.far_away + drawn.forwarded_pairs
+    more -= drawn.visits - drawn.far_visits + drawn.forwarded
+    probs = 2 * 4 * (OF_NODES.experts + RANKS * 2) // 2
+    sent = OF_NODES.hidden * 2 * 4 + probs
+    assert counted["link"] - hybrid["link"] == pytest.approx(more * sent)
+    assert counted["between"] == pytest.approx(hybrid["between"])
+    assert counted["host_reads"] == 0
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer keeps does not depend on the routing."""
@@ -179,6 +198,15 @@ def test_operators_of_megatron_are_counted_with_its_host_reads() -> None:
         assert counted["host_reads"] == reads
         assert counted["collectives"] == 7
         assert 40 < counted["operators"] < 80
+
+
+@pytest.mark.parametrize("wire", kept_bytes.DISPATCHERS)
+def test_a_row_does_not_depend_on_those_before_it(wire: str) -> None:
+    """Megatron gathers into a buffer of the process, which a larger layer leaves larger."""
+    wide = traffic.Shape(hidden=4 * SHAPE.hidden, ffn=32, experts=16, topk=2)
+    first = count(wire)
+    traffic.count_layer(wide, RANKS, 0, wire, "collective")
+    assert count(wire) == first
 
 
 def test_an_operator_reads_and_writes_once() -> None:

@@ -77,11 +77,11 @@ class Topology:
         engines = (
             engine for engine, is_absent in zip(ENGINES, lacks, strict=True) if not is_absent
         )
-        return cls(ranks, True, _node_of(machines), not lacks_peers, tuple(engines))
+        return cls(ranks, True, node_of(machines), not lacks_peers, tuple(engines))
 
 
-def _node_of(machines: list[int]) -> int:
-    """Consecutive ranks on each machine; 1 where machines have other numbers of them."""
+def node_of(machines: list[int]) -> int:
+    """Consecutive ranks on each machine, of those of ranks; 1 where they have other numbers."""
     runs = [len(list(run)) for _, run in itertools.groupby(machines)]
     return runs[0] if len(set(runs)) == 1 else 1
 
@@ -256,6 +256,16 @@ class Transports(PerModel):
             self.price = clone_price(config, group, self.tokens, self.weights)
         is_alone = group.size() == 1
         self._is_silent = is_alone or _is_pretended(group) or dist.get_rank() != 0
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """The flags of transports and nodes, by name, as they are now."""
+        nodes = ("moe_echo_ranks_per_node", "moe_echo_clones_within_node")
+        return {
+            "moe_echo_token_transport": self.tokens,
+            "moe_echo_expert_dispatcher_type": self.weights,
+            **{name: echo_setting(self._config, name) for name in nodes},
+        }
 
     def announce(self, tokens: int, slots: int) -> None:
         """Print once, on the job's first rank, what moves how, why, and how many bytes.

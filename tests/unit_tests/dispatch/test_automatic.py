@@ -1,6 +1,7 @@
 """What auto transports are, by topology; what is said of them; and that ranks decide together."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from moe_cases import layer_config
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_echo import collectives, flag_checks
@@ -228,6 +230,12 @@ def test_auto_keeps_clones_inside_nodes(
     assert (config.moe_echo_ranks_per_node, config.moe_echo_clones_within_node) == (node, True)
     assert dist.get_process_group_ranks(ways.clone_group) == list(range(node))
     assert ways.weights == "symmetric_memory"
+    assert ways.decided == {
+        "moe_echo_token_transport": ways.tokens,
+        "moe_echo_expert_dispatcher_type": "symmetric_memory",
+        "moe_echo_ranks_per_node": 4,
+        "moe_echo_clones_within_node": True,
+    }
     assert "clones by symmetric_memory: 12.0 MB a clone in use, inside nodes; both" in text
     assert (
         "So clones stay among the 4 ranks of a node, as with --moe-echo-clones-within-node; "
@@ -243,7 +251,28 @@ def test_a_job_whose_groups_are_split(
     monkeypatch.setattr(dist, "split_group", split)
     monkeypatch.setattr(collectives, "_bound_device", lambda: 0)
     assert collectives.part_of(group, 4) is split.return_value
-    split.assert_called_once_with(group, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    split.assert_called_once_with(group, [[0, 1, 2, 3], [4, 5, 6, 7]], None)
+
+
+@pytest.mark.parametrize("device", [None, 0], ids=["made", "split off"])
+def test_a_part_has_the_timeout_of_its_group(
+    device: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--distributed-timeout-minutes``, which Megatron gives to the expert-parallel group."""
+    options = FakeProcessGroup.Options()
+    options._timeout = timedelta(minutes=7)
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=8, timeout=options._timeout,
+        pg_options=options,
+    )  # fmt: skip
+    made, split = mock.Mock(), mock.Mock()
+    monkeypatch.setattr(dist, "new_group", made)
+    monkeypatch.setattr(dist, "split_group", split)
+    monkeypatch.setattr(collectives, "_bound_device", lambda: device)
+    collectives.part_of(dist.group.WORLD, 4)
+    (call,) = made.call_args_list + split.call_args_list
+    assert timedelta(minutes=7) in call.args
+    dist.destroy_process_group()
 
 
 def price_of(group: dist.ProcessGroup, **fields: Any) -> ClonePrice | None:

@@ -45,7 +45,10 @@ CASES = {
 )
 def test_peak_of_a_real_run(name, tmp_path):
     ranks, flags = CASES[name]
-    flags = launch.tiny_model(**flags, train_iters=2)
+    on_a_cpu = {
+        "moe_echo_token_transport": "all_gather", "moe_echo_expert_dispatcher_type": "collective",
+    }  # fmt: skip
+    flags = launch.tiny_model(**flags, **on_a_cpu, train_iters=2)
     estimates = estimate(flags, ranks)
     launch.run(flags, ranks, MEASURE, env={"PEAK": str(tmp_path / "peak")}).check()
     measured = [int((tmp_path / f"peak.{rank}").read_text()) for rank in range(ranks)]
@@ -69,6 +72,34 @@ def test_command_line(capsys):
     assert rank == 1
     assert peak == pytest.approx(max(sum(kept), step), abs=3e-4)
     assert sum(kept) < heads * rows * rows * 4 / 2**30
+
+
+def test_auto_is_decided_as_by_the_run(capsys):
+    """Clones inside nodes, with the larger buffer, where machines are smaller than EP is."""
+    flags = launch.tiny_model(
+        moe_enable_echo=True, expert_model_parallel_size=4, num_experts=8, bf16=True,
+        moe_num_echo_experts=4, seq_length=1024, max_position_embeddings=1024,
+    )  # fmt: skip
+    inside = ("--moe-echo-clones-within-node", "--moe-echo-ranks-per-node", "2")
+    found = {}
+    for name, node, more in (("one", 8, ()), ("two", 2, ()), ("told", 8, inside)):
+        words = ["--ranks", "4", "--flash-attention", "--ranks-per-node", str(node)]
+        main([*words, "--", *flags, *more])
+        _, row, line = capsys.readouterr().out.splitlines()
+        found[name] = float(row.split()[-1]), line
+    assert found["two"][0] == found["told"][0] > found["one"][0]
+    for name, words in (
+        ("one", "Chosen by auto: one machine whose GPUs reach"), ("two", "the 2 ranks of a node"),
+        ("told", "in use, inside nodes"),
+    ):  # fmt: skip
+        assert "weights of clones by symmetric_memory" in found[name][1]
+        assert words in found[name][1]
+
+
+def test_a_machine_without_gpus(capsys):
+    with pytest.raises(SystemExit):
+        main(["--ranks", "2", "--ranks-per-node", "0", "--", *launch.tiny_model()])
+    assert "--ranks-per-node 0 is below 1. Give" in capsys.readouterr().err
 
 
 def test_flash_attention_keeps_no_scores():

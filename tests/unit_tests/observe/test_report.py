@@ -134,12 +134,17 @@ def test_ten_figures_from_the_files(run: Path) -> None:
         ({"moe_echo_clones_within_node": False, "moe_echo_ranks_per_node": 2}, (0.0, None)),
     ],
 )
+@pytest.mark.parametrize("is_decided", [False, True], ids=["given", "decided by auto"])
 def test_the_bound_of_a_run(
-    flags: dict, expected: tuple[float, int | None], run: Path, tmp_path: Path
+    flags: dict, expected: tuple[float, int | None], is_decided: bool, run: Path, tmp_path: Path
 ) -> None:
     """Of ``auto``, what the buffer holds; within nodes, that of the fullest."""
     shutil.copytree(run, tmp_path / "other")
     record = json.loads((run / "run.json").read_text())
+    if is_decided:
+        nodes = ("moe_echo_clones_within_node", "moe_echo_ranks_per_node")
+        record["decided"] = {name: flags[name] for name in nodes if name in flags}
+        flags = {**flags, **dict.fromkeys(record["decided"])}
     kept = {name: record["flags"][name] for name in ("moe_enable_echo", "moe_echo_trace_dir")}
     (tmp_path / "other" / "run.json").write_text(json.dumps({**record, "flags": {**kept, **flags}}))
     data = read_run(tmp_path / "other", 10**6)
