@@ -30,24 +30,30 @@ from megatron_echo.record.metrics import read_metrics  # noqa: E402
 from megatron_echo.record.trace import read_traces  # noqa: E402
 
 LAYER, SKEW = "--moe-enable-echo", "--moe-echo-force-skew 1.0"
+NONE, AUTO = "--moe-num-echo-experts 0", "--moe-echo-tolerance auto"
 RUNS = {
     "stock, natural": "",
-    "no clones, natural": f"{LAYER} --moe-num-echo-experts 0",
+    "no clones, natural": f"{LAYER} {NONE}",
     "clones, natural": LAYER,
-    "no clones, skew 1.0": f"{LAYER} --moe-num-echo-experts 0 {SKEW}",
+    "clones that pay, natural": f"{LAYER} {AUTO}",
+    "no clones, skew 1.0": f"{LAYER} {SKEW} {NONE}",
     "clones, skew 1.0": f"{LAYER} {SKEW}",
-    "clones by p2p, skew 1.0": f"{LAYER} {SKEW} --moe-echo-expert-dispatcher-type p2p",
-    "clones kept, skew 1.0": f"{LAYER} {SKEW} --no-moe-echo-recompute-expert-dispatch",
+    "clones that pay, skew 1.0": f"{LAYER} {SKEW} {AUTO}",
+    "clones by collective, skew 1.0": (
+        f"{LAYER} {SKEW} --moe-echo-expert-dispatcher-type collective"
+    ),
 }
 RATIOS = (
-    ("clones, skew 1.0", "no clones, skew 1.0"),
-    ("clones by p2p, skew 1.0", "no clones, skew 1.0"),
-    ("clones kept, skew 1.0", "no clones, skew 1.0"),
-    ("clones, skew 1.0", "stock, natural"),
-    ("clones by p2p, skew 1.0", "stock, natural"),
-    ("clones, natural", "no clones, natural"),
-    ("clones, natural", "stock, natural"),
     ("no clones, natural", "stock, natural"),
+    ("clones, natural", "stock, natural"),
+    ("clones, natural", "no clones, natural"),
+    ("clones that pay, natural", "no clones, natural"),
+    ("clones that pay, natural", "clones, natural"),
+    ("clones, skew 1.0", "stock, natural"),
+    ("clones, skew 1.0", "no clones, skew 1.0"),
+    ("clones that pay, skew 1.0", "no clones, skew 1.0"),
+    ("clones that pay, skew 1.0", "clones, skew 1.0"),
+    ("clones by collective, skew 1.0", "clones, skew 1.0"),
 )
 """(This, over that). The stock layer cannot be skewed: its router is Megatron's own."""
 
