@@ -46,6 +46,7 @@ RUNS = {
 RATIOS = (
     ("no clones, natural", "stock, natural"),
     ("clones, natural", "stock, natural"),
+    ("clones that pay, natural", "stock, natural"),
     ("clones, natural", "no clones, natural"),
     ("clones that pay, natural", "no clones, natural"),
     ("clones that pay, natural", "clones, natural"),
