@@ -92,7 +92,7 @@ def test_frozen_layers(tmp_path: Path) -> None:
     assert record["flags"]["moe_echo_token_transport"] == "auto"
     assert record["decided"] == {
         "moe_echo_token_transport": "all_gather",
-        "moe_echo_expert_dispatcher_type": "collective",
+        "moe_echo_expert_dispatcher_type": "p2p",
         "moe_echo_ranks_per_node": None,
         "moe_echo_clones_within_node": False,
     }

@@ -205,7 +205,7 @@ def check_auto() -> None:
     """On two machines whose ranks reach each other's memory auto keeps clones inside them."""
     topology = Topology(dist.get_world_size(), True, NODE, has_peer_memory=True)
     with mock.patch.object(Topology, "of", return_value=topology):
-        layer = clones.cloned(2, torch.float64)
+        layer = clones.cloned(2, torch.float64, moe_echo_expert_dispatcher_type="auto")
     assert (layer.config.moe_echo_ranks_per_node, layer.config.moe_echo_clones_within_node) == (
         NODE, True,
     )  # fmt: skip

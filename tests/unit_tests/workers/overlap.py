@@ -289,7 +289,8 @@ def check_mutants() -> None:
     )
     for mutant, run in runs:
         layer = build(experts_for(dist.get_world_size()) // dist.get_world_size(),
-                      delay_wgrad_compute=True)  # fmt: skip
+                      delay_wgrad_compute=True,
+                      moe_echo_expert_dispatcher_type="collective")  # fmt: skip
         with mutant():
             found = run(layer)
         pairs = list(zip(found, cases(), strict=False))
