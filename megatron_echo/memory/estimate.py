@@ -41,7 +41,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_echo import cpu_backend, environment
-from megatron_echo.memory.live_bytes import LiveBytes
+from megatron_echo.memory.live_bytes import LiveBytes, bytes_of
 
 RANKS_PER_NODE = 8
 
@@ -176,14 +176,14 @@ def dry_run(
             optimizer.step()  # makes its state, from gradients that are zero
             passes, step = _train(args, model, optimizer, live)
             parameters = [p for chunk in model for p in chunk.parameters()]
-            gradients = _bytes(getattr(p, "main_grad", p.grad) for p in parameters)
-            weights = _bytes(parameters)
+            gradients = bytes_of(getattr(p, "main_grad", p.grad) for p in parameters)
+            weights = bytes_of(parameters)
             return RankEstimate(
                 rank=pipeline_rank,
                 parameters=sum(p.numel() for p in parameters),
                 weights=weights,
                 gradients=gradients,
-                optimizer=_bytes(_optimizer_tensors(optimizer), besides=parameters),
+                optimizer=bytes_of(_optimizer_tensors(optimizer), besides=parameters),
                 forward_backward=passes,
                 step=step,
                 transports=" ".join(said),
@@ -350,13 +350,6 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
             yield from group["params"]
         for state in inner.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def _bytes(tensors: Any, besides: Sequence[Tensor] = ()) -> int:
-    """Bytes of the distinct storages; those of some other tensors do not count."""
-    known = {tensor.untyped_storage()._cdata for tensor in besides}
-    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(nbytes for key, nbytes in found.items() if key not in known)
 
 
 def table(estimates: Sequence[RankEstimate]) -> str:

@@ -1,6 +1,7 @@
 """Counts the bytes of all tensors alive, real or fake, operator by operator."""
 
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,3 +69,10 @@ def nothing_sent(func: Any, args: tuple) -> Any:
         work = torch.ops.c10d.barrier(torch.zeros(1), group, [], False, -1)
     returns = [work if "Work" in str(r.type) else args[0] for r in func._schema.returns]
     return returns[0] if len(returns) == 1 else tuple(returns)
+
+
+def bytes_of(tensors: Iterable[Tensor], besides: Sequence[Tensor] = ()) -> int:
+    """Bytes of the distinct storages; those of some other tensors do not count."""
+    known = {tensor.untyped_storage()._cdata for tensor in besides}
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(nbytes for key, nbytes in found.items() if key not in known)

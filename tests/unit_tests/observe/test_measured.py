@@ -2,7 +2,8 @@
 
 Without clones a call takes ``a x GFLOP of the fullest rank + b x elements of its rows``; a and b
 come from the balanced layers of ``moe_layer.json``. With clones it takes a constant more, for
-planning and the exchange of weights. Each figure is predicted with the constants of the *others*.
+planning and the exchange of weights, by ``collective`` in ``moe_layer.json`` and by ``p2p`` in
+``echo.json``. Each figure is predicted with the constants of the *others*.
 Nothing of this carries over to a GPU but the form.
 """
 
@@ -120,10 +121,10 @@ def test_steps_with_clones() -> None:
     predicted = predicted_ratios(measured_layers(), pairs)
     for name, (_, ratio, _, _) in pairs.items():
         assert predicted[name] == pytest.approx(ratio, rel=0.15), name
-    assert predicted["natural, echo.json"] == pytest.approx(1.067, abs=5e-4)
-    assert predicted["skew 1.0, echo.json"] == pytest.approx(1.065, abs=5e-4)
-    assert pairs["natural, echo.json"][1] == pytest.approx(1.071, abs=5e-4)
-    assert pairs["skew 1.0, echo.json"][1] == pytest.approx(1.015, abs=5e-4)
+    assert predicted["natural, echo.json"] == pytest.approx(1.040, abs=5e-4)
+    assert predicted["skew 1.0, echo.json"] == pytest.approx(1.035, abs=5e-4)
+    assert pairs["natural, echo.json"][1] == pytest.approx(0.992, abs=5e-4)
+    assert pairs["skew 1.0, echo.json"][1] == pytest.approx(0.970, abs=5e-4)
 
 
 def test_known_constants_come_back() -> None:
