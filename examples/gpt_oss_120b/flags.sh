@@ -5,7 +5,7 @@
 # 128 GPUs of 80 GB; flags f88ae63a3939. Again: python tools/recipes.py --write gpt_oss_120b
 # Memory: python -m megatron_echo.memory.estimate --ranks 128 --flash-attention --stages 0 1 3 --
 #   all arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
-#   72.5 GiB on pipeline rank 0 (weights 8.2, gradients 16.4, optimizer 10.3, activations 37.6)
+#   68.3 GiB on pipeline rank 0 (weights 8.2, gradients 16.4, optimizer 10.3, activations 33.4)
 # Gain: python -m megatron_echo.observe.simulate --model gpt-oss-120b --cluster h100-nvl8 --gpus
 #   128 --ep 8 --pp 4 --vpp 3 --offload-fraction 0 --token-transports symmetric_memory --slots 4
 #   --seq-length 4096 --micro-batch-size 1 --global-batch-size 1024 --loads ...

@@ -5,7 +5,7 @@
 # 64 GPUs of 80 GB; flags 514b1fb08857. Again: python tools/recipes.py --write mixtral_8x7b
 # Memory: python -m megatron_echo.memory.estimate --ranks 64 --flash-attention --stages 0 1 3 --
 #   all arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
-#   69.0 GiB on pipeline rank 0 (weights 3.5, gradients 7.0, optimizer 8.2, activations 50.3)
+#   60.7 GiB on pipeline rank 0 (weights 3.5, gradients 7.0, optimizer 8.2, activations 42.0)
 # Gain: python -m megatron_echo.observe.simulate --model mixtral-8x7b --cluster h100-nvl8 --gpus 64
 #   --ep 8 --pp 4 --vpp 4 --offload-fraction 0 --token-transports symmetric_memory --slots 1
 #   --seq-length 4096 --micro-batch-size 1 --global-batch-size 1024 --loads ...

@@ -5,7 +5,7 @@
 # 32 GPUs of 80 GB; flags ad240b6f4067. Again: python tools/recipes.py --write qwen3_30b_a3b
 # Memory: python -m megatron_echo.memory.estimate --ranks 32 --flash-attention --stages 0 1 -- all
 #   arrays but OFFLOAD, --moe-echo-expert-dispatcher-type p2p
-#   61.9 GiB on pipeline rank 0 (weights 4.8, gradients 9.6, optimizer 10.7, activations 36.8)
+#   59.2 GiB on pipeline rank 0 (weights 4.8, gradients 9.6, optimizer 10.7, activations 34.1)
 # Gain: python -m megatron_echo.observe.simulate --model qwen3-30b-a3b --cluster h100-nvl8 --gpus
 #   32 --ep 8 --pp 2 --vpp 1 --offload-fraction 0 --token-transports symmetric_memory --slots 4
 #   --seq-length 4096 --micro-batch-size 1 --global-batch-size 2048 --loads ...
