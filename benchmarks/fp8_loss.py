@@ -208,7 +208,11 @@ def main() -> None:
     parser = results_parser(__doc__, "fp8_loss")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2, help="2 with clones, 1 without")
-    parser.add_argument("--seeds", type=int, default=3, help="pairs of runs, 10 at most")
+    most = len(STUDENT) + 1
+    parser.add_argument(
+        "--seeds", type=int, default=3, choices=range(1, most + 1), metavar="N",
+        help=f"pairs of runs, {most} at most",
+    )  # fmt: skip
     args = parser.parse_args()
     draw(train_all(args), args)
     shutil.rmtree(args.output.with_suffix(".runs"), ignore_errors=True)

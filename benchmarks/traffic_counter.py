@@ -133,7 +133,6 @@ class Counter(TorchDispatchMode):
     def __init__(self, facts: Facts) -> None:
         super().__init__()
         self.count, self.facts = Count(), facts
-        self.nccl_ep: Any = None  # the group and experts of a rank that its context was made for
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -227,7 +226,7 @@ def kernels(counter: Counter) -> Iterator[None]:
     """Put the formulas in place of what fake tensors cannot run, and let the layer take them."""
     from traffic_engines import HybridEP, NcclEP
 
-    package = "megatron_echo"
+    package, nccl_ep = "megatron_echo", NcclEP(counter)
     on_gpu = [f"{package}.{name}.on_gpu" for name in _ON_GPU]
     replaced: dict[str, Any] = {
         **dict.fromkeys(on_gpu, lambda _: True),
@@ -245,7 +244,7 @@ def kernels(counter: Counter) -> Iterator[None]:
         f"{package}.dispatch.transports.hybrid_ep.find_hybrid_ep": lambda: partial(
             HybridEP, counter
         ),
-        f"{package}.dispatch.transports.nccl_ep.find_nccl_ep": lambda: NcclEP(counter),
+        f"{package}.dispatch.transports.nccl_ep.find_nccl_ep": lambda: nccl_ep,
         **_row_kernels(counter),
         **_activation_kernels(counter),
         **_fp8_kernels(counter),

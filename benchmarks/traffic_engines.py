@@ -90,7 +90,7 @@ class NcclEP(_Engine):
         self, group: dist.ProcessGroup, num_experts: int, **_: Any
     ) -> None:
         """Note the sizes."""
-        self._counter.nccl_ep = group, num_experts // group.size()
+        self._group, self._experts = group, num_experts // group.size()
 
     def new_nccl_ep_buffer(self, *, recv_capacity_per_rank: int, **_: Any) -> int:
         """Its number of rows."""
@@ -100,7 +100,7 @@ class NcclEP(_Engine):
         self, buffer: int, tokens: Tensor, topk_idx: Tensor, topk_weights: Tensor
     ) -> tuple[Tensor, None, Tensor]:
         """Rows, no counts, and a probability for each."""
-        self._group, self._experts = self._counter.nccl_ep
+        assert self._group is not None
         experts = self._group.size() * self._experts
         self._gather_routing(tokens.new_empty(len(tokens), experts, dtype=torch.bool))
         rows, probs = _Dispatch.apply(self, buffer, tokens, topk_weights)
@@ -108,7 +108,6 @@ class NcclEP(_Engine):
 
     def nccl_ep_combine(self, buffer: int, expert_out: Tensor, num_local_tokens: int) -> Tensor:
         """Sums of the rows of each token."""
-        self._group, self._experts = self._counter.nccl_ep
         return _Combine.apply(self, expert_out, num_local_tokens)
 
     def move(self, tokens: Tensor, has_probs: bool) -> None:

@@ -77,8 +77,6 @@ _enabled = False
 
 def _names_cuda(device: Any) -> bool:
     """True if ``device`` asks for a CUDA device: ``"cuda"``, ``"cuda:1"``, an index, an object."""
-    if device is None:
-        return False
     if isinstance(device, torch.device):
         return device.type == "cuda"
     if isinstance(device, str):

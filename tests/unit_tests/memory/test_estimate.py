@@ -74,26 +74,35 @@ def test_command_line(capsys):
     assert sum(kept) < heads * rows * rows * 4 / 2**30
 
 
-def test_auto_is_decided_as_by_the_run(capsys):
-    """Clones inside nodes where machines are smaller than EP is, with the buffers for that."""
+def estimated_on(node, capsys, *more):
+    """Peak in GiB, and what is said of transports, on machines of so many GPUs."""
     flags = launch.tiny_model(
         moe_enable_echo=True, expert_model_parallel_size=4, num_experts=8, bf16=True,
         moe_num_echo_experts=4, seq_length=1024, max_position_embeddings=1024,
     )  # fmt: skip
+    words = ["--ranks", "4", "--flash-attention", "--ranks-per-node", str(node)]
+    main([*words, "--", *flags, *more])
+    _, row, line = capsys.readouterr().out.splitlines()
+    assert "weights of clones by symmetric_memory" in line
+    return float(row.split()[-1]), line
+
+
+def test_auto_is_decided_as_by_the_run(capsys):
+    """Clones inside nodes where machines are smaller than EP is, with the buffers for that."""
     inside = ("--moe-echo-clones-within-node", "--moe-echo-ranks-per-node", "2")
-    found = {}
-    for name, node, more in (("two", 2, ()), ("told", 8, inside)):
-        words = ["--ranks", "4", "--flash-attention", "--ranks-per-node", str(node)]
-        main([*words, "--", *flags, *more])
-        _, row, line = capsys.readouterr().out.splitlines()
-        found[name] = float(row.split()[-1]), line
-    assert found["two"][0] == found["told"][0]
-    for name, words in (
-        ("two", "the 2 ranks of a node"), ("told", "auto: one machine whose GPUs reach"),
+    chosen, of_two = estimated_on(2, capsys)
+    told, of_one = estimated_on(8, capsys, *inside)
+    assert chosen == told
+    for line, words in (
+        (of_two, "the 2 ranks of a node"), (of_one, "auto: one machine whose GPUs reach"),
     ):  # fmt: skip
-        assert "weights of clones by symmetric_memory" in found[name][1]
-        assert ", inside nodes" in found[name][1]
-        assert words in found[name][1]
+        assert ", inside nodes" in line
+        assert words in line
+
+
+@pytest.mark.slow
+def test_clones_inside_nodes_take_larger_buffers(capsys):
+    assert estimated_on(2, capsys)[0] > estimated_on(8, capsys)[0]
 
 
 def test_a_machine_without_gpus(capsys):
